@@ -1,0 +1,187 @@
+"""The MRPO objective: clip, weigh and aggregate K references, then the DPO loss. Pure tensor functions, no model, no collectives.
+
+Shapes: K references, P pairs; the last axis of size 2 is (chosen, rejected). Log-probs are natural logs of the probability of a
+whole response, summed over its tokens. Reference 0 is the anchor. The arithmetic of Equations 8-10 and Proposition 1 lives once,
+in :mod:`mrpo_kernels.virtual_reference`; this module adds the outer losses (Equations 7 and 11) around it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, combine_references
+from torch import Tensor
+
+from mrpo_scale.errors import ConfigError
+
+OBJECTIVES = ("mrpo", "dpo", "multi_dpo")
+LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+REF_WEIGHTS = ("confidence", "uniform")
+
+
+def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"`{key}: {value}` is not known; choose one of {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is optimised, checked on construction.
+
+    Args:
+        name: ``mrpo`` (Eq. 7), ``dpo`` (the anchor alone) or ``multi_dpo`` (Eq. 11).
+        beta: strength of the tie to the (virtual) reference, > 0. For ``ipo`` it is that paper's tau.
+        epsilon_max: trust region around the anchor (Eq. 8-9), >= 0. Zero makes MRPO plain DPO on the anchor.
+        clip: ``adaptive`` (Eq. 9), ``fixed`` (epsilon_max everywhere) or ``none``.
+        ref_weights: ``confidence`` (Eq. 10), ``uniform`` or K numbers >= 0 that sum to 1.
+        aggregate: ``harmonic`` (Proposition 1), ``geometric``, ``arithmetic`` or ``min``.
+        loss_type: outer loss around the margin.
+        label_smoothing: probability in [0, 0.5) that a preference label is flipped; ``sigmoid`` only (cDPO).
+
+    Raises:
+        ConfigError: an unknown name, a value out of range, or a combination without meaning.
+    """
+
+    name: Literal["mrpo", "dpo", "multi_dpo"] = "mrpo"
+    beta: float = 0.1
+    epsilon_max: float = 0.1
+    clip: Literal["adaptive", "fixed", "none"] = "adaptive"
+    ref_weights: str | Sequence[float] = "confidence"
+    aggregate: Literal["harmonic", "geometric", "arithmetic", "min"] = "harmonic"
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("objective", self.name, OBJECTIVES)
+        _one_of("clip", self.clip, CLIPS)
+        _one_of("aggregate", self.aggregate, AGGREGATES)
+        _one_of("loss_type", self.loss_type, LOSS_TYPES)
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ConfigError(f"`beta: {self.beta}` must be a number above 0; the papers use 0.01 to 0.5.")
+        if not (math.isfinite(self.epsilon_max) and self.epsilon_max >= 0):
+            raise ConfigError(f"`epsilon_max: {self.epsilon_max}` must be 0 or more; use `clip: none` for no trust region.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"`label_smoothing: {self.label_smoothing}` must lie in [0, 0.5).")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ConfigError(
+                f"`label_smoothing: {self.label_smoothing}` has no meaning with `loss_type: {self.loss_type}`; "
+                "use `loss_type: sigmoid` or leave it out."
+            )
+        if self.name == "multi_dpo" and self.aggregate != "harmonic":
+            raise ConfigError(
+                f"`aggregate: {self.aggregate}` has no meaning with `objective: multi_dpo`, which averages K losses "
+                "and forms no virtual reference; leave it out or use `objective: mrpo`."
+            )
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if isinstance(self.ref_weights, str):
+            _one_of("ref_weights", self.ref_weights, REF_WEIGHTS)
+            return
+        weights = tuple(float(w) for w in self.ref_weights)
+        if not weights or any(not math.isfinite(w) or w < 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
+            raise ConfigError(
+                f"`ref_weights: {list(weights)}` sums to {sum(weights):g}; give one number >= 0 for each reference, "
+                "the anchor first, summing to 1, or use `confidence` or `uniform`."
+            )
+        object.__setattr__(self, "ref_weights", weights)
+
+    def check_references(self, num_references: int) -> None:
+        """Raise ConfigError when a fixed weight list does not have one entry per reference (the anchor included)."""
+        if not isinstance(self.ref_weights, str) and len(self.ref_weights) != num_references:
+            raise ConfigError(
+                f"`ref_weights: {list(self.ref_weights)}` has {len(self.ref_weights)} entries but there are "
+                f"{num_references} references (the anchor and {num_references - 1} of `ref_models`); give one per reference."
+            )
+
+    def on_anchor(self) -> Objective:
+        """Plain DPO on the anchor with the same outer loss: what the comparison metrics are computed with."""
+        return replace(self, name="dpo", ref_weights="confidence", aggregate="harmonic")
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """What :func:`preference_loss` returns. Only ``loss``, ``losses_P``, ``rewards_P2`` and ``margins_P`` carry gradients."""
+
+    loss: Tensor  #: scalar, mean over pairs
+    losses_P: Tensor
+    rewards_P2: Tensor  #: beta * (policy - virtual reference)
+    margins_P: Tensor  #: reward of chosen minus reward of rejected
+    virtual_logps_P2: Tensor
+    weights_KP: Tensor
+    epsilon_P2: Tensor
+    clipped_KP2: Tensor  #: reference log-probs after Eq. 8
+
+
+def outer_loss(margins: Tensor, objective: Objective) -> Tensor:
+    """Per-pair loss of a margin ``beta * d`` (same shape): -log sigmoid, IPO's square or a hinge.
+
+    ``ipo`` is (d - 1/(2 beta))^2 on the unscaled difference d (Azar et al. 2023, Eq. 17, whole-response log-probs);
+    label smoothing is conservative DPO: the loss of the flipped label with that probability.
+    """
+    if objective.loss_type == "ipo":
+        return (margins / objective.beta - 1 / (2 * objective.beta)).square()
+    if objective.loss_type == "hinge":
+        return torch.relu(1 - margins)
+    smoothing = objective.label_smoothing
+    loss = -F.logsigmoid(margins)
+    if not smoothing:
+        return loss
+    return (1 - smoothing) * loss - smoothing * F.logsigmoid(-margins)
+
+
+def preference_loss(policy_logps_P2: Tensor, ref_logps_KP2: Tensor, objective: Objective) -> PreferenceLoss:
+    """The loss of P pairs (Eq. 7, or 11 for ``multi_dpo``), its rewards, and everything that led to them.
+
+    Args:
+        policy_logps_P2: the policy's log-probs; gradients flow into these only.
+        ref_logps_KP2: the references', anchor first; treated as constants. ``dpo`` uses the anchor and ignores the rest.
+
+    Returns:
+        PreferenceLoss. Under ``multi_dpo`` the rewards are those against the weighted mean of the clipped references,
+        which is the point around which Eq. 11's K margins average.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        ConfigError: a fixed weight list whose length is not K.
+    """
+    if policy_logps_P2.ndim != 2 or ref_logps_KP2.ndim != 3 or ref_logps_KP2.shape[1:] != policy_logps_P2.shape:
+        raise ValueError(
+            f"expected policy [P, 2] and references [K, P, 2], got {tuple(policy_logps_P2.shape)} and {tuple(ref_logps_KP2.shape)}"
+        )
+    ref_logps_KP2 = ref_logps_KP2.detach()
+    if objective.name == "dpo":
+        ref_logps_KP2, ref_weights = ref_logps_KP2[:1], "confidence"
+    else:
+        objective.check_references(ref_logps_KP2.shape[0])
+        ref_weights = objective.ref_weights
+    combined = combine_references(
+        ref_logps_KP2,
+        epsilon_max=objective.epsilon_max,
+        clip=objective.clip,
+        ref_weights=ref_weights,
+        aggregate="geometric" if objective.name == "multi_dpo" else objective.aggregate,
+    )
+    rewards_P2 = objective.beta * (policy_logps_P2 - combined.virtual_logps_P2)
+    margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    if objective.name == "multi_dpo":
+        rewards_KP2 = objective.beta * (policy_logps_P2 - combined.clipped_KP2)
+        losses_KP = outer_loss(rewards_KP2[..., 0] - rewards_KP2[..., 1], objective)
+        losses_P = (combined.weights_KP * losses_KP).masked_fill(combined.weights_KP == 0, 0).sum(0)
+    else:
+        losses_P = outer_loss(margins_P, objective)
+    return PreferenceLoss(
+        loss=losses_P.mean(),
+        losses_P=losses_P,
+        rewards_P2=rewards_P2,
+        margins_P=margins_P,
+        virtual_logps_P2=combined.virtual_logps_P2,
+        weights_KP=combined.weights_KP,
+        epsilon_P2=combined.epsilon_P2,
+        clipped_KP2=combined.clipped_KP2,
+    )

@@ -1,0 +1,132 @@
+"""Hidden states to per-response log-probs without a [tokens, vocabulary] tensor.
+
+Design note. The head's logits of T response tokens over V words dwarf everything else in a preference step (T=16384, V=128256:
+8.4 GB in float32), yet only one number per response leaves it. So the tokens go through the head in chunks: each chunk's logits live
+in float32 just long enough for their logsumexp and the label's logit. Backward recomputes them chunk by chunk from the saved
+logsumexp, turns them in place into dlogits with the response's upstream gradient folded in, and accumulates the weight gradient
+in float32. Sums over a response's tokens are taken in float64 and returned as float32: a 4,096-token response stays exact to the
+last float32 digit.
+
+T tokens, D hidden, V vocabulary, S responses. Token t belongs to response s where cu_seqlens[s] <= t < cu_seqlens[s+1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "torch")
+# Bytes of one chunk's float32 logits. On a CPU it should stay near the caches, on a GPU it must fill the device.
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+
+
+def sequence_logps(
+    hidden_TD: Tensor,
+    head_weight_VD: Tensor,
+    labels_T: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Sum of label log-probs of each response, ``log_softmax(softcap(logit_scale * (hidden @ W.T + bias)))``.
+
+    Args:
+        hidden_TD: hidden states of response positions, already shifted: row t predicts ``labels_T[t]``.
+        head_weight_VD: output head, may be tied; bias: [V] or None.
+        labels_T: int64 token ids in [0, V).
+        cu_seqlens: [S+1] integers from 0 to T, ascending; equal neighbours are an empty response with log-prob 0.
+        softcap: ``c * tanh(logits / c)`` (Gemma 2), after the scale. logit_scale: multiplies the logits (Granite, Cohere).
+        impl: ``auto`` or ``torch``.
+
+    Returns:
+        [S] float32 (float64 for float64 inputs), differentiable in hidden, weight and bias.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown ``impl``.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if hidden_TD.ndim != 2 or head_weight_VD.ndim != 2 or hidden_TD.shape[1] != head_weight_VD.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden_TD.shape)} and head weight {tuple(head_weight_VD.shape)} do not fit")
+    if labels_T.shape != hidden_TD.shape[:1] or cu_seqlens.ndim != 1:
+        raise ValueError(f"labels {tuple(labels_T.shape)} must be one per row of hidden {tuple(hidden_TD.shape)}")
+    return _SequenceLogps.apply(hidden_TD, head_weight_VD, bias, labels_T, cu_seqlens, softcap, logit_scale)
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunks(num_tokens: int, vocabulary: int, device_type: str) -> range:
+    size = max(1, _CHUNK_BYTES.get(device_type, 1 << 30) // (4 * vocabulary))
+    return range(0, num_tokens, size)
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """One chunk's final logits [C, V] in the accumulation dtype."""
+    logits_CV = torch.mm(hidden_CD, weight_VD.t()).to(_accumulate_dtype(hidden_CD.dtype))
+    if bias_V is not None:
+        logits_CV += bias_V
+    if scale != 1.0:
+        logits_CV *= scale
+    if softcap is not None:
+        logits_CV.div_(softcap).tanh_().mul_(softcap)
+    return logits_CV
+
+
+class _SequenceLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap, scale):  # type: ignore[no-untyped-def]
+        dtype = _accumulate_dtype(hidden_TD.dtype)
+        token_logps_T = torch.empty(len(labels_T), dtype=dtype, device=hidden_TD.device)
+        logsumexp_T = torch.empty_like(token_logps_T)
+        chunks = _chunks(len(labels_T), weight_VD.shape[0], hidden_TD.device.type)
+        for start in chunks:
+            part = slice(start, start + chunks.step)
+            logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, softcap, scale)
+            label_logits_C = logits_CV.gather(1, labels_T[part, None]).squeeze(1)
+            logsumexp_T[part] = torch.logsumexp(logits_CV, 1)
+            token_logps_T[part] = label_logits_C - logsumexp_T[part]
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, logsumexp_T)
+        ctx.softcap, ctx.scale = softcap, scale
+        return torch.segment_reduce(token_logps_T.double(), "sum", lengths=cu_seqlens.diff().long()).to(dtype)
+
+    @staticmethod
+    def backward(ctx, d_logps_S):  # type: ignore[no-untyped-def]
+        hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, logsumexp_T = ctx.saved_tensors
+        softcap, scale = ctx.softcap, ctx.scale
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dtype = _accumulate_dtype(hidden_TD.dtype)
+        d_token_T = torch.repeat_interleave(d_logps_S.to(dtype), cu_seqlens.diff().long())
+        d_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs_weight else None
+        d_bias_V = torch.zeros_like(bias_V, dtype=dtype) if needs_bias else None
+        chunks = _chunks(len(labels_T), weight_VD.shape[0], hidden_TD.device.type)
+        for start in chunks:
+            part = slice(start, start + chunks.step)
+            logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, softcap, scale)
+            capped_CV = None if softcap is None else logits_CV.clone()
+            # d logits = d_token * (onehot - softmax), formed in place in the chunk's own logits
+            d_logits_CV = logits_CV.sub_(logsumexp_T[part, None]).exp_().mul_(-d_token_T[part, None])
+            d_logits_CV.scatter_add_(1, labels_T[part, None], d_token_T[part, None])
+            if capped_CV is not None:
+                d_logits_CV.mul_(1 - capped_CV.div_(softcap).square_())
+            if scale != 1.0:
+                d_logits_CV *= scale
+            d_input_CV = d_logits_CV.to(hidden_TD.dtype)
+            if d_hidden_TD is not None:
+                torch.mm(d_input_CV, weight_VD, out=d_hidden_TD[part])
+            if d_weight_VD is not None and d_weight_VD.dtype == hidden_TD.dtype:
+                d_weight_VD.addmm_(d_input_CV.t(), hidden_TD[part])
+            elif d_weight_VD is not None:
+                d_weight_VD += torch.mm(d_input_CV.t(), hidden_TD[part])
+            if d_bias_V is not None:
+                d_bias_V += d_logits_CV.sum(0)
+        if d_weight_VD is not None:
+            d_weight_VD = d_weight_VD.to(weight_VD.dtype)
+        if d_bias_V is not None:
+            d_bias_V = d_bias_V.to(bias_V.dtype)
+        return d_hidden_TD, d_weight_VD, d_bias_V, None, None, None, None

@@ -1,0 +1,136 @@
+"""(model, batch of pairs) -> log-probs [P, 2]: one pass of the model's body over the pairs, then the fused head.
+
+A causal LM from transformers is given, in place, a forward that also takes ``pairs=PairBatch`` and returns log-probs instead of
+logits. In place, because wrapping the policy in another module would change its state-dict names; as its own forward, because
+ZeRO-3, FSDP2 and accelerate hang their gathers and hooks on exactly that call, and on the call of the module that owns the head's
+weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+from typing import Any
+
+import torch
+from mrpo_kernels import sequence_logps
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.pair_batch import PairBatch, attention_mask, collate_pairs
+from mrpo_scale.tokenization import PairTokens
+
+logger = logging.getLogger(__name__)
+
+
+class FusedHead(nn.Linear):
+    """A model's output head that, given labels, returns log-probs of whole responses. Without labels it is ``nn.Linear``."""
+
+    softcap: float | None
+    logit_scale: float
+
+    def forward(self, hidden: Tensor, labels_T: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        if labels_T is None or cu_seqlens is None:
+            return super().forward(hidden)
+        weight, bias = self.weight, self.bias
+        if weight.dtype != hidden.dtype:  # under autocast the body is bf16 and the head's master weight float32
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        return sequence_logps(
+            hidden, weight, labels_T, cu_seqlens, bias=bias, softcap=self.softcap, logit_scale=self.logit_scale
+        )
+
+
+def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
+    """(softcap, scale) that a model applies to its head's output: Gemma's cap, Granite's and Cohere's scale."""
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):
+        scale = 1.0 / config.logits_scaling
+    elif getattr(config, "logit_scale", None):
+        scale = config.logit_scale
+    return getattr(config, "final_logit_softcapping", None), scale
+
+
+def enable_pair_scoring(model: PreTrainedModel, name: str) -> None:
+    """Give ``model``, in place, a forward that takes ``pairs=``; every other call is what it was.
+
+    Args:
+        name: how errors call the model.
+
+    Raises:
+        ConfigError: the model has no plain linear output head.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is FusedHead:
+        return
+    if type(head) is not nn.Linear:
+        raise ConfigError(
+            f"{name} ({type(model).__name__}): its output head is {type(head).__name__}, not a plain linear layer, "
+            "so its log-probs cannot be computed here; choose a causal language model with a linear head."
+        )
+    head.__class__ = FusedHead
+    head.softcap, head.logit_scale = logit_transform(model.config)  # type: ignore[assignment]
+    plain_forward = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
+        return plain_forward(*args, **kwargs) if pairs is None else _score(self, pairs)
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def _score(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
+    hidden_BLD = model.base_model(
+        input_ids=pairs.input_ids_BL,
+        attention_mask=attention_mask(pairs, model.config, model.dtype),
+        position_ids=pairs.position_ids_BL,
+        use_cache=False,
+    ).last_hidden_state
+    # Only the positions that predict a response token reach the head.
+    hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, pairs.logit_index_T)
+    return model.get_output_embeddings()(hidden_TD, pairs.labels_T, pairs.cu_seqlens).view(-1, 2)
+
+
+def score_pairs(model: nn.Module, pairs: PairBatch) -> Tensor:
+    """Log-probs [P, 2] (chosen, rejected) in float32. ``model`` may be wrapped (DeepSpeed, DDP, FSDP2)."""
+    return model(pairs=pairs)
+
+
+_PROBE = [
+    PairTokens(prompt_ids=[7, 3, 5, 2], chosen_ids=[6, 4, 3], rejected_ids=[2, 5]),
+    PairTokens(prompt_ids=[4, 2], chosen_ids=[3], rejected_ids=[5, 7, 6, 2, 3]),
+]
+
+
+@torch.no_grad()
+def check_pair_scoring(model: nn.Module, name: str, *, shared_prompt: bool, device: torch.device) -> float:
+    """Compare the pair forward with the model's own logits on a few tokens; every rank must call it.
+
+    It catches what no table of architectures can: a model that transforms its logits or its positions in a way this module
+    does not know. Returns the largest difference per token in nats.
+
+    Raises:
+        ConfigError: they differ by more than rounding, so the model would be trained or believed on wrong numbers.
+    """
+    was_training = model.training
+    model.eval()
+    got_P2 = score_pairs(model, collate_pairs(_PROBE, shared_prompt=shared_prompt).to(device)).double()
+    separate = collate_pairs(_PROBE, shared_prompt=False).to(device)
+    logits_BLV = model(
+        input_ids=separate.input_ids_BL, attention_mask=(separate.segment_BL >= 0).long(), use_cache=False
+    ).logits
+    model.train(was_training)
+    token_logps_T = (
+        logits_BLV.flatten(0, 1)[separate.logit_index_T].double().log_softmax(-1).gather(1, separate.labels_T[:, None])
+    ).squeeze(1)
+    lengths = separate.cu_seqlens.diff().long()
+    expected_P2 = torch.segment_reduce(token_logps_T, "sum", lengths=lengths).view(-1, 2)
+    difference = ((got_P2 - expected_P2).abs() / lengths.view(-1, 2)).max().item()
+    # Half-precision logits are compared after the model's own rounding of them, hence the coarse bound there.
+    allowed = 1e-3 if logits_BLV.dtype in (torch.float32, torch.float64) else 0.1
+    if not difference <= allowed:
+        raise ConfigError(
+            f"{name} ({type(model).__name__}): its log-probs differ from its own logits by {difference:.3g} nats per "
+            "token, so it does something to its logits or attention that is not supported here. "
+            + ("Try `shared_prompt: false`; if that fails too, leave this model out." if shared_prompt else "Leave it out.")
+        )
+    return difference

@@ -64,7 +64,9 @@ class Objective:
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigError(f"`beta: {self.beta}` must be a number above 0; the papers use 0.01 to 0.5.")
         if not (math.isfinite(self.epsilon_max) and self.epsilon_max >= 0):
-            raise ConfigError(f"`epsilon_max: {self.epsilon_max}` must be 0 or more; use `clip: none` for no trust region.")
+            raise ConfigError(
+                f"`epsilon_max: {self.epsilon_max}` must be 0 or more; use `clip: none` for no trust region."
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"`label_smoothing: {self.label_smoothing}` must lie in [0, 0.5).")
         if self.label_smoothing and self.loss_type != "sigmoid":

@@ -1,11 +1,11 @@
 """Hidden states to per-response log-probs without a [tokens, vocabulary] tensor.
 
-Design note. The head's logits of T response tokens over V words dwarf everything else in a preference step (T=16384, V=128256:
-8.4 GB in float32), yet only one number per response leaves it. So the tokens go through the head in chunks: each chunk's logits live
-in float32 just long enough for their logsumexp and the label's logit. Backward recomputes them chunk by chunk from the saved
-logsumexp, turns them in place into dlogits with the response's upstream gradient folded in, and accumulates the weight gradient
-in float32. Sums over a response's tokens are taken in float64 and returned as float32: a 4,096-token response stays exact to the
-last float32 digit.
+Design note. The head's logits of T response tokens over V words dwarf everything else in a preference step (T=16384,
+V=128256: 8.4 GB in float32), yet only one number per response leaves it. So the tokens go through the head in chunks: each
+chunk's logits live in float32 just long enough for their maximum, their sum of exponentials and the label's logit. Backward
+recomputes them chunk by chunk, turns them in place into dlogits with the response's upstream gradient folded in, and accumulates
+the weight gradient in float32. Sums over a response's tokens are taken in float64 and returned as float32: a 4,096-token response
+stays exact to the last float32 digit.
 
 T tokens, D hidden, V vocabulary, S responses. Token t belongs to response s where cu_seqlens[s] <= t < cu_seqlens[s+1].
 """
@@ -82,21 +82,24 @@ class _SequenceLogps(torch.autograd.Function):
     def forward(ctx, hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap, scale):  # type: ignore[no-untyped-def]
         dtype = _accumulate_dtype(hidden_TD.dtype)
         token_logps_T = torch.empty(len(labels_T), dtype=dtype, device=hidden_TD.device)
-        logsumexp_T = torch.empty_like(token_logps_T)
+        # The logsumexp in two parts: their float32 sum would lose digits that peaked logits need in backward.
+        max_T, log_sum_T = torch.empty_like(token_logps_T), torch.empty_like(token_logps_T)
         chunks = _chunks(len(labels_T), weight_VD.shape[0], hidden_TD.device.type)
         for start in chunks:
             part = slice(start, start + chunks.step)
             logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, softcap, scale)
+            max_T[part] = logits_CV.amax(1)
+            logits_CV.sub_(max_T[part, None])
             label_logits_C = logits_CV.gather(1, labels_T[part, None]).squeeze(1)
-            logsumexp_T[part] = torch.logsumexp(logits_CV, 1)
-            token_logps_T[part] = label_logits_C - logsumexp_T[part]
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, logsumexp_T)
+            log_sum_T[part] = logits_CV.exp_().sum(1).log()
+            token_logps_T[part] = label_logits_C - log_sum_T[part]
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, max_T, log_sum_T)
         ctx.softcap, ctx.scale = softcap, scale
         return torch.segment_reduce(token_logps_T.double(), "sum", lengths=cu_seqlens.diff().long()).to(dtype)
 
     @staticmethod
     def backward(ctx, d_logps_S):  # type: ignore[no-untyped-def]
-        hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, logsumexp_T = ctx.saved_tensors
+        hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, max_T, log_sum_T = ctx.saved_tensors
         softcap, scale = ctx.softcap, ctx.scale
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = _accumulate_dtype(hidden_TD.dtype)
@@ -110,7 +113,8 @@ class _SequenceLogps(torch.autograd.Function):
             logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, softcap, scale)
             capped_CV = None if softcap is None else logits_CV.clone()
             # d logits = d_token * (onehot - softmax), formed in place in the chunk's own logits
-            d_logits_CV = logits_CV.sub_(logsumexp_T[part, None]).exp_().mul_(-d_token_T[part, None])
+            softmax_CV = logits_CV.sub_(max_T[part, None]).sub_(log_sum_T[part, None]).exp_()
+            d_logits_CV = softmax_CV.mul_(-d_token_T[part, None])
             d_logits_CV.scatter_add_(1, labels_T[part, None], d_token_T[part, None])
             if capped_CV is not None:
                 d_logits_CV.mul_(1 - capped_CV.div_(softcap).square_())

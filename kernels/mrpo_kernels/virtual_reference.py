@@ -53,14 +53,15 @@ def aggregate_logps(clipped_KP2: Tensor, weights_KP: Tensor, aggregate: str) -> 
     references whose weight is not zero.
     """
     weights_KP1 = weights_KP[..., None]
+    gone_KP1 = weights_KP1 == 0
     if aggregate == "harmonic":
-        return -torch.logsumexp(weights_KP1.log() - clipped_KP2, 0)
+        return -torch.logsumexp((weights_KP1.log() - clipped_KP2).masked_fill(gone_KP1, -torch.inf), 0)
     if aggregate == "geometric":
-        return (weights_KP1 * clipped_KP2).masked_fill(weights_KP1 == 0, 0).sum(0)
+        return (weights_KP1 * clipped_KP2).masked_fill(gone_KP1, 0).sum(0)
     if aggregate == "arithmetic":
-        return torch.logsumexp(weights_KP1.log() + clipped_KP2, 0)
+        return torch.logsumexp((weights_KP1.log() + clipped_KP2).masked_fill(gone_KP1, -torch.inf), 0)
     if aggregate == "min":
-        return clipped_KP2.masked_fill(weights_KP1 == 0, torch.inf).amin(0)
+        return clipped_KP2.masked_fill(gone_KP1, torch.inf).amin(0)
     raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
 
 

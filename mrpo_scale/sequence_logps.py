@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.pair_batch import PairBatch, attention_mask, collate_pairs
+from mrpo_scale.pair_batch import (
+    SHARED_PROMPT_MODELS,
+    PairBatch,
+    attention_mask,
+    collate_pairs,
+    supports_shared_prompt,
+)
 from mrpo_scale.tokenization import PairTokens
 
 logger = logging.getLogger(__name__)
@@ -90,6 +96,24 @@ def _score(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
     return model.get_output_embeddings()(hidden_TD, pairs.labels_T, pairs.cu_seqlens).view(-1, 2)
 
 
+def choose_shared_prompt(setting: str, config: PretrainedConfig, name: str) -> bool:
+    """Resolve ``shared_prompt: auto|true|false`` for one model and log the choice once.
+
+    Raises:
+        ConfigError: ``true`` for a model type or attention that cannot be masked per pair.
+    """
+    supported = supports_shared_prompt(config)
+    if setting == "true" and not supported:
+        raise ConfigError(
+            f"`shared_prompt: true` does not work for {name} ({config.model_type} under {config._attn_implementation} attention): "
+            f"it is tested for {', '.join(SHARED_PROMPT_MODELS)} under sdpa and eager. Use `shared_prompt: auto`."
+        )
+    shared = supported and setting != "false"
+    way = "one forward over prompt, chosen and rejected" if shared else "two sequences per pair"
+    logger.info("%s (%s, %s attention): %s", name, config.model_type, config._attn_implementation, way)
+    return shared
+
+
 def score_pairs(model: nn.Module, pairs: PairBatch) -> Tensor:
     """Log-probs [P, 2] (chosen, rejected) in float32. ``model`` may be wrapped (DeepSpeed, DDP, FSDP2)."""
     return model(pairs=pairs)
@@ -131,6 +155,10 @@ def check_pair_scoring(model: nn.Module, name: str, *, shared_prompt: bool, devi
         raise ConfigError(
             f"{name} ({type(model).__name__}): its log-probs differ from its own logits by {difference:.3g} nats per "
             "token, so it does something to its logits or attention that is not supported here. "
-            + ("Try `shared_prompt: false`; if that fails too, leave this model out." if shared_prompt else "Leave it out.")
+            + (
+                "Try `shared_prompt: false`; if that fails too, leave this model out."
+                if shared_prompt
+                else "Leave it out."
+            )
         )
     return difference

@@ -1,0 +1,55 @@
+"""`mrpo train`: the command line. Errors a user can mend are one line on rank 0 and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: mrpo train [--config RECIPE] [--key value ...]
+
+RECIPE is a YAML file or the name of a recipe of the package; without one the quickstart runs. `mrpo train --help` lists all keys.
+Under a launcher: accelerate launch --config_file launch/accelerate/cpu_zero3.yaml launch/train.py --config RECIPE
+"""
+
+
+def train_main(argv: Sequence[str] | None = None) -> None:
+    """Parse, train, report. Exits with 2 on a ConfigError, with 1 on a TrainingError."""
+    _log_to_stderr()
+    # Imports are slow (transformers, torch), so `mrpo` alone answers without them.
+    from mrpo_scale.errors import ConfigError, TrainingError
+    from mrpo_scale.run import run
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not any(word == "--config" or word.startswith("--config=") for word in words) and not _names_a_model(words):
+        words = ["--config", "quickstart", *words]
+    try:
+        run(words)
+    except (ConfigError, TrainingError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
+        # The other ranks may be waiting in a collective of a rank that failed: leave at once, the launcher ends them.
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _names_a_model(words: Sequence[str]) -> bool:
+    return any(w.startswith("--model_name_or_path") or w in ("-h", "--help") for w in words)
+
+
+def _log_to_stderr() -> None:
+    main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("mrpo_scale").setLevel(logging.INFO if main else logging.ERROR)
+
+
+def main() -> None:
+    """The ``mrpo`` console script."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE)
+    elif command == "train":
+        train_main(sys.argv[2:])
+    else:
+        print(f"error: unknown command `{command}`.\n\n{USAGE}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,263 @@
+"""What a run is made of: flat keys from a YAML recipe, the command line or Python, all checked before any model loads.
+
+Keys keep the names and defaults of transformers' TrainingArguments and TRL's DPOConfig, ModelConfig and ScriptArguments where those
+have them; docs/from_trl.md has the table. Reading a recipe is in :mod:`mrpo_scale.recipe`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.objective import Objective
+from mrpo_scale.tokenization import PLAIN_TEMPLATE
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _key(default: Any, text: str) -> Any:
+    """A dataclass field with the help text that ``--help`` shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ScriptArguments:
+    """Which models and which data: what ``MRPOTrainer`` takes as arguments when called from Python."""
+
+    model_name_or_path: str | None = _key(
+        None, "Policy: hub id or folder. Its starting weights are reference 0, the anchor."
+    )
+    ref_models: list[str] = _key(
+        [],
+        "References 1..K-1: hub ids, folders, or mappings {model, revision, dtype, chat_template, system, name, ...}.",
+    )
+    dataset_name: str | None = _key(None, "Hub id, or a local json, jsonl, parquet, arrow or csv file or folder.")
+    dataset_config: str | None = _key(None, "Configuration name of a hub data set.")
+    dataset_train_split: str = _key("train", "Split to train on.")
+    dataset_test_split: str = _key("test", "Split to evaluate on, where the data set has it.")
+    held_out: float | None = _key(
+        None, "Without a test split: fraction (below 1) or number of pairs to hold out, seeded."
+    )
+    baselines: list[str] = _key([], "Objectives to train first, for the table at the end, e.g. `dpo`.")
+
+
+@dataclass
+class MRPOConfig(TrainingArguments):
+    """Everything else: TrainingArguments, the objective, text, references.
+
+    Raises:
+        ConfigError: a value out of range or a combination without meaning; names the key, the value and the remedy.
+    """
+
+    # TRL's defaults where they differ from TrainingArguments'
+    learning_rate: float = _key(1e-6, "The initial learning rate for AdamW.")
+    logging_steps: float = _key(10, "Log every this many optimizer steps.")
+    gradient_checkpointing: bool = _key(
+        True, "Recompute activations in the backward pass: less memory, about 25%% slower."
+    )
+    bf16: bool | None = _key(
+        None, "bf16 mixed precision. Default: where the device has it in hardware and fp16 is not set."
+    )
+    report_to: None | str | list[str] = _key("tensorboard", "Where metrics go: tensorboard, wandb, trackio, none, ...")
+
+    # Objective (objective.py)
+    objective: Literal["mrpo", "dpo", "multi_dpo"] = _key(
+        "mrpo", "mrpo (Eq. 7), dpo (anchor alone) or multi_dpo (Eq. 11)."
+    )
+    beta: float = _key(0.1, "Strength of the tie to the reference; higher stays closer.")
+    epsilon_max: float = _key(0.1, "Trust region around the anchor, relative (Eq. 8-9).")
+    clip: Literal["adaptive", "fixed", "none"] = _key(
+        "adaptive", "Trust region per response (Eq. 9), constant, or none."
+    )
+    ref_weights: list[str] = _key(
+        ["confidence"], "confidence (Eq. 10), uniform, or K numbers that sum to 1, anchor first."
+    )
+    aggregate: Literal["harmonic", "geometric", "arithmetic", "min"] = _key("harmonic", "Mean of the K references.")
+    loss_type: list[str] = _key(["sigmoid"], "Outer loss: sigmoid, ipo or hinge.")
+    label_smoothing: float = _key(0.0, "Probability that a label is flipped (cDPO), sigmoid only.")
+
+    # Models
+    dtype: str = _key("auto", "Weights of the policy: auto (float32), float32, bfloat16 or float16.")
+    model_revision: str | None = _key(None, "Revision of the policy on the hub.")
+    attn_implementation: str | None = _key(None, "sdpa, eager, flash_attention_2, ...: default is the model's.")
+    trust_remote_code: bool = _key(
+        False, "Run Python code that comes with the policy. References have a key of their own."
+    )
+    disable_dropout: bool = _key(True, "Train without dropout.")
+    anchor: str | None = _key(None, "Take this model as reference 0 instead of the policy's own starting weights.")
+    chat_template: str | None = _key(None, "Jinja chat template, or a file with one, to use instead of the policy's.")
+    system: Literal["native", "merge", "error"] = _key("native", "System turns where the template rejects them.")
+    plain_template: str = _key(PLAIN_TEMPLATE, "Jinja chat template for models that have none.")
+
+    # Data
+    dataset_layout: str = _key("auto", "Layout of the rows, recognised by inspection unless named.")
+    dataset_num_proc: int | None = _key(None, "Processes for tokenizing.")
+    max_length: int | None = _key(
+        1024, "Most tokens of prompt + response, in the policy's tokens; longer responses are cut."
+    )
+    on_bad_row: Literal["skip", "error"] = _key("skip", "What to do with a pair that cannot be scored by every model.")
+    max_bad_rows: float = _key(0.1, "Largest fraction of such pairs before the run stops.")
+
+    # References
+    shared_prompt: Literal["auto", "true", "false"] = _key("auto", "One forward over prompt, chosen and rejected.")
+    ref_shard_size: int | None = _key(
+        None, "Ranks that share one copy of each reference. Default: the ranks of a node."
+    )
+    ref_tokens_per_forward: int = _key(65536, "Padded tokens in one scoring forward; a larger window takes several.")
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        self.build_objective()
+        self._check()
+        super().__post_init__()
+        check_world_size(self.world_size)
+
+    def _normalise(self) -> None:
+        """Accept what a person writes in Python or YAML: a word for a one-word list, a bool for auto|true|false."""
+        if isinstance(self.ref_weights, str):
+            self.ref_weights = [self.ref_weights]
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.shared_prompt = str(self.shared_prompt).lower()  # type: ignore[assignment]
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.ddp_backend is None and not torch.cuda.is_available():
+            # Without a named backend, DeepSpeed on CPU lets each process train alone as a world of one.
+            self.ddp_backend = "gloo"
+        self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False  # a NaN loss stops the run; it is never averaged away
+
+    def build_objective(self) -> Objective:
+        """The :class:`Objective` of these keys; raises ConfigError where they do not make one."""
+        if len(self.loss_type) != 1:
+            raise ConfigError(
+                f"`loss_type: {self.loss_type}`: one outer loss is supported; choose sigmoid, ipo or hinge."
+            )
+        weights: Any = self.ref_weights[0] if len(self.ref_weights) == 1 else None
+        if weights not in ("confidence", "uniform"):
+            try:
+                weights = [float(w) for w in self.ref_weights]
+            except ValueError:
+                raise ConfigError(
+                    f"`ref_weights: {' '.join(map(str, self.ref_weights))}` is neither confidence, uniform nor a list of numbers."
+                ) from None
+        return Objective(
+            name=self.objective,
+            beta=self.beta,
+            epsilon_max=self.epsilon_max,
+            clip=self.clip,
+            ref_weights=weights,
+            aggregate=self.aggregate,
+            loss_type=self.loss_type[0],  # type: ignore[arg-type]
+            label_smoothing=self.label_smoothing,
+        )
+
+    def _check(self) -> None:
+        refuse = {
+            "auto_find_batch_size": (self.auto_find_batch_size, "set `per_device_train_batch_size`"),
+            "fsdp": (
+                self.fsdp,
+                "the policy is sharded by DeepSpeed ZeRO-3; use launch/accelerate/eight_gpu_zero3.yaml",
+            ),
+            "label_smoothing_factor": (self.label_smoothing_factor, "use `label_smoothing`"),
+            "train_sampling_strategy": (
+                getattr(self, "train_sampling_strategy", "random") not in ("random", "sequential"),
+                "use random or sequential; pairs of a step are grouped by length already",
+            ),
+        }
+        for key, (value, remedy) in refuse.items():
+            if value:
+                raise ConfigError(f"`{key}: {getattr(self, key)}` is not supported: {remedy}.")
+        _within("dtype", self.dtype, DTYPES)
+        _within("shared_prompt", self.shared_prompt, ("auto", "true", "false"))
+        _within("system", self.system, ("native", "merge", "error"))
+        _within("on_bad_row", self.on_bad_row, ("skip", "error"))
+        if not 0 <= self.max_bad_rows <= 1:
+            raise ConfigError(f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1.")
+        for key, least in (("max_length", 2), ("ref_shard_size", 1), ("ref_tokens_per_forward", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ConfigError(f"`{key}: {value}` must be at least {least}.")
+        if not math.isfinite(self.learning_rate) or self.learning_rate < 0:
+            raise ConfigError(f"`learning_rate: {self.learning_rate}` must be 0 or more.")
+
+    @property
+    def policy_dtype(self) -> torch.dtype:
+        """Float32 unless named: mixed precision and ZeRO keep bf16 copies of float32 weights themselves."""
+        return torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    def reference_dtype(self, name: str) -> torch.dtype:
+        """``auto``: the precision the policy computes in, so that step 0 compares like with like."""
+        if name != "auto":
+            return getattr(torch, name)
+        if self.dtype != "auto":
+            return self.policy_dtype
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model as a recipe names it. A reference is written as its path or as a mapping of these keys."""
+
+    model: str
+    name: str = ""
+    revision: str | None = None
+    dtype: str = "auto"
+    chat_template: str | None = None
+    system: str = "native"
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+
+
+def parse_ref_models(ref_models: list[str | Mapping[str, Any]]) -> list[ModelSpec]:
+    """``ref_models`` as typed: paths, hub ids, mappings, or mappings as JSON text (how the command line carries them).
+
+    Raises:
+        ConfigError: an unknown key of a mapping, or a mapping without ``model``.
+    """
+    known = {f.name for f in fields(ModelSpec)}
+    specs: list[ModelSpec] = []
+    for entry in ref_models:
+        values: Any = entry
+        if isinstance(entry, str):
+            try:
+                values = json.loads(entry) if entry.lstrip().startswith("{") else {"model": entry}
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"`ref_models: {entry}` is not a model name nor a JSON mapping: {error}.") from None
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"`ref_models: {entry}` must be a model name or a mapping, got {type(entry).__name__}.")
+        unknown = set(values) - known
+        if unknown or "model" not in values:
+            problem = f"unknown key `{min(unknown)}`" if unknown else "key `model` is missing"
+            raise ConfigError(f"`ref_models: {dict(values)}`: {problem}; known keys are {', '.join(sorted(known))}.")
+        spec = ModelSpec(**{k: v for k, v in values.items() if v is not None})
+        _within("ref_models.dtype", spec.dtype, DTYPES)
+        _within("ref_models.system", spec.system, ("native", "merge", "error"))
+        specs.append(spec)
+    return specs
+
+
+def check_world_size(world_size: int) -> None:
+    """A launcher that started N processes must have got a world of N: otherwise each one silently trains alone."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != world_size:
+        raise ConfigError(
+            f"the launcher started WORLD_SIZE={launched} processes but this process sees a world of {world_size}: each would train "
+            "alone. On CPU set `ddp_backend: gloo`; check `num_processes` and `distributed_type` of the accelerate config."
+        )
+
+
+def _within(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"`{key}: {value}` is not known; choose one of {', '.join(allowed)}.")

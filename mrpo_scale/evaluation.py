@@ -1,0 +1,80 @@
+"""What is measured on pairs, in training and on the held-out set: per-pair values whose weighted means are the metrics.
+
+``rewards/*`` belong to the run's objective; ``anchor/rewards/*`` and ``references/<name>/rewards/*`` are what plain DPO against
+that single reference would call the rewards. Under MRPO the former are not zero at step 0, because the virtual reference is not
+the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mrpo_scale.objective import Objective, PreferenceLoss
+
+
+@torch.no_grad()
+def pair_metrics(
+    policy_logps_P2: Tensor, ref_logps_KP2: Tensor, loss: PreferenceLoss, objective: Objective, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Metric name -> value of each pair, [P] float32. ``names`` are the K references', the anchor's first.
+
+    ``references/<name>/decides`` is the share of a pair's two texts for which the reference has the lowest clipped log-prob among
+    those with weight: it dominates the harmonic mean there. ``clipped`` is the share of the two that Eq. 8 moved.
+    """
+    metrics = {
+        "logps/chosen": policy_logps_P2[:, 0],
+        "logps/rejected": policy_logps_P2[:, 1],
+        "logps/accuracies": policy_logps_P2[:, 0] > policy_logps_P2[:, 1],
+        **_rewards("rewards", loss.rewards_P2),
+        **_rewards("anchor/rewards", objective.beta * (policy_logps_P2 - ref_logps_KP2[0])),
+    }
+    used = len(loss.weights_KP)
+    moved_KP2 = loss.clipped_KP2 != ref_logps_KP2[:used]
+    lowest_P2 = loss.clipped_KP2.masked_fill(loss.weights_KP[..., None] == 0, torch.inf).argmin(0)
+    for k, name in enumerate(names[:used]):
+        metrics[f"references/{name}/weight"] = loss.weights_KP[k]
+        metrics[f"references/{name}/clipped"] = moved_KP2[k].float().mean(-1)
+        metrics[f"references/{name}/decides"] = (lowest_P2 == k).float().mean(-1)
+    for k, name in enumerate(names[1:], start=1):
+        rewards_P2 = objective.beta * (policy_logps_P2 - ref_logps_KP2[k])
+        margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+        metrics[f"references/{name}/rewards/accuracies"] = margins_P > 0
+        metrics[f"references/{name}/rewards/margins"] = margins_P
+    return {name: value.float() for name, value in metrics.items()}
+
+
+def _rewards(prefix: str, rewards_P2: Tensor) -> dict[str, Tensor]:
+    chosen_P, rejected_P = rewards_P2.unbind(-1)
+    return {
+        f"{prefix}/chosen": chosen_P,
+        f"{prefix}/rejected": rejected_P,
+        f"{prefix}/accuracies": chosen_P > rejected_P,
+        f"{prefix}/margins": chosen_P - rejected_P,
+    }
+
+
+class MetricSums:
+    """Weighted sums of per-pair metrics over micro-batches, summed over ranks when asked for their means."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def add(self, metrics: dict[str, Tensor], weight_P: Tensor) -> None:
+        for name, value_P in {**metrics, "_pairs": torch.ones_like(weight_P)}.items():
+            total = (value_P * weight_P).double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over all pairs of all ranks, then start anew. ``reduce`` sums a tensor over ranks (a collective)."""
+        names = list(self._sums)
+        totals = reduce(torch.stack([self._sums[name] for name in names]))
+        self._sums = {}
+        values = dict(zip(names, totals.tolist(), strict=True))
+        pairs = values.pop("_pairs")
+        return {name: value / pairs for name, value in values.items()} if pairs else {}

@@ -1,0 +1,27 @@
+"""Peak memory of this process: GPU memory on a GPU, resident memory otherwise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak, so that two runs in one process do not report each other's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    clear_refs = Path("/proc/self/clear_refs")
+    if clear_refs.exists():
+        clear_refs.write_text("5")  # Linux: reset VmHWM to the present resident size
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak since the last reset, in GiB: allocated GPU memory, else the largest resident set (VmHWM; 0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(match.group(1)) / 2**20 if match else 0.0

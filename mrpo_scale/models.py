@@ -1,0 +1,196 @@
+"""From names to models: which folders, tokenizers and text views a run has. Only configs and tokenizers load here, no weights.
+
+Reference 0, the anchor, is the policy's own starting weights unless ``anchor`` names another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mrpo_scale.config import ModelSpec, MRPOConfig, parse_ref_models
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.references.sharding import ReferenceSource, check_source
+from mrpo_scale.tokenization import ModelText
+
+
+@dataclass(frozen=True)
+class PlannedReference:
+    source: ReferenceSource
+    view: int  #: index into RunPlan.texts
+    pad_token_id: int
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Every model of a run before any weights load. ``texts`` are the distinct views of the text, the policy's first."""
+
+    policy: ReferenceSource
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[ModelText]
+    references: list[PlannedReference]
+
+    @property
+    def names(self) -> list[str]:
+        return [reference.name for reference in self.references]
+
+
+def plan_models(
+    model: str | PreTrainedModel,
+    ref_models: Sequence[str | Mapping[str, Any]],
+    args: MRPOConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> RunPlan:
+    """Resolve and check every model of a run.
+
+    Args:
+        model: the policy, as a name or loaded. A loaded one's starting weights are written to ``output_dir/anchor``, from where
+            the anchor's shards stream: references never share storage with a policy that trains.
+
+    Raises:
+        ConfigError: a model that is missing, has no safetensors, wants remote code, or has no fast tokenizer.
+    """
+    spec = ModelSpec(
+        model=model if isinstance(model, str) else str(Path(args.output_dir) / "anchor"),
+        name="policy",
+        revision=args.model_revision,
+        chat_template=args.chat_template,
+        system=args.system,
+        trust_remote_code=args.trust_remote_code,
+        attn_implementation=args.attn_implementation,
+    )
+    if not isinstance(model, str):
+        if tokenizer is None:
+            raise ConfigError("`processing_class` is missing: pass the policy's tokenizer beside a loaded model.")
+        write_weights(model, Path(spec.model), is_main=args.process_index == 0)
+    policy = _source(spec, args, args.policy_dtype)
+    policy_config = check_source(policy)
+    tokenizer = tokenizer or _tokenizer(spec)
+    texts = [_text(spec, args, tokenizer, policy_config)]
+
+    ref_specs = parse_ref_models(list(ref_models))
+    anchor_spec = parse_ref_models([args.anchor])[0] if args.anchor else spec
+    references: list[PlannedReference] = []
+    for k, (ref_spec, name) in enumerate(zip([anchor_spec, *ref_specs], _names(ref_specs), strict=True)):
+        source = _source(ref_spec, args, args.reference_dtype(ref_spec.dtype), name)
+        config = check_source(source)
+        own_text = k == 0 and not args.anchor
+        ref_tokenizer = tokenizer if own_text else _tokenizer(ref_spec, name)
+        view = _view(texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name))
+        references.append(PlannedReference(source, view, _pad_token_id(ref_tokenizer)))
+    args.build_objective().check_references(len(references))
+    return RunPlan(policy, tokenizer, texts, references)
+
+
+def load_policy(source: ReferenceSource) -> PreTrainedModel:
+    """The policy's weights, partitioned on the way in when a ZeRO-3 config is alive."""
+    return AutoModelForCausalLM.from_pretrained(
+        source.path,
+        revision=source.revision,
+        dtype=source.dtype,
+        trust_remote_code=source.trust_remote_code,
+        attn_implementation=source.attn_implementation,
+        use_safetensors=True,
+    )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, those that attention layers keep as a number included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "hidden_dropout", "resid_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def write_weights(model: PreTrainedModel, folder: Path, *, is_main: bool) -> None:
+    """Write a loaded model's weights as safetensors; under ZeRO-3 they are gathered one parameter at a time. Collective."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                full = parameter.detach().cpu().clone() if is_main else None
+        else:
+            full = parameter.detach().cpu()
+        if is_main:
+            weights[name] = full
+    if is_main:
+        model.save_pretrained(folder, state_dict=weights)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _source(spec: ModelSpec, args: MRPOConfig, dtype: torch.dtype, name: str = "policy") -> ReferenceSource:
+    return ReferenceSource(
+        name=name,
+        path=spec.model,
+        revision=spec.revision,
+        dtype=dtype,
+        trust_remote_code=spec.trust_remote_code,
+        attn_implementation=spec.attn_implementation or args.attn_implementation,
+    )
+
+
+def _names(specs: Sequence[ModelSpec]) -> list[str]:
+    """``anchor``, then each reference's own name or its path's last part; numbered where two are alike."""
+    names = ["anchor"]
+    for spec in specs:
+        name = base = spec.name or Path(spec.model).name
+        n = 1
+        while name in names:
+            n += 1
+            name = f"{base}-{n}"
+        names.append(name)
+    return names
+
+
+def _tokenizer(spec: ModelSpec, name: str = "policy") -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(
+            spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name}: no tokenizer could be read from `{spec.model}`: {reason}") from error
+
+
+def _text(
+    spec: ModelSpec, args: MRPOConfig, tokenizer: PreTrainedTokenizerBase, config: Any, name: str = "policy"
+) -> ModelText:
+    return ModelText(
+        tokenizer,
+        name=name,
+        max_context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        chat_template=spec.chat_template,
+        plain_template=args.plain_template,
+        system=spec.system,
+    )
+
+
+def _view(texts: list[ModelText], text: ModelText) -> int:
+    """Index of ``text`` among the distinct views; models of one family read the same tokens, so they share one."""
+    key = (text.fingerprint(), text.max_context)
+    for i, known in enumerate(texts):
+        if (known.fingerprint(), known.max_context) == key:
+            return i
+    texts.append(text)
+    return len(texts) - 1
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any valid id does: padding is masked and never scored."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -1,0 +1,297 @@
+"""One frozen model on one shard group: each of its ranks holds 1/g of every weight and scores pairs of its own.
+
+Nothing is ever whole on the way in: the model is built on the meta device (its buffers are real, since no checkpoint holds them),
+sharded with FSDP2, and each rank reads only its rows of each tensor from the safetensors files. A forward gathers one decoder
+layer at a time; afterwards every weight is a shard again, the embedding and the head included.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.pair_batch import PairBatch, collate_pairs, supports_shared_prompt
+from mrpo_scale.references.source import ReferenceSource, check_source, one_line, snapshot, some, weight_files
+from mrpo_scale.sequence_logps import check_pair_scoring, enable_pair_scoring, score_pairs
+from mrpo_scale.tokenization import PairTokens
+
+SharedPrompt = Literal["auto", "true", "false"]
+
+# Buffers that old checkpoints hold and that today's models compute; `PreTrainedModel` ignores the same two for every model.
+_COMPUTED_BUFFERS = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+
+
+class ShardedReference:
+    """A frozen causal LM, sharded over ``group``, that turns pairs into log-probs.
+
+    Collective over the group: loading, and every :meth:`score`, in the same order on all its ranks.
+
+    Args:
+        group: the shard group of this rank; None or a group of one rank holds the whole model here.
+        device: of the weights and the computation.
+        shared_prompt: whether pairs may come with one prompt for both responses; ``auto`` asks the model.
+
+    Attributes:
+        shared_prompt: the layout that batches for this reference must have.
+        bytes_per_rank: of this rank's shard, parameters only.
+        gathers: forwards so far, each of which gathers the whole model once.
+
+    Raises:
+        ConfigError: on every rank of the group if on any: see :func:`check_source`; or the checkpoint's tensors are not the
+            model's, or its scores are not what its own logits say.
+    """
+
+    def __init__(
+        self,
+        source: ReferenceSource,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        shared_prompt: SharedPrompt = "auto",
+    ) -> None:
+        self.source, self.name = source, source.name
+        self.group = group if group is not None and group.size() > 1 else None
+        self.device = device
+        self.gathers = 0
+        folder = self._resolve()
+        with _fail_together(self.group):
+            self.model = _build(source, check_source(source))
+            self.shared_prompt = _pick_layout(shared_prompt, self.config, source.name)
+            self._load(weight_files(folder, source.name))
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())
+        self.bytes_per_rank = sum(_local(p).numel() * p.element_size() for p in self.model.parameters())
+        smallest = PairTokens(prompt_ids=[0], chosen_ids=[0], rejected_ids=[0])
+        self._smallest = collate_pairs([smallest], shared_prompt=self.shared_prompt).to(device)
+        check_pair_scoring(self.model, self.name, shared_prompt=self.shared_prompt, device=device)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def group_size(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    @torch.no_grad()
+    def score(self, pairs: PairBatch | None) -> Tensor:
+        """Log-probs [P, 2] float32 of this rank's pairs; None, from a rank that has none left, keeps step and returns [0, 2]."""
+        self.gathers += 1
+        if pairs is None:
+            return score_pairs(self.model, self._smallest)[:0]
+        return score_pairs(self.model, pairs.to(self.device))
+
+    def _resolve(self) -> Path:
+        """The folder of the weights. A hub id is downloaded by one rank of each node, while the group waits."""
+        if Path(self.source.path).is_dir():
+            return Path(self.source.path)
+        downloads = self.group is None or self.group.rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
+        with _fail_together(self.group):
+            if downloads:
+                snapshot(self.source, local_files_only=False)
+        with _fail_together(self.group):
+            return snapshot(self.source, local_files_only=True)
+
+    def _load(self, files: list[Path]) -> None:
+        where = {key: file for file in files for key in _keys(file, self.name)}
+        plan = _match_names(self.model, where, self.name)
+        enable_pair_scoring(self.model, self.name)
+        mesh = None
+        if self.group is not None:
+            mesh = DeviceMesh.from_group(self.group, self.device.type)
+            _shard(self.model, mesh, self.name)
+        for file in files:
+            with _open(file, self.name) as tensors:
+                for key in [key for key in plan if where[key] == file]:
+                    _fill(self.model, plan[key], tensors.get_slice(key), self, mesh)
+        for module in self.model.modules():
+            for buffer_name, buffer in module._buffers.items():
+                module._buffers[buffer_name] = None if buffer is None else buffer.to(self.device)
+        state = [*self.model.named_parameters(), *self.model.named_buffers()]
+        if on_meta := [name for name, tensor in state if tensor.is_meta]:
+            raise RuntimeError(f"{self.name}: after loading, nothing was put in {some(on_meta)}")
+
+
+@contextmanager
+def _fail_together(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """An error on one rank of the group becomes an error on all: the others would wait for it in their next collective."""
+    try:
+        yield
+    except Exception as error:
+        _reports(f"{type(error).__name__}: {one_line(error)}", group)
+        raise
+    for rank, report in enumerate(_reports(None, group)):
+        if report is not None:
+            raise ConfigError(f"rank {rank} of this shard group failed: {report}")
+
+
+def _reports(report: str | None, group: dist.ProcessGroup | None) -> list[str | None]:
+    reports: list[str | None] = [report] * (1 if group is None else group.size())
+    if group is not None:
+        dist.all_gather_object(reports, report, group=group)
+    return reports
+
+
+@contextmanager
+def _zero3_unset() -> Iterator[None]:
+    """Hide transformers' ZeRO-3 config object: alive, it partitions every model that is built over the whole world."""
+    weak = hf_deepspeed._hf_deepspeed_config_weak_ref
+    alive = None if weak is None else weak()
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if alive is not None:
+            hf_deepspeed.set_hf_deepspeed_config(alive)
+
+
+def _build(source: ReferenceSource, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with its parameters on meta and its buffers real, frozen and in eval mode."""
+    options: dict[str, Any] = {"dtype": source.dtype, "trust_remote_code": source.trust_remote_code}
+    if source.attn_implementation is not None:
+        options["attn_implementation"] = source.attn_implementation
+    # Not `to_empty` after a build on meta: it leaves the rotary buffers garbage, and nothing complains.
+    with _zero3_unset(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, **options)
+        model.tie_weights()  # the move to meta has parted what the constructor tied
+    return model.requires_grad_(False).eval()
+
+
+def _pick_layout(shared_prompt: SharedPrompt, config: PretrainedConfig, name: str) -> bool:
+    supported = supports_shared_prompt(config)
+    if shared_prompt == "true" and not supported:
+        raise ConfigError(
+            f"{name}: `shared_prompt: true`, but model type {config.model_type!r} under {config._attn_implementation!r} "
+            "attention takes no mask over pairs; use `shared_prompt: auto`."
+        )
+    return supported and shared_prompt != "false"
+
+
+def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str) -> None:
+    """FSDP2 over each decoder layer, over an untied embedding and head, and over the rest."""
+    classes = set(model._no_split_modules or ())
+    units: list[nn.Module] = [module for module in model.modules() if type(module).__name__ in classes]
+    if not units:
+        raise ConfigError(
+            f"{name} ({type(model).__name__}) does not say which of its modules are decoder layers (`_no_split_modules`), so it "
+            "cannot be sharded; set `ref_shard_size: 1` to hold it whole on every rank."
+        )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is not head.weight:  # then the two large matrices need not be whole at the same time
+        units += [embedding, head]
+    for unit in [*reversed(units), model]:
+        # Said for the root too: by default it stays gathered after a forward, in the belief that a backward follows.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+
+
+def _open(file: Path, name: str) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ConfigError(
+            f"{name}: {file} is not a whole safetensors file ({one_line(error)}); copy it again."
+        ) from error
+
+
+def _keys(file: Path, name: str) -> list[str]:
+    with _open(file, name) as tensors:
+        return list(tensors.keys())
+
+
+def _match_names(model: PreTrainedModel, where: Mapping[str, Path], name: str) -> dict[str, list[str]]:
+    """{checkpoint key: the model's names of that tensor}, several if tied.
+
+    Raises:
+        ConfigError: a tensor is missing, or unknown to the model, or of another shape; or tied tensors differ on disk.
+    """
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for tensor_name, tensor in model.state_dict(keep_vars=True).items():
+        names_of[id(tensor)].append(tensor_name)
+    plan: dict[str, list[str]] = {}
+    missing: list[str] = []
+    for names in names_of.values():
+        keys = [n for n in names if n in where]
+        if keys:
+            plan[keys[0]] = names
+            for other in keys[1:]:
+                _check_tied(keys[0], other, where, name)
+        else:
+            missing.append(names[0])
+    known = {n for names in names_of.values() for n in names}
+    ignorable = re.compile("|".join([*_COMPUTED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]))
+    unknown = sorted(key for key in where if key not in known and not ignorable.search(key))
+    if missing or unknown:
+        problems = [f"misses {some(missing)}"] * bool(missing) + [f"has unknown {some(unknown)}"] * bool(unknown)
+        raise ConfigError(
+            f"{name}: the checkpoint {' and '.join(problems)}, so it is not a {type(model).__name__} as transformers writes it. If "
+            "`from_pretrained` reads it without a warning, `save_pretrained` writes a folder that can be used here."
+        )
+    return plan
+
+
+def _check_tied(key: str, other: str, where: Mapping[str, Path], name: str) -> None:
+    with _open(where[key], name) as one, _open(where[other], name) as two:
+        if not torch.equal(one.get_tensor(key), two.get_tensor(other)):
+            raise ConfigError(
+                f"{name}: its config ties {key} to {other}, but the checkpoint holds two different tensors; say "
+                "`tie_word_embeddings: false` in its config.json if they are meant to differ."
+            )
+
+
+def _fill(
+    model: PreTrainedModel, names: list[str], on_disk: Any, reference: ShardedReference, mesh: DeviceMesh | None
+) -> None:
+    """Put this rank's rows of one tensor of the checkpoint wherever the model has it."""
+    owner, _, leaf = names[0].rpartition(".")
+    module = model.get_submodule(owner)
+    target = getattr(module, leaf)
+    shape = list(target.shape)
+    if on_disk.get_shape() != shape:
+        raise ConfigError(
+            f"{reference.name}: {names[0]} is {on_disk.get_shape()} in the checkpoint but {shape} by its config.json; the two do "
+            "not belong together."
+        )
+    if leaf in module._buffers:
+        module._buffers[leaf] = on_disk[...].to(reference.device, target.dtype, copy=True)
+        return
+    dtype = reference.source.dtype
+    # Copies throughout: what safetensors hands out is a view of the mapped file.
+    if mesh is None:
+        weight = on_disk[...].to(reference.device, dtype, copy=True)
+    else:
+        rows = -(-shape[0] // mesh.size())  # as torch.chunk cuts, which is how Shard(0) lies
+        start = min(mesh.get_local_rank() * rows, shape[0])
+        stop = min(start + rows, shape[0])
+        local = on_disk[start:stop] if start < stop else torch.empty(0, *shape[1:])
+        weight = DTensor.from_local(
+            local.to(reference.device, dtype, copy=True),
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=target.shape,
+            stride=target.stride(),
+        )
+    parameter = nn.Parameter(weight, requires_grad=False)
+    for tied_name in names:
+        owner, _, leaf = tied_name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = parameter
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,187 @@
+"""One recipe from start to end: the baselines it names, its own objective, the table, the model folder, the pictures."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+
+from mrpo_scale.config import MRPOConfig, ScriptArguments
+from mrpo_scale.data import load_rows
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.memory import peak_memory_gib, reset_peak_memory
+from mrpo_scale.recipe import parse
+from mrpo_scale.report import ModelCard, RunSummary, comparison_table, plot_comparison, plot_curves
+from mrpo_scale.toyworld import resolve
+from mrpo_scale.trainer import MRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def run(words: Sequence[str]) -> list[RunSummary]:
+    """Train what the command line asks for and print the comparison; returns the table's rows (on every rank).
+
+    Each baseline is the same recipe with another ``objective``, in ``<output_dir>/<objective>``.
+
+    Raises:
+        ConfigError, TrainingError: see errors.py.
+    """
+    script, config = parse(words)
+    rows: list[RunSummary] = []
+    histories: dict[str, list[dict[str, Any]]] = {}
+    for baseline in script.baselines:
+        folder = str(Path(config.output_dir) / baseline)
+        trained = _train(*parse([*words, "--objective", baseline, "--output_dir", folder]))
+        _keep(trained, rows, histories)
+    if script.baselines:
+        script, config = parse(words)  # a fresh DeepSpeed configuration for the second engine of this process
+    _keep(_train(script, config), rows, histories)
+    if config.process_index == 0:
+        print(f"\n{comparison_table(rows)}\n", flush=True)
+        if len(histories) > 1:
+            plot_comparison(histories, Path(config.output_dir) / "comparison.png")
+        print(f"model, model card and curves: {config.output_dir}", flush=True)
+    return rows
+
+
+def _keep(trained: tuple[list[RunSummary], list[dict[str, Any]]], rows: list[RunSummary], histories: dict) -> None:
+    summaries, history = trained
+    rows += [row for row in summaries if row.name not in {known.name for known in rows}]
+    histories[summaries[-1].name] = history
+
+
+def _train(script: ScriptArguments, config: MRPOConfig) -> tuple[list[RunSummary], list[dict[str, Any]]]:
+    """One objective: train, evaluate, save. Returns the rows `base` and its own, and the log."""
+    train_rows, eval_rows = _load_data(script, config)
+    reset_peak_memory()
+    trainer = MRPOTrainer(
+        resolve(script.model_name_or_path),
+        ref_models=[resolve(ref) for ref in script.ref_models],
+        args=config,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+    )
+    _announce(trainer)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if eval_rows is not None and not any(
+        "eval_loss" in e and e["step"] == trainer.state.global_step for e in _log(trainer)
+    ):
+        trainer.evaluate()
+    summaries = _summaries(trainer)
+    save_final(trainer, script)
+    history = _log(trainer)
+    _release(trainer)
+    return summaries, history
+
+
+def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
+    for key in ("model_name_or_path", "dataset_name"):
+        if not getattr(script, key):
+            raise ConfigError(f"`{key}` is missing; name it in the recipe or as --{key}.")
+    with config.main_process_first(local=True, desc="reading the data set"):
+        return load_rows(
+            resolve(script.dataset_name),
+            config=script.dataset_config,
+            train_split=script.dataset_train_split,
+            test_split=script.dataset_test_split,
+            held_out=script.held_out,
+            seed=config.seed,
+        )
+
+
+def _announce(trainer: MRPOTrainer) -> None:
+    args = trainer.args
+    stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
+    sharding = f"DeepSpeed ZeRO stage {stage}" if stage is not None else "no DeepSpeed"
+    logger.info(
+        "%s: world size %d, %s, %s; K=%d references: %s",
+        args.objective, args.world_size, sharding, args.device, len(trainer.plan.names), ", ".join(trainer.plan.names),
+    )  # fmt: skip
+    logger.info("%d pairs, %d per optimizer step", len(trainer.train_dataset), trainer.window_size)
+
+
+def _log(trainer: MRPOTrainer) -> list[dict[str, Any]]:
+    return trainer.state.log_history
+
+
+def _summaries(trainer: MRPOTrainer) -> list[RunSummary]:
+    """Rows of the table: the untrained policy where it was evaluated, and this run."""
+    memory = torch.tensor([peak_memory_gib(trainer.args.device)], device=trainer.args.device)
+    everyone = trainer.accelerator.gather(memory).tolist()
+    evals = [entry for entry in _log(trainer) if "eval_loss" in entry]
+    rows = []
+    if len(evals) > 1 and evals[0]["step"] == 0:
+        rows.append(RunSummary("base", evals[0]["eval_logps/accuracies"], None, None, None, None))
+    last = evals[-1] if evals else {}
+    objective, num_refs = trainer.args.objective, len(trainer.plan.names)
+    rows.append(
+        RunSummary(
+            name="DPO" if objective == "dpo" else f"{objective.upper().replace('_', '-')} (K={num_refs})",
+            ranking_accuracy=last.get("eval_logps/accuracies"),
+            reward_accuracy=last.get("eval_rewards/accuracies"),
+            reward_margin=last.get("eval_rewards/margins"),
+            seconds_per_step=trainer.seconds_per_step,
+            peak_memory_gib_per_rank=everyone,
+        )
+    )
+    return rows
+
+
+def save_final(trainer: MRPOTrainer, script: ScriptArguments) -> None:
+    """The trained model as an ordinary Hugging Face folder, its card and its curves, in ``output_dir``. Collective."""
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    plot_curves(_log(trainer), folder / "curves.png", title=f"{trainer.args.objective}: {script.model_name_or_path}")
+    (folder / "README.md").write_text(_card(trainer, script).render())
+
+
+def _card(trainer: MRPOTrainer, script: ScriptArguments) -> ModelCard:
+    args, plan = trainer.args, trainer.plan
+    evals = [entry for entry in _log(trainer) if "eval_loss" in entry]
+    packages = ("mrpo-scale", "torch", "transformers", "accelerate", "deepspeed", "datasets")
+    return ModelCard(
+        base_model=str(script.model_name_or_path),
+        dataset=str(script.dataset_name),
+        settings={
+            "objective": args.objective,
+            "beta": args.beta,
+            "epsilon_max": args.epsilon_max,
+            "clip": args.clip,
+            "ref_weights": " ".join(map(str, args.ref_weights)),
+            "aggregate": args.aggregate,
+            "loss_type": " ".join(args.loss_type),
+            "label_smoothing": args.label_smoothing,
+            "learning_rate": args.learning_rate,
+            "pairs per optimizer step": trainer.window_size,
+            "optimizer steps": trainer.state.global_step,
+            "max_length": args.max_length,
+        },
+        references=[(r.name, r.source.path, r.source.revision) for r in plan.references],
+        data={split: {"pairs": len(pairs), **pairs.counts} for split, pairs in trainer.pair_sets.items()},
+        results=evals[-1] if evals else {},
+        versions={name: importlib.metadata.version(name) for name in packages},
+        curves="curves.png",
+    )
+
+
+def _release(trainer: MRPOTrainer) -> None:
+    """Let go of a finished run's engine and shards, so that the next one in this process starts clean."""
+    if trainer.deepspeed is not None:
+        trainer.deepspeed.destroy()
+    trainer.scorer.references.clear()
+    trainer.accelerator.free_memory()
+    # The process group lives on in PartialState; the run's precision and DeepSpeed plugin do not.
+    AcceleratorState._reset_state()
+    gc.collect()
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,325 @@
+"""MRPOTrainer: transformers' Trainer with K references, exact means over the global window, and the fused head.
+
+Checkpoints, resume, callbacks, logging and the DeepSpeed integration are the Trainer's own. Overridden are the rooms where a step
+happens: what a window is (samplers, ``get_batch_samples``), what its loss is (``compute_loss``) and what is measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from mrpo_scale.config import MRPOConfig
+from mrpo_scale.data import find_layout
+from mrpo_scale.errors import ConfigError, TrainingError
+from mrpo_scale.evaluation import MetricSums, pair_metrics
+from mrpo_scale.models import RunPlan, disable_dropout, load_policy, plan_models
+from mrpo_scale.objective import preference_loss
+from mrpo_scale.references.placement import placement_table, shard_groups
+from mrpo_scale.references.scoring import Reference, ReferenceScorer
+from mrpo_scale.references.sharding import ShardedReference
+from mrpo_scale.sequence_logps import check_pair_scoring, choose_shared_prompt, enable_pair_scoring, score_pairs
+from mrpo_scale.tokenization import PairDataset, prepare_pairs
+from mrpo_scale.window import MicroBatch, PairExample, WeightedPairs, WindowSampler, policy_batches
+
+logger = logging.getLogger(__name__)
+
+
+class MRPOTrainer(Trainer):
+    """Finetune ``model`` on preference pairs against its own starting weights and ``ref_models``.
+
+    Args:
+        model: hub id, folder, or a loaded causal LM.
+        ref_models: references 1..K-1, as names or mappings (see ``ref_models`` in config.py). None: plain DPO.
+        args: an :class:`MRPOConfig`; default ``MRPOConfig()``.
+        train_dataset, eval_dataset: rows of any supported layout; ``eval_dataset`` may be a mapping of names to sets.
+        processing_class: the policy's tokenizer; read from ``model`` when that is a name.
+        **kwargs: what Trainer takes: callbacks, optimizers, ...
+
+    Raises:
+        ConfigError: before any weights load, when models, data and keys do not fit together.
+    """
+
+    args: MRPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        ref_models: Sequence[str | Mapping[str, Any]] = (),
+        args: MRPOConfig | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else MRPOConfig()
+        self.objective = args.build_objective()
+        self.plan = plan_models(model, ref_models, args, processing_class)
+        self.pair_sets = _prepare_data(self.plan, args, train_dataset, eval_dataset)
+        weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
+        evals = {split: pairs for split, pairs in weighted.items() if split != "train"}
+
+        policy = load_policy(self.plan.policy) if isinstance(model, str) else model
+        enable_pair_scoring(policy, "policy")
+        if args.disable_dropout:
+            disable_dropout(policy)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=list,
+            train_dataset=weighted.get("train"),
+            eval_dataset=evals if isinstance(eval_dataset, dict) else evals.get("eval"),
+            processing_class=self.plan.tokenizer,
+            **kwargs,
+        )
+        # The loss of a micro-batch is already its share of the global window's mean.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.shared_prompt = choose_shared_prompt(args.shared_prompt, policy.config, "policy")
+        self.pad_token_id = self.plan.references[0].pad_token_id
+        self.scorer = _load_references(self.plan, args)
+        self.step_seconds: list[float] = []
+        self._metrics = MetricSums()
+        self._seconds = {"references": 0.0, "step": 0.0}
+        self._tokens = 0
+        self._held_out_scores: dict[int, dict[int, Tensor]] = {}
+        self._policy_checked = False
+        self._step_started: float | None = None
+
+    # ---- which pairs make a step -------------------------------------------------------------------------------------
+
+    @property
+    def window_size(self) -> int:
+        """Pairs per optimizer step over all ranks."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> WindowSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return WindowSampler(
+            len(dataset),
+            self.window_size,
+            shuffle=getattr(self.args, "train_sampling_strategy", "random") == "random",
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> WindowSampler:
+        return WindowSampler(len(eval_dataset), self.args.eval_batch_size * self.args.world_size, shuffle=False, seed=0)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[PairExample]], num_batches: int, device: torch.device
+    ) -> tuple[list[MicroBatch], Tensor]:
+        """This rank's share of the next window, scored by every reference, and the number of pairs in the whole window."""
+        now = time.perf_counter()
+        if self._step_started is not None:
+            self.step_seconds.append(now - self._step_started)
+        self._step_started = now
+        self._check_policy()
+        examples = [example for _ in range(num_batches) for example in next(epoch_iterator)]
+        ref_logps_KP2 = self.scorer.score(examples)
+        self._seconds["references"] += time.perf_counter() - now
+        batches = policy_batches(
+            examples, ref_logps_KP2, num_batches, shared_prompt=self.shared_prompt, pad_token_id=self.pad_token_id
+        )
+        pairs = torch.tensor(sum(e.weight for e in examples), device=device)
+        return batches, self._sum_over_ranks(pairs)
+
+    def _check_policy(self) -> None:
+        if not self._policy_checked:
+            self._policy_checked = True
+            check_pair_scoring(
+                self.model_wrapped, "policy", shared_prompt=self.shared_prompt, device=self.accelerator.device
+            )
+
+    # ---- what a step minimises ---------------------------------------------------------------------------------------
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: MicroBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """This micro-batch's share of the window's mean loss, times the world size (data parallelism averages gradients).
+
+        Raises:
+            TrainingError: on every rank, when any rank's loss is not finite; nothing is stepped or saved.
+        """
+        policy_logps_P2 = score_pairs(model, inputs.pairs)
+        loss = preference_loss(policy_logps_P2, inputs.ref_logps_KP2, self.objective)
+        self._stop_if_not_finite(loss.losses_P, inputs)
+        if self.state.global_step == 0 and not self._metrics:
+            self._compare_with_anchor(policy_logps_P2, inputs.ref_logps_KP2)
+        self._metrics.add(
+            pair_metrics(policy_logps_P2, inputs.ref_logps_KP2, loss, self.objective, self.plan.names), inputs.weight_P
+        )
+        self._tokens += inputs.pairs.num_tokens
+        assert num_items_in_batch is not None
+        return (loss.losses_P * inputs.weight_P).sum() / num_items_in_batch * self.accelerator.num_processes
+
+    def _stop_if_not_finite(self, losses_P: Tensor, inputs: MicroBatch) -> None:
+        bad_P = ~torch.isfinite(losses_P.detach())
+        if not self._sum_over_ranks(bad_P.any().float()):
+            return
+        mine = [
+            self.pair_sets["train"].source_row(row) for row, bad in zip(inputs.rows, bad_P.tolist(), strict=True) if bad
+        ]
+        everyone: list[list[int]] = [mine]
+        if dist.is_initialized():
+            everyone = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everyone, mine)
+        where = "; ".join(f"rank {rank}: rows {rows}" for rank, rows in enumerate(everyone) if rows)
+        raise TrainingError(
+            f"the loss of step {self.state.global_step + 1} is not finite for training pairs of {where} (row numbers of the "
+            f"data set). All ranks stop; the last checkpoint in {self.args.output_dir} is as it was. Look at those rows and at "
+            "`learning_rate`, or at the reference that returned such a log-prob."
+        )
+
+    def _compare_with_anchor(self, policy_logps_P2: Tensor, ref_logps_KP2: Tensor) -> None:
+        """Before the first step the policy is the anchor: say how closely their log-probs agree."""
+        if not self.args.anchor:
+            relative = ((policy_logps_P2.detach() - ref_logps_KP2[0]) / ref_logps_KP2[0]).abs().max().item()
+            log = logger.warning if relative > 0.02 else logger.info
+            log("step 0: the policy's log-probs differ from the anchor's by at most %.1e relative", relative)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs  # tensors are on the device, and DeepSpeed's cast of floats to bf16 would round log-probs
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        if not isinstance(inputs, MicroBatch):
+            return 0
+        return 6 * self._num_parameters * inputs.pairs.num_tokens
+
+    @property
+    def _num_parameters(self) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+        return tensor
+
+    # ---- what is measured --------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the steps since the last log; called on every rank."""
+        if "loss" in logs and self._metrics:
+            logs.update(self._metrics.means(self._sum_over_ranks))
+            logs.update(self._speed())
+        super().log(logs, start_time)
+
+    def _speed(self) -> dict[str, float]:
+        steps = self.step_seconds[self._steps_logged :] if hasattr(self, "_steps_logged") else self.step_seconds
+        self._steps_logged = len(self.step_seconds)
+        seconds = sum(steps)
+        tokens = self._sum_over_ranks(torch.tensor(float(self._tokens), device=self.accelerator.device)).item()
+        speed = {"time/references": self._seconds["references"]}
+        if seconds:
+            speed["time/step"] = seconds / len(steps)
+            speed["tokens_per_second"] = tokens / seconds
+        self._tokens, self._seconds["references"] = 0, 0.0
+        return speed
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median over the steps after the first, evaluation and saving left out where they do not fall inside a step."""
+        steps = self.step_seconds[1:]
+        return statistics.median(steps) if steps else None
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self._eval_scores = self._score_held_out(dataloader)
+        self._eval_metrics = MetricSums()
+        self._step_started = None
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        means = self._eval_metrics.means(self._sum_over_ranks)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
+        """Measure one batch of held-out pairs; the metrics are summed here, not gathered by the Trainer."""
+        ref_logps_KP2 = torch.stack([self._eval_scores[e.row] for e in inputs], dim=1)
+        batch = policy_batches(
+            inputs, ref_logps_KP2, 1, shared_prompt=self.shared_prompt, pad_token_id=self.pad_token_id
+        )[0]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logps_P2 = score_pairs(model, batch.pairs)
+        loss = preference_loss(logps_P2, batch.ref_logps_KP2, self.objective)
+        metrics = pair_metrics(logps_P2, batch.ref_logps_KP2, loss, self.objective, self.plan.names)
+        self._eval_metrics.add({"loss": loss.losses_P, **metrics}, batch.weight_P)
+        return None, None, None
+
+    def _score_held_out(self, dataloader: Any) -> dict[int, Tensor]:
+        """Row -> [K, 2] for this rank's rows of the set, from the references once and from memory afterwards."""
+        key = id(dataloader.dataset)
+        if key not in self._held_out_scores:
+            scores: dict[int, Tensor] = {}
+            progress = tqdm(
+                dataloader,
+                desc=f"Scoring held-out pairs with {len(self.plan.names)} references",
+                disable=self.args.disable_tqdm or not self.is_local_process_zero(),
+            )
+            for examples in progress:
+                ref_logps_KP2 = self.scorer.score(examples)
+                scores.update({e.row: ref_logps_KP2[:, i] for i, e in enumerate(examples)})
+            self._held_out_scores[key] = scores
+        return self._held_out_scores[key]
+
+
+def _prepare_data(
+    plan: RunPlan,
+    args: MRPOConfig,
+    train: datasets.Dataset | None,
+    evals: datasets.Dataset | dict[str, datasets.Dataset] | None,
+) -> dict[str, PairDataset]:
+    """Tokenize every set for every text view; the first rank of each host does the work, the others read its files."""
+    sets = {"train": train, **(evals if isinstance(evals, dict) else {"eval": evals})}
+    prepared = {}
+    for split, rows in sets.items():
+        if rows is None:
+            continue
+        if len(rows) == 0:
+            raise ConfigError(f"the {split} set has no rows; check `dataset_name` and the split keys.")
+        with args.main_process_first(local=True, desc=f"tokenizing {split}"):
+            prepared[split] = prepare_pairs(
+                rows,
+                find_layout(rows, args.dataset_layout),
+                plan.texts,
+                max_length=args.max_length,
+                on_bad_row=args.on_bad_row,
+                max_bad_rows=args.max_bad_rows,
+                bad_rows_file=Path(args.output_dir) / f"bad_rows_{split}.jsonl",
+                split=split,
+                num_proc=args.dataset_num_proc,
+                write=args.process_index == 0,
+            )
+    return prepared
+
+
+def _load_references(plan: RunPlan, args: MRPOConfig) -> ReferenceScorer:
+    """Every reference on this rank's shard group, one after the other, and a table of what went where."""
+    group = shard_groups(args.ref_shard_size, timeout=timedelta(seconds=args.ddp_timeout))
+    references = []
+    progress = tqdm(
+        plan.references, desc="Loading references", disable=args.disable_tqdm or args.local_process_index != 0
+    )
+    for planned in progress:
+        model = ShardedReference(planned.source, group, args.device, shared_prompt=args.shared_prompt)
+        references.append(Reference(planned.name, model, planned.view, planned.pad_token_id))
+    if args.process_index == 0:
+        logger.info("references:\n%s", placement_table([r.model for r in references]))
+    return ReferenceScorer(references, tokens_per_forward=args.ref_tokens_per_forward, group=group, device=args.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 USAGE = """usage: mrpo train [--config RECIPE] [--key value ...]
@@ -40,6 +41,9 @@ def _names_a_model(words: Sequence[str]) -> bool:
 def _log_to_stderr() -> None:
     main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Torch's renaming of a collective that DeepSpeed calls: one line per gather, nothing a user can act on.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator", category=UserWarning)
     logging.getLogger("mrpo_scale").setLevel(logging.INFO if main else logging.ERROR)
 
 

@@ -132,9 +132,11 @@ class MRPOConfig(TrainingArguments):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        if self.ddp_backend is None and not torch.cuda.is_available():
+        if self.ddp_backend is None and not on_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Without a named backend, DeepSpeed on CPU lets each process train alone as a world of one.
             self.ddp_backend = "gloo"
+        if getattr(self, "activation_checkpointing", False) is None:  # the same key's name from transformers 5.2x on
+            self.activation_checkpointing = self.gradient_checkpointing
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False  # a NaN loss stops the run; it is never averaged away
 

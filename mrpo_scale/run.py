@@ -127,7 +127,7 @@ def _summaries(trainer: MRPOTrainer) -> list[RunSummary]:
             ranking_accuracy=last.get("eval_logps/accuracies"),
             reward_accuracy=last.get("eval_rewards/accuracies"),
             reward_margin=last.get("eval_rewards/margins"),
-            seconds_per_step=trainer.seconds_per_step,
+            seconds_per_step=trainer.clock.median(),
             peak_memory_gib_per_rank=everyone,
         )
     )

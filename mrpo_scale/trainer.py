@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -19,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from mrpo_scale.callbacks import ProgressLine, StepClock
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.data import find_layout
 from mrpo_scale.errors import ConfigError, TrainingError
@@ -91,13 +91,15 @@ class MRPOTrainer(Trainer):
         self.shared_prompt = choose_shared_prompt(args.shared_prompt, policy.config, "policy")
         self.pad_token_id = self.plan.references[0].pad_token_id
         self.scorer = _load_references(self.plan, args)
-        self.step_seconds: list[float] = []
-        self._metrics = MetricSums()
-        self._seconds = {"references": 0.0, "step": 0.0}
+        self.clock = StepClock()
+        self.add_callback(self.clock)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ProgressLine)
+        self._metrics, self._eval_metrics = MetricSums(), MetricSums()
         self._tokens = 0
         self._held_out_scores: dict[int, dict[int, Tensor]] = {}
+        self._eval_scores: dict[int, Tensor] = {}
         self._policy_checked = False
-        self._step_started: float | None = None
 
     # ---- which pairs make a step -------------------------------------------------------------------------------------
 
@@ -123,14 +125,11 @@ class MRPOTrainer(Trainer):
         self, epoch_iterator: Iterator[list[PairExample]], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], Tensor]:
         """This rank's share of the next window, scored by every reference, and the number of pairs in the whole window."""
-        now = time.perf_counter()
-        if self._step_started is not None:
-            self.step_seconds.append(now - self._step_started)
-        self._step_started = now
         self._check_policy()
+        self.clock.start()
         examples = [example for _ in range(num_batches) for example in next(epoch_iterator)]
         ref_logps_KP2 = self.scorer.score(examples)
-        self._seconds["references"] += time.perf_counter() - now
+        self.clock.references_done()
         batches = policy_batches(
             examples, ref_logps_KP2, num_batches, shared_prompt=self.shared_prompt, pad_token_id=self.pad_token_id
         )
@@ -222,29 +221,19 @@ class MRPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _speed(self) -> dict[str, float]:
-        steps = self.step_seconds[self._steps_logged :] if hasattr(self, "_steps_logged") else self.step_seconds
-        self._steps_logged = len(self.step_seconds)
-        seconds = sum(steps)
         tokens = self._sum_over_ranks(torch.tensor(float(self._tokens), device=self.accelerator.device)).item()
-        speed = {"time/references": self._seconds["references"]}
-        if seconds:
-            speed["time/step"] = seconds / len(steps)
-            speed["tokens_per_second"] = tokens / seconds
-        self._tokens, self._seconds["references"] = 0, 0.0
-        return speed
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Median over the steps after the first, evaluation and saving left out where they do not fall inside a step."""
-        steps = self.step_seconds[1:]
-        return statistics.median(steps) if steps else None
+        self._tokens = 0
+        references, steps = self.clock.since_last_log()
+        return {
+            "time/references": statistics.mean(references),
+            "time/step": statistics.mean(steps),
+            "tokens_per_second": tokens / sum(steps),
+        }
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
         prefix = kwargs.get("metric_key_prefix", "eval")
         self._eval_scores = self._score_held_out(dataloader)
-        self._eval_metrics = MetricSums()
-        self._step_started = None
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         means = self._eval_metrics.means(self._sum_over_ranks)
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})

@@ -1,0 +1,59 @@
+"""Callbacks of the trainer: the clock of its steps and what a person sees in the terminal."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+
+class StepClock(TrainerCallback):
+    """Wall-clock seconds of each optimizer step, from reading its pairs to the update; evaluation and saving are outside."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.references: list[float] = []
+        self._started = 0.0
+        self._logged = 0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def references_done(self) -> None:
+        self.references.append(time.perf_counter() - self._started)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(time.perf_counter() - self._started)
+
+    def since_last_log(self) -> tuple[list[float], list[float]]:
+        first, self._logged = self._logged, len(self.steps)
+        return self.references[first:], self.steps[first:]
+
+    def median(self) -> float | None:
+        """Median of the steps after the first, which warms up; None before the second."""
+        return statistics.median(self.steps[1:]) if len(self.steps) > 1 else None
+
+
+class ProgressLine(ProgressCallback):
+    """The Trainer's progress bar with one short line per log; every metric goes to the dashboards and trainer_state.json."""
+
+    SHOWN = {
+        "loss": "loss",
+        "rewards/accuracies": "accuracy",
+        "rewards/margins": "margin",
+        "grad_norm": "grad norm",
+        "learning_rate": "lr",
+        "time/step": "s/step",
+        "time/references": "of it references",
+    }
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        prefix = "eval_" if "eval_loss" in logs else ""
+        values = [f"{text} {logs[prefix + key]:.4g}" for key, text in self.SHOWN.items() if prefix + key in logs]
+        if values:
+            where = "held-out" if prefix else "train"
+            self.training_bar.write(f"step {state.global_step:>5} {where:<8}  " + "  ".join(values))

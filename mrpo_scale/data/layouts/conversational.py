@@ -1,0 +1,39 @@
+"""TRL's conversational format: chosen and rejected are lists of messages, the prompt explicit or shared by both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mrpo_scale.data.layouts.base import Layout
+from mrpo_scale.data.messages import pair_from_messages, read_messages, read_tools, split_conversations
+from mrpo_scale.data.pairs import PreferencePair
+
+
+class Conversational(Layout):
+    """``prompt`` is a list of messages, a string, or absent; ``tools``, where present, go to the chat templates.
+
+    Beside a string prompt (HuggingFaceH4/ultrafeedback_binarized) chosen and rejected hold the whole conversation, so the prompt
+    is what they share; where they hold the response alone, the string is the user turn.
+    """
+
+    name = "conversational"
+    columns = ("chosen", "rejected")
+    describe = "lists of {role, content} messages, beside a `prompt` list or with the prompt in both"
+
+    def matches(self, columns: set[str], example: Mapping[str, Any]) -> bool:
+        return set(self.columns) <= columns and all(_are_messages(example[column]) for column in self.columns)
+
+    def to_pair(self, row: Mapping[str, Any]) -> PreferencePair:
+        chosen, rejected = (read_messages(row[column], column) for column in self.columns)
+        tools = read_tools(row.get("tools"))
+        prompt = row.get("prompt")
+        if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
+            prompt = [{"role": "user", "content": prompt}]
+        if prompt is None or isinstance(prompt, str):
+            return split_conversations(chosen, rejected, tools)
+        return pair_from_messages(read_messages(prompt, "prompt"), chosen, rejected, tools)
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)

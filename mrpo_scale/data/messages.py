@@ -1,0 +1,134 @@
+"""Conversations as lists of ``{"role", "content", ...}`` messages: read from a row, split into prompt and responses, merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mrpo_scale.data.pairs import BadRow, PreferencePair
+
+Message = dict[str, Any]
+
+
+def without_none(value: Any) -> Any:
+    """``value`` without the None-valued keys that Arrow fills in so that all structs of a column have the same fields."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return value
+
+
+def read_messages(value: Any, column: str) -> list[Message]:
+    """A column's messages, checked: each has a role, and text unless it calls tools.
+
+    Raises:
+        BadRow: ``malformed``, naming the column and the message.
+    """
+    if not isinstance(value, list):
+        raise BadRow("malformed", f"`{column}` is {_kind(value)}, not a list of messages")
+    messages = []
+    for i, item in enumerate(value):
+        if not isinstance(item, dict) or not isinstance(item.get("role"), str):
+            raise BadRow("malformed", f"`{column}[{i}]` is not a message with a `role`")
+        message = without_none(item)
+        if not isinstance(message.get("content"), str) and not ("content" not in message and message.get("tool_calls")):
+            raise BadRow("malformed", f"`{column}[{i}].content` is {_kind(item.get('content'))}, not a string")
+        messages.append(message)
+    return messages
+
+
+def read_tools(value: Any) -> list[Any] | None:
+    """The ``tools`` of a row, which may be a list or JSON text of one; None when there are none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadRow("malformed", f"`tools` is not JSON: {error}") from error
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise BadRow("malformed", f"`tools` is {_kind(value)}, not a list")
+    return without_none(value)
+
+
+def read_text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow("malformed", f"`{column}` is {_kind(value)}, not a string")
+    return value
+
+
+def split_conversations(
+    chosen: list[Message], rejected: list[Message], tools: list[Any] | None = None
+) -> PreferencePair:
+    """A pair from two whole conversations: the messages they share are the prompt, the last one of each is the response.
+
+    Raises:
+        BadRow: ``malformed`` when one does not end with an assistant turn, ``multi_turn_response`` when they part earlier than
+            at the last turn, ``empty_prompt`` when they share nothing.
+    """
+    for column, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not messages or messages[-1]["role"] != "assistant":
+            raise BadRow("malformed", f"`{column}` does not end with an assistant turn")
+    # Two equal conversations still have a response each, so that they are counted as what they are: identical responses.
+    longest = min(len(chosen), len(rejected)) - 1
+    shared = next((i for i in range(longest) if chosen[i] != rejected[i]), longest)
+    return pair_from_messages(chosen[:shared], chosen[shared:], rejected[shared:], tools)
+
+
+def pair_from_messages(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message], tools: list[Any] | None = None
+) -> PreferencePair:
+    """A pair from a prompt and the messages that answer it.
+
+    Raises:
+        BadRow: when a response is not one assistant turn, or when there is no turn to answer.
+    """
+    if not prompt:
+        raise BadRow("empty_prompt", "the responses have no turn before them, or not the same one")
+    texts = [_response(messages, column) for messages, column in ((chosen, "chosen"), (rejected, "rejected"))]
+    if prompt[-1]["role"] == "assistant":
+        raise BadRow("malformed", "the prompt ends with an assistant turn")
+    return PreferencePair(prompt=prompt, chosen=texts[0], rejected=texts[1], tools=tools)
+
+
+def merge_turns(messages: Sequence[Message]) -> list[Message]:
+    """The same text in turns that strict templates take: no system turn, no two turns of one role in a row.
+
+    System text goes in front of the first user turn; neighbours of one role are joined with a blank line.
+    """
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    merged: list[Message] = []
+    for message in messages:
+        if message["role"] == "system":
+            continue
+        same_role = merged and merged[-1]["role"] == message["role"]
+        if same_role and set(message) == set(merged[-1]) == {"role", "content"}:
+            merged[-1] = {**message, "content": f"{merged[-1]['content']}\n\n{message['content']}"}
+        else:
+            merged.append(message)
+    if not system:
+        return merged
+    first = next((i for i, message in enumerate(merged) if message["role"] == "user"), None)
+    if first is None:
+        return [{"role": "user", "content": "\n\n".join(system)}, *merged]
+    content = "\n\n".join([*system, merged[first]["content"]])
+    return [*merged[:first], {**merged[first], "content": content}, *merged[first + 1 :]]
+
+
+def _response(messages: list[Message], column: str) -> str:
+    if not messages:
+        raise BadRow("empty_response", f"`{column}` has no message")
+    if len(messages) > 1:
+        raise BadRow("multi_turn_response", f"`{column}` answers with {len(messages)} turns")
+    message = messages[0]
+    if message["role"] != "assistant":
+        raise BadRow("malformed", f"`{column}` answers with a {message['role']} turn")
+    if message.get("tool_calls"):
+        raise BadRow("tool_call_response", f"`{column}` calls tools; only text can be scored")
+    return message["content"]
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"

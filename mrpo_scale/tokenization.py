@@ -1,0 +1,346 @@
+"""One text for every model: each model's own tokens of the same prompt and the same two responses.
+
+References differ in tokenizer and template, so only log-probs of whole responses are comparable, and only over the same text.
+Prompt and response are therefore tokenized apart (the boundary is exact), and what is too long is decided once, in the policy's
+tokens, by cutting the response *text*: every model scores that text, without an end of turn in any of them.
+
+``ModelText`` is one model's view, ``tokenize_pair`` one pair for all views, ``prepare_pairs`` a whole data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+from mrpo_scale.data.layouts import Layout
+from mrpo_scale.data.model_text import PLAIN_TEMPLATE, ModelText
+from mrpo_scale.data.pairs import BadRow, PreferencePair
+from mrpo_scale.errors import ConfigError
+
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "ModelText",
+    "PairDataset",
+    "PairTokens",
+    "TokenizedPair",
+    "prepare_pairs",
+    "tokenize_pair",
+]
+
+logger = logging.getLogger(__name__)
+
+#: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
+SCHEME = 1
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """One pair in one model's tokens. Responses include the end of turn unless they were cut."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """One pair for all models."""
+
+    pair: PreferencePair  #: the text that is scored, after cuts
+    tokens: tuple[PairTokens, ...]  #: one per ModelText
+    cut: tuple[bool, bool]  #: whether chosen, rejected lost their end
+    merged: tuple[bool, ...]  #: whether turns were merged, per ModelText
+
+
+def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: int | None) -> TokenizedPair:
+    """Tokenize one pair for every model; ``texts[0]`` is the policy's view, whose tokens ``max_length`` counts.
+
+    Raises:
+        BadRow: the pair cannot be scored by every model. Reasons: ``empty_response``, ``identical_responses``, ``empty_prompt``,
+            ``prompt_too_long``, ``context_exceeded:<name>``, ``template_rejected:<name>``.
+        ConfigError: see :meth:`ModelText.render_prompt`.
+    """
+    for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if not response.strip():
+            raise BadRow("empty_response", f"{side} has no text")
+    if pair.chosen == pair.rejected:
+        raise BadRow("identical_responses", "chosen and rejected are the same text")
+    raw = isinstance(pair.prompt, str)
+    prompts = [text._prompt_ids(pair) for text in texts]
+    for text, (prompt_ids, _) in zip(texts, prompts, strict=True):
+        if not prompt_ids:
+            raise BadRow("empty_prompt", f"no prompt tokens for {text.name}")
+
+    room = None if max_length is None else max_length - len(prompts[0][0])
+    if room is not None and room <= 0:
+        raise BadRow("prompt_too_long", f"{len(prompts[0][0])} prompt tokens, max_length is {max_length}")
+    chosen, chosen_cut = _fit(pair.chosen, texts[0], room, raw)
+    rejected, rejected_cut = _fit(pair.rejected, texts[0], room, raw)
+    if chosen == rejected:
+        raise BadRow("identical_responses", "chosen and rejected are the same text once cut to max_length")
+    tokens = tuple(
+        PairTokens(
+            prompt_ids,
+            text.response_ids(chosen, raw=raw, cut=chosen_cut),
+            text.response_ids(rejected, raw=raw, cut=rejected_cut),
+        )
+        for text, (prompt_ids, _) in zip(texts, prompts, strict=True)
+    )
+    for text, ids in zip(texts, tokens, strict=True):
+        if not ids.chosen_ids or not ids.rejected_ids:
+            raise BadRow("empty_response", f"a response has no tokens for {text.name}")
+        length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+        if text.max_context is not None and length > text.max_context:
+            raise BadRow(f"context_exceeded:{text.name}", f"{length} tokens, its context is {text.max_context}")
+    scored = replace(pair, chosen=chosen, rejected=rejected)
+    return TokenizedPair(scored, tokens, (chosen_cut, rejected_cut), tuple(merged for _, merged in prompts))
+
+
+def _fit(response: str, policy: ModelText, room: int | None, raw: bool) -> tuple[str, bool]:
+    """The start of ``response`` that fits ``room`` tokens, and whether that loses its end (of text, or of turn only)."""
+    if room is None or len(policy.response_ids(response, raw=raw, cut=False)) <= room:
+        return response, False
+    offsets = policy.offsets(response)
+    keep = min(room, len(offsets))
+    while keep > 0:
+        text = response[: offsets[keep - 1][1]]
+        # The cut text alone may have more tokens than it had within the whole: a character is often spread over several tokens.
+        if len(policy.response_ids(text, raw=raw, cut=True)) <= room and text.strip():
+            return text, True
+        keep -= 1
+    raise BadRow("prompt_too_long", f"the {room} tokens left of max_length hold no text of the response")
+
+
+class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
+    """The pairs that every model can score, in file order, tokenized for every ModelText. Arrow-backed.
+
+    Attributes:
+        counts: bad rows that were left out, by reason.
+        truncated: pairs of which at least one response was cut.
+        merged: pairs whose turns had to be merged, by model name; models without any are left out.
+        num_texts: number of ModelTexts.
+        fingerprint: what the tokens depend on, as a hex digest.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        layout: Layout,
+        tokenized: datasets.Dataset,
+        names: Sequence[str],
+        fingerprint: str,
+    ) -> None:
+        self._rows, self._layout, self._tokenized = rows, layout, tokenized
+        self.num_texts = len(names)
+        self.fingerprint = fingerprint
+        reasons = tokenized["reason"][:]
+        self.counts = dict(Counter(reason for reason in reasons if reason).most_common())
+        self._good = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
+        cut = _flags(tokenized, ["chosen_cut", "rejected_cut"])[:, self._good]
+        self.truncated = int(cut.any(axis=0).sum())
+        merged = _flags(tokenized, [f"merged_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
+        self.merged = {name: int(n) for name, n in zip(names, merged, strict=True) if n}
+
+    def __len__(self) -> int:
+        return len(self._good)
+
+    def __getitem__(self, row: int) -> tuple[PairTokens, ...]:
+        return self.tokens(row)
+
+    def tokens(self, row: int) -> tuple[PairTokens, ...]:
+        """The pair's tokens, one PairTokens per ModelText."""
+        stored = self._stored(row)
+        return tuple(
+            PairTokens(*(stored[f"{field}_{i}"] for field in PairTokens.__dataclass_fields__))
+            for i in range(self.num_texts)
+        )
+
+    def source_row(self, row: int) -> int:
+        """The number, from 0, of the row in the data set that this pair was read from."""
+        return _source_row(self._rows, int(self._good[row]))
+
+    def cut(self, row: int) -> tuple[bool, bool]:
+        """Whether chosen, rejected lost their end to ``max_length``."""
+        stored = self._stored(row)
+        return stored["chosen_cut"], stored["rejected_cut"]
+
+    def pair(self, row: int) -> PreferencePair:
+        """The text that is scored, after cuts."""
+        stored = self._stored(row)
+        pair = self._layout.to_pair(self._rows[int(self._good[row])])
+        return replace(
+            pair, chosen=pair.chosen[: stored["chosen_chars"]], rejected=pair.rejected[: stored["rejected_chars"]]
+        )
+
+    def bad_rows(self) -> list[dict[str, Any]]:
+        """``{row, reason, detail}`` of every row left out, in order."""
+        bad = np.setdiff1d(np.arange(len(self._tokenized)), self._good)
+        verdicts = self._tokenized.select_columns(["reason", "detail"]).select(bad)
+        return [{"row": _source_row(self._rows, int(i)), **row} for i, row in zip(bad, verdicts, strict=True)]
+
+    def _stored(self, row: int) -> dict[str, Any]:
+        return self._tokenized[int(self._good[row])]
+
+
+def prepare_pairs(
+    rows: datasets.Dataset,
+    layout: Layout,
+    texts: Sequence[ModelText],
+    *,
+    max_length: int | None,
+    on_bad_row: Literal["skip", "error"] = "skip",
+    max_bad_rows: float = 0.1,
+    bad_rows_file: Path | None = None,
+    split: str = "train",
+    num_proc: int | None = None,
+    cache_dir: Path | None = None,
+    write: bool = True,
+) -> PairDataset:
+    """Tokenize a data set for every model and leave out, for all of them, the pairs that one of them cannot score.
+
+    Args:
+        texts: the policy's view first.
+        max_length: most tokens of prompt + response, in the policy's tokens; None cuts nothing.
+        max_bad_rows: largest fraction of bad rows.
+        bad_rows_file: where bad rows are listed, if there are any, as JSON lines ``{split, row, reason, detail}``.
+        split: what the rows are called in messages.
+        cache_dir: where tokens are kept for the next run; default: where ``datasets`` keeps ``rows``.
+        write: whether this process writes ``bad_rows_file`` and logs; one process of a job should.
+
+    Raises:
+        ConfigError: bad rows under ``on_bad_row: error``, too many of them, or none but them; see also ModelText.render_prompt.
+    """
+    rows = rows.with_format(None)
+    key = _fingerprint(rows, layout, texts, max_length)
+    cache_file = None
+    if cache_dir is not None:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        cache_file = str(cache_dir / f"pairs-{key}.arrow")
+    tokenized = rows.map(
+        _tokenize_row,
+        fn_kwargs={"layout": layout, "texts": list(texts), "max_length": max_length},
+        remove_columns=rows.column_names,
+        features=_features(len(texts)),
+        num_proc=num_proc,
+        cache_file_name=cache_file,
+        new_fingerprint=key,
+        desc=f"Tokenizing {split} for {len(texts)} model{'s' if len(texts) > 1 else ''}",
+    )
+    pairs = PairDataset(rows, layout, tokenized, [text.name for text in texts], key)
+    bad = pairs.bad_rows()
+    if write:
+        _report(pairs, split, max_length, len(rows))
+        if bad and bad_rows_file is not None:
+            bad_rows_file.parent.mkdir(parents=True, exist_ok=True)
+            bad_rows_file.write_text(
+                "".join(json.dumps({"split": split, **row}) + "\n" for row in bad), encoding="utf-8"
+            )
+    _check_bad_rows(pairs, bad, split, on_bad_row, max_bad_rows, max_length)
+    return pairs
+
+
+def _tokenize_row(
+    row: Mapping[str, Any], *, layout: Layout, texts: Sequence[ModelText], max_length: int | None
+) -> dict[str, Any]:
+    """One row of the tokenized table: columns as in ``_features``."""
+    fields = tuple(PairTokens.__dataclass_fields__)
+    try:
+        done = tokenize_pair(layout.to_pair(row), texts, max_length)
+    except BadRow as bad:
+        tokens: dict[str, list[int]] = {f"{field}_{i}": [] for i in range(len(texts)) for field in fields}
+        merged = {f"merged_{i}": False for i in range(len(texts))}
+        lengths: dict[str, Any] = {"chosen_chars": 0, "rejected_chars": 0, "chosen_cut": False, "rejected_cut": False}
+        return {"reason": bad.reason, "detail": bad.detail, **lengths, **merged, **tokens}
+    return {
+        "reason": "",
+        "detail": "",
+        "chosen_chars": len(done.pair.chosen),
+        "rejected_chars": len(done.pair.rejected),
+        "chosen_cut": done.cut[0],
+        "rejected_cut": done.cut[1],
+        **{f"merged_{i}": merged for i, merged in enumerate(done.merged)},
+        **{f"{field}_{i}": ids for i, tokens in enumerate(done.tokens) for field, ids in vars(tokens).items()},
+    }
+
+
+def _features(num_texts: int) -> datasets.Features:
+    """Columns of the tokenized table, fixed so that a first block of bad rows does not decide their types."""
+    columns: dict[str, Any] = {"reason": datasets.Value("string"), "detail": datasets.Value("string")}
+    columns |= {f"{side}_chars": datasets.Value("int64") for side in ("chosen", "rejected")}
+    columns |= {f"{side}_cut": datasets.Value("bool") for side in ("chosen", "rejected")}
+    for i in range(num_texts):
+        columns[f"merged_{i}"] = datasets.Value("bool")
+        columns |= {f"{field}_{i}": datasets.List(datasets.Value("int32")) for field in PairTokens.__dataclass_fields__}
+    return datasets.Features(columns)
+
+
+def _fingerprint(rows: datasets.Dataset, layout: Layout, texts: Sequence[ModelText], max_length: int | None) -> str:
+    """Of everything that the tokenized table depends on. It names the cache file, so a stale one is never read."""
+    parts = [
+        SCHEME,
+        [transformers.__version__, tokenizers.__version__],
+        rows._fingerprint,
+        layout.name,
+        max_length,
+        [[text.name, text.fingerprint(), text.max_context] for text in texts],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _flags(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
+    """[columns, rows] of booleans."""
+    return np.array([table[column][:] for column in columns], dtype=bool)
+
+
+def _source_row(rows: datasets.Dataset, row: int) -> int:
+    # A selection (the held-out split of a file) keeps the numbers of the rows it selects, in a place without a public name.
+    indices = rows._indices
+    return row if indices is None else indices.column(0)[row].as_py()
+
+
+def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: int) -> None:
+    if pairs.counts:
+        logger.info("%s: skipped %d of %d pairs: %s", split, num_rows - len(pairs), num_rows, _by_reason(pairs))
+    if pairs.truncated:
+        logger.info("%s: cut responses of %d pairs to max_length %s", split, pairs.truncated, max_length)
+    for name, n in pairs.merged.items():
+        logger.info("%s: merged turns of %d prompts for %s", split, n, name)
+
+
+def _by_reason(pairs: PairDataset) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in pairs.counts.items())
+
+
+def _check_bad_rows(
+    pairs: PairDataset,
+    bad: Sequence[Mapping[str, Any]],
+    split: str,
+    on_bad_row: str,
+    max_bad_rows: float,
+    max_length: int | None,
+) -> None:
+    total = len(pairs) + len(bad)
+    if bad and on_bad_row == "error":
+        first = bad[0]
+        raise ConfigError(
+            f"`on_bad_row: error`: row {first['row']} of the {split} set is bad: {first['reason']} ({first['detail']}); repair "
+            f"the {len(bad)} bad rows ({_by_reason(pairs)}) or set `on_bad_row: skip`."
+        )
+    if len(bad) > max_bad_rows * total or not len(pairs):
+        remedy = f"raise `max_length: {max_length}` or `max_bad_rows`" if "prompt_too_long" in pairs.counts else ""
+        raise ConfigError(
+            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {_by_reason(pairs)}; "
+            f"{remedy or 'repair the data or raise `max_bad_rows`'}."
+        )

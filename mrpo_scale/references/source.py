@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -65,8 +64,8 @@ def check_source(source: ReferenceSource) -> PretrainedConfig:
         isinstance(c, WeightConverter) for c in get_checkpoint_conversion_mapping(model_type) or []
     ):
         raise ConfigError(
-            f"{name}: model type {model_type!r} (mixture of experts) keeps its weights on disk in another layout than in memory "
-            "and cannot be streamed in shards; choose a dense model."
+            f"{name}: model type {model_type!r} keeps its weights on disk in another layout than in memory, as mixtures of experts "
+            "do, and cannot be read in shards; choose a dense model."
         )
     config = AutoConfig.from_pretrained(
         source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -83,7 +82,7 @@ def _folder_at_hand(source: ReferenceSource) -> Path | None:
     """The folder whose files are final: a local one, or a hub snapshot when nothing more can be downloaded."""
     if Path(source.path).is_dir():
         return Path(source.path)
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if is_offline_mode():
         return snapshot(source, local_files_only=True)
     return None
 

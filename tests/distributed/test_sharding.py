@@ -1,0 +1,229 @@
+"""A reference on a shard group: it scores as the whole model does and holds its share, nothing more, before and after."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.pair_batch import collate_pairs
+from mrpo_scale.references.placement import placement_table, shard_groups
+from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
+from mrpo_scale.sequence_logps import enable_pair_scoring, score_pairs
+from mrpo_scale.tokenization import PairTokens
+from tests.distributed.pool import Pool, WorkerError
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 97,  # odd: the last rank's share of the embedding is smaller
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+MODELS = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4}),
+    "gemma3_text": ("gemma3_text", {"sliding_window": 8, "sliding_window_pattern": 2}),
+    # Two rows in the narrowest tensors: of four ranks two have none of them.
+    "narrow": ("qwen2", {"hidden_size": 12, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{kind: folder}, and one with an index of several files."""
+    root = tmp_path_factory.mktemp("models")
+    for kind, (model_type, options) in MODELS.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **options}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0.5 if parameter.ndim == 1 else 0.0, 0.2)
+        model.save_pretrained(root / kind)
+        if kind == "llama":
+            model.save_pretrained(root / "llama_index", max_shard_size="30KB")
+            assert len(list((root / "llama_index").glob("*.safetensors"))) > 2
+    return root
+
+
+def pairs_of(rank, call):
+    """Different pairs on every rank and call, unequal in number and length; on the second call rank 1 has none."""
+    if call == 1 and rank == 1:
+        return None
+    g = torch.Generator().manual_seed(10 * rank + call)
+
+    def ids():
+        return torch.randint(3, 97, (int(torch.randint(1, 30, (1,), generator=g)),), generator=g).tolist()
+
+    return [PairTokens(ids(), ids(), ids()) for _ in range(1 + rank + call)]
+
+
+def plain_model(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    enable_pair_scoring(model, "plain")
+    return model
+
+
+def assert_sharded(reference):
+    """Every parameter is this rank's share; FSDP2 swaps whole tensors in and out of the modules, so this sees gathered ones."""
+    total = 0
+    for name, parameter in reference.model.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        rows, size = parameter.shape[0], reference.group_size
+        per_rank = -(-rows // size)
+        start = min(reference.group.rank() * per_rank, rows)
+        expected = (min(start + per_rank, rows) - start, *parameter.shape[1:])
+        assert parameter.to_local().shape == expected or parameter.to_local().numel() == 0 == expected[0], name
+        storage = parameter.to_local().untyped_storage().nbytes()
+        assert storage <= per_rank * parameter[0:1].numel() * parameter.element_size(), (
+            f"{name} keeps a larger tensor alive"
+        )
+        total += parameter.to_local().numel() * parameter.element_size()
+    assert total == reference.bytes_per_rank
+
+
+def check_scores(folder, shard_size):
+    """Runs on every rank; returns what the test compares across ranks."""
+    rank = dist.get_rank()
+    reference = ShardedReference(ReferenceSource("ref", folder), shard_groups(shard_size), CPU)
+    plain = plain_model(folder)
+    if reference.group is not None:
+        assert_sharded(reference)
+    for call in range(3):
+        pairs = pairs_of(rank, call)
+        batch = pairs and collate_pairs(pairs, shared_prompt=reference.shared_prompt)
+        got = reference.score(batch)
+        if pairs is None:
+            assert got.shape == (0, 2)
+        else:
+            with torch.no_grad():
+                torch.testing.assert_close(got, score_pairs(plain, batch), rtol=1e-6, atol=0)
+        if reference.group is not None:
+            assert_sharded(reference)
+    assert reference.gathers == 3
+    own, expected = dict(reference.model.named_buffers()), dict(plain.named_buffers())
+    assert own.keys() == expected.keys() and any("inv_freq" in name for name in own)
+    assert all(torch.equal(own[name], expected[name]) for name in own)
+    return reference.group_size, reference.bytes_per_rank, reference.num_parameters
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "llama_index"])
+def test_two_ranks(pool2, folders, kind):
+    sizes, shares, parameters = zip(*pool2.run(check_scores, str(folders / kind), 2), strict=True)
+    assert sizes == (2, 2)
+    assert sum(shares) == 4 * parameters[0]
+    assert max(shares) < 0.51 * sum(shares)
+
+
+@pytest.mark.parametrize("shard_size", [1, 2, 3, 4])
+def test_groups_of_four_ranks(pool4, folders, shard_size):
+    sizes, shares, parameters = zip(*pool4.run(check_scores, str(folders / "narrow"), shard_size), strict=True)
+    assert sizes == {1: (1, 1, 1, 1), 2: (2, 2, 2, 2), 3: (3, 3, 3, 1), 4: (4, 4, 4, 4)}[shard_size]
+    assert sum(shares[: sizes[0]]) == 4 * parameters[0]
+
+
+def load_beside_zero3(folder):
+    from transformers.integrations import deepspeed
+
+    config = deepspeed.HfTrainerDeepSpeedConfig(
+        {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    )
+    deepspeed.set_hf_deepspeed_config(config)
+    try:
+        reference = ShardedReference(ReferenceSource("ref", folder), shard_groups(2), CPU)
+        assert deepspeed._hf_deepspeed_config_weak_ref() is config
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        batch = collate_pairs(pairs_of(dist.get_rank(), 0), shared_prompt=True)
+        got = reference.score(batch)
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert_sharded(reference)
+    with torch.no_grad():
+        torch.testing.assert_close(got, score_pairs(plain_model(folder), batch), rtol=1e-6, atol=0)
+
+
+def test_under_a_live_zero3_config(pool2, folders):
+    pool2.run(load_beside_zero3, str(folders / "llama_tied"))
+
+
+def load_where_one_rank_has_no_weights(folder, broken):
+    try:
+        ShardedReference(ReferenceSource("ref", broken if dist.get_rank() == 1 else folder), shard_groups(2), CPU)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def test_a_failure_on_one_rank_is_one_on_all(pool2, folders, tmp_path):
+    (tmp_path / "config.json").write_text((folders / "llama" / "config.json").read_text())
+    started = time.monotonic()
+    first, second = pool2.run(load_where_one_rank_has_no_weights, str(folders / "llama"), str(tmp_path))
+    assert time.monotonic() - started < 20
+    assert "rank 1 of this shard group failed: ConfigError: ref: no safetensors in" in first
+    assert second.startswith("ref: no safetensors in")
+
+
+def default_group(folder):
+    group = shard_groups(None)
+    reference = ShardedReference(ReferenceSource("ref", folder), group, CPU, shared_prompt="false")
+    return group.size(), placement_table([reference]).splitlines()[1].split()
+
+
+def test_default_group_is_a_node(pool2, folders):
+    rows = pool2.run(default_group, str(folders / "gemma3_text"))
+    assert rows == [(2, ["ref", "gemma3_text", "2", "of", "2", "0.000", "separate"])] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------- the pool itself
+
+
+def fail_on(rank):
+    if dist.get_rank() == rank:
+        raise ValueError("broken on purpose")
+    return dist.get_rank()
+
+
+def hang_on(rank):
+    if dist.get_rank() == rank:
+        time.sleep(1000)
+
+
+def exit_on(rank):
+    if dist.get_rank() == rank:
+        os._exit(3)
+
+
+def worker_pid():
+    return os.getpid()
+
+
+@pytest.fixture
+def own_pool():
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.slow
+def test_pool_reports_and_recovers(own_pool):
+    with pytest.raises(WorkerError, match=r"(?s)rank 0 failed in fail_on.*ValueError: broken on purpose"):
+        own_pool.run(fail_on, 0)
+    pids = own_pool.run(worker_pid)
+    with pytest.raises(WorkerError, match=r"(?s)rank 1 hangs in hang_on.*in hang_on") as caught:
+        own_pool.run(hang_on, 1, timeout=1.0)
+    assert "rank 0" not in str(caught.value)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    with pytest.raises(WorkerError, match=r"rank 0 failed in exit_on.*\n?.*ended with status 3"):
+        own_pool.run(exit_on, 0)

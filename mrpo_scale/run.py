@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from mrpo_scale.toyworld import resolve
 from mrpo_scale.trainer import MRPOTrainer
 
 logger = logging.getLogger(__name__)
+
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run(words: Sequence[str]) -> list[RunSummary]:
@@ -59,10 +64,15 @@ def _keep(trained: tuple[list[RunSummary], list[dict[str, Any]]], rows: list[Run
 
 def _train(script: ScriptArguments, config: MRPOConfig) -> tuple[list[RunSummary], list[dict[str, Any]]]:
     """One objective: train, evaluate, save. Returns the rows `base` and its own, and the log."""
-    train_rows, eval_rows = _load_data(script, config)
+    for key in ("model_name_or_path", "dataset_name"):
+        if not getattr(script, key):
+            raise ConfigError(f"`{key}` is missing; name it in the recipe or as --{key}.")
+    with config.main_process_first(local=True, desc="reading the data set"):
+        _make_toy_world(script)
+        train_rows, eval_rows = _load_data(script, config)
     reset_peak_memory()
     trainer = MRPOTrainer(
-        resolve(script.model_name_or_path),
+        resolve(str(script.model_name_or_path)),
         ref_models=[resolve(ref) for ref in script.ref_models],
         args=config,
         train_dataset=train_rows,
@@ -81,19 +91,24 @@ def _train(script: ScriptArguments, config: MRPOConfig) -> tuple[list[RunSummary
     return summaries, history
 
 
+def _make_toy_world(script: ScriptArguments) -> None:
+    """Make the quickstart's world where a recipe names it, in a process of its own: in this one a live ZeRO-3 configuration
+    would partition the little models over ranks that are not making any."""
+    names = [script.model_name_or_path, script.dataset_name, *script.ref_models]
+    if any(str(name).startswith("toy:") for name in names):
+        alone = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_NUM_THREADS")) and k not in RANKS}
+        subprocess.run([sys.executable, "-c", "from mrpo_scale.toyworld import make_world; make_world()"], env=alone, check=True)
+
+
 def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
-    for key in ("model_name_or_path", "dataset_name"):
-        if not getattr(script, key):
-            raise ConfigError(f"`{key}` is missing; name it in the recipe or as --{key}.")
-    with config.main_process_first(local=True, desc="reading the data set"):
-        return load_rows(
-            resolve(script.dataset_name),
-            config=script.dataset_config,
-            train_split=script.dataset_train_split,
-            test_split=script.dataset_test_split,
-            held_out=script.held_out,
-            seed=config.seed,
-        )
+    return load_rows(
+        resolve(str(script.dataset_name)),
+        config=script.dataset_config,
+        train_split=script.dataset_train_split,
+        test_split=script.dataset_test_split,
+        held_out=script.held_out,
+        seed=config.seed,
+    )
 
 
 def _announce(trainer: MRPOTrainer) -> None:

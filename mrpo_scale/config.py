@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -65,7 +66,7 @@ class MRPOConfig(TrainingArguments):
     gradient_checkpointing: bool = _key(
         True, "Recompute activations in the backward pass: less memory, about 25%% slower."
     )
-    bf16: bool | None = _key(
+    bf16: bool | None = _key(  # type: ignore[assignment]
         None, "bf16 mixed precision. Default: where the device has it in hardware and fp16 is not set."
     )
     report_to: None | str | list[str] = _key("tensorboard", "Where metrics go: tensorboard, wandb, trackio, none, ...")
@@ -193,6 +194,11 @@ class MRPOConfig(TrainingArguments):
                 raise ConfigError(f"`{key}: {value}` must be at least {least}.")
         if not math.isfinite(self.learning_rate) or self.learning_rate < 0:
             raise ConfigError(f"`learning_rate: {self.learning_rate}` must be 0 or more.")
+
+    @property
+    def folder(self) -> Path:
+        """``output_dir``, where everything that this run writes goes."""
+        return Path(str(self.output_dir))
 
     @property
     def policy_dtype(self) -> torch.dtype:

@@ -62,7 +62,7 @@ def plan_models(
         ConfigError: a model that is missing, has no safetensors, wants remote code, or has no fast tokenizer.
     """
     spec = ModelSpec(
-        model=model if isinstance(model, str) else str(Path(args.output_dir) / "anchor"),
+        model=model if isinstance(model, str) else str(args.folder / "anchor"),
         name="policy",
         revision=args.model_revision,
         chat_template=args.chat_template,

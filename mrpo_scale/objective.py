@@ -158,15 +158,14 @@ def preference_loss(policy_logps_P2: Tensor, ref_logps_KP2: Tensor, objective: O
         )
     ref_logps_KP2 = ref_logps_KP2.detach()
     if objective.name == "dpo":
-        ref_logps_KP2, ref_weights = ref_logps_KP2[:1], "confidence"
+        ref_logps_KP2 = ref_logps_KP2[:1]
     else:
         objective.check_references(ref_logps_KP2.shape[0])
-        ref_weights = objective.ref_weights
     combined = combine_references(
         ref_logps_KP2,
         epsilon_max=objective.epsilon_max,
         clip=objective.clip,
-        ref_weights=ref_weights,
+        ref_weights="confidence" if objective.name == "dpo" else objective.ref_weights,
         aggregate="geometric" if objective.name == "multi_dpo" else objective.aggregate,
     )
     rewards_P2 = objective.beta * (policy_logps_P2 - combined.virtual_logps_P2)

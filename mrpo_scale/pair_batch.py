@@ -11,7 +11,8 @@ P pairs, S = 2P responses ordered (pair 0 chosen, pair 0 rejected, pair 1 chosen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,8 @@ class PairBatch:
         return int((self.segment_BL >= 0).sum())
 
     def to(self, device: torch.device | str) -> PairBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PairBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shared_prompt"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def segment_length(pair: PairTokens, shared_prompt: bool) -> int:
@@ -155,7 +156,7 @@ def attention_mask(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtyp
         return (batch.segment_BL >= 0).long()
     seen_BLL = _visible(batch)
     kind = SHARED_PROMPT_MODELS[config.model_type]
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     if kind == "layer_types":
         masks = {"full_attention": seen_BLL}
         if "sliding_attention" in (config.layer_types or []):

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ def run(words: Sequence[str]) -> list[RunSummary]:
     rows: list[RunSummary] = []
     histories: dict[str, list[dict[str, Any]]] = {}
     for baseline in script.baselines:
-        folder = str(Path(config.output_dir) / baseline)
+        folder = str(config.folder / baseline)
         trained = _train(*parse([*words, "--objective", baseline, "--output_dir", folder]))
         _keep(trained, rows, histories)
     if script.baselines:
@@ -51,7 +50,7 @@ def run(words: Sequence[str]) -> list[RunSummary]:
     if config.process_index == 0:
         print(f"\n{comparison_table(rows)}\n", flush=True)
         if len(histories) > 1:
-            plot_comparison(histories, Path(config.output_dir) / "comparison.png")
+            plot_comparison(histories, config.folder / "comparison.png")
         print(f"model, model card and curves: {config.output_dir}", flush=True)
     return rows
 
@@ -96,8 +95,14 @@ def _make_toy_world(script: ScriptArguments) -> None:
     would partition the little models over ranks that are not making any."""
     names = [script.model_name_or_path, script.dataset_name, *script.ref_models]
     if any(str(name).startswith("toy:") for name in names):
-        alone = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_NUM_THREADS")) and k not in RANKS}
-        subprocess.run([sys.executable, "-c", "from mrpo_scale.toyworld import make_world; make_world()"], env=alone, check=True)
+        alone = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("ACCELERATE_", "OMP_NUM_THREADS")) and k not in RANKS
+        }
+        subprocess.run(
+            [sys.executable, "-c", "from mrpo_scale.toyworld import make_world; make_world()"], env=alone, check=True
+        )
 
 
 def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
@@ -119,7 +124,7 @@ def _announce(trainer: MRPOTrainer) -> None:
         "%s: world size %d, %s, %s; K=%d references: %s",
         args.objective, args.world_size, sharding, args.device, len(trainer.plan.names), ", ".join(trainer.plan.names),
     )  # fmt: skip
-    logger.info("%d pairs, %d per optimizer step", len(trainer.train_dataset), trainer.window_size)
+    logger.info("%d pairs, %d per optimizer step", len(trainer.pair_sets["train"]), trainer.window_size)
 
 
 def _log(trainer: MRPOTrainer) -> list[dict[str, Any]]:
@@ -154,7 +159,7 @@ def save_final(trainer: MRPOTrainer, script: ScriptArguments) -> None:
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
-    folder = Path(trainer.args.output_dir)
+    folder = trainer.args.folder
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     plot_curves(_log(trainer), folder / "curves.png", title=f"{trainer.args.objective}: {script.model_name_or_path}")
     (folder / "README.md").write_text(_card(trainer, script).render())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import types
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mrpo_kernels import sequence_logps
@@ -39,7 +39,8 @@ class FusedHead(nn.Linear):
     def forward(self, hidden: Tensor, labels_T: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         if labels_T is None or cu_seqlens is None:
             return super().forward(hidden)
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if weight.dtype != hidden.dtype:  # under autocast the body is bf16 and the head's master weight float32
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         return sequence_logps(
@@ -75,13 +76,14 @@ def enable_pair_scoring(model: PreTrainedModel, name: str) -> None:
             "so its log-probs cannot be computed here; choose a causal language model with a linear head."
         )
     head.__class__ = FusedHead
-    head.softcap, head.logit_scale = logit_transform(model.config)  # type: ignore[assignment]
+    fused = cast(FusedHead, head)
+    fused.softcap, fused.logit_scale = logit_transform(model.config)
     plain_forward = model.forward
 
     def forward(self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
         return plain_forward(*args, **kwargs) if pairs is None else _score(self, pairs)
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 def _score(model: PreTrainedModel, pairs: PairBatch) -> Tensor:

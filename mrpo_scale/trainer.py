@@ -10,7 +10,6 @@ import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -66,7 +65,7 @@ class MRPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else MRPOConfig()
-        self.objective = args.build_objective()
+        self.preference_objective = args.build_objective()
         self.plan = plan_models(model, ref_models, args, processing_class)
         self.pair_sets = _prepare_data(self.plan, args, train_dataset, eval_dataset)
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
@@ -76,10 +75,11 @@ class MRPOTrainer(Trainer):
         enable_pair_scoring(policy, "policy")
         if args.disable_dropout:
             disable_dropout(policy)
+        self.policy = policy
         super().__init__(
             model=policy,
             args=args,
-            data_collator=list,
+            data_collator=list,  # type: ignore[arg-type]
             train_dataset=weighted.get("train"),
             eval_dataset=evals if isinstance(eval_dataset, dict) else evals.get("eval"),
             processing_class=self.plan.tokenizer,
@@ -109,7 +109,7 @@ class MRPOTrainer(Trainer):
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WindowSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return WindowSampler(
             len(dataset),
             self.window_size,
@@ -158,12 +158,13 @@ class MRPOTrainer(Trainer):
             TrainingError: on every rank, when any rank's loss is not finite; nothing is stepped or saved.
         """
         policy_logps_P2 = score_pairs(model, inputs.pairs)
-        loss = preference_loss(policy_logps_P2, inputs.ref_logps_KP2, self.objective)
+        loss = preference_loss(policy_logps_P2, inputs.ref_logps_KP2, self.preference_objective)
         self._stop_if_not_finite(loss.losses_P, inputs)
         if self.state.global_step == 0 and not self._metrics:
             self._compare_with_anchor(policy_logps_P2, inputs.ref_logps_KP2)
         self._metrics.add(
-            pair_metrics(policy_logps_P2, inputs.ref_logps_KP2, loss, self.objective, self.plan.names), inputs.weight_P
+            pair_metrics(policy_logps_P2, inputs.ref_logps_KP2, loss, self.preference_objective, self.plan.names),
+            inputs.weight_P,
         )
         self._tokens += inputs.pairs.num_tokens
         assert num_items_in_batch is not None
@@ -204,7 +205,7 @@ class MRPOTrainer(Trainer):
 
     @property
     def _num_parameters(self) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.policy.parameters())
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         if dist.is_initialized():
@@ -236,8 +237,8 @@ class MRPOTrainer(Trainer):
         self._eval_scores = self._score_held_out(dataloader)
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         means = self._eval_metrics.means(self._sum_over_ranks)
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        return output
+        metrics = {**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in means.items()}}
+        return output._replace(metrics=metrics)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Measure one batch of held-out pairs; the metrics are summed here, not gathered by the Trainer."""
@@ -247,8 +248,8 @@ class MRPOTrainer(Trainer):
         )[0]
         with torch.no_grad(), self.compute_loss_context_manager():
             logps_P2 = score_pairs(model, batch.pairs)
-        loss = preference_loss(logps_P2, batch.ref_logps_KP2, self.objective)
-        metrics = pair_metrics(logps_P2, batch.ref_logps_KP2, loss, self.objective, self.plan.names)
+        loss = preference_loss(logps_P2, batch.ref_logps_KP2, self.preference_objective)
+        metrics = pair_metrics(logps_P2, batch.ref_logps_KP2, loss, self.preference_objective, self.plan.names)
         self._eval_metrics.add({"loss": loss.losses_P, **metrics}, batch.weight_P)
         return None, None, None
 
@@ -291,7 +292,7 @@ def _prepare_data(
                 max_length=args.max_length,
                 on_bad_row=args.on_bad_row,
                 max_bad_rows=args.max_bad_rows,
-                bad_rows_file=Path(args.output_dir) / f"bad_rows_{split}.jsonl",
+                bad_rows_file=args.folder / f"bad_rows_{split}.jsonl",
                 split=split,
                 num_proc=args.dataset_num_proc,
                 write=args.process_index == 0,

@@ -79,7 +79,7 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap
 
 class _SequenceLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap, scale):
         dtype = _accumulate_dtype(hidden_TD.dtype)
         token_logps_T = torch.empty(len(labels_T), dtype=dtype, device=hidden_TD.device)
         # The logsumexp in two parts: their float32 sum would lose digits that peaked logits need in backward.
@@ -98,7 +98,7 @@ class _SequenceLogps(torch.autograd.Function):
         return torch.segment_reduce(token_logps_T.double(), "sum", lengths=cu_seqlens.diff().long()).to(dtype)
 
     @staticmethod
-    def backward(ctx, d_logps_S):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_logps_S):
         hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, max_T, log_sum_T = ctx.saved_tensors
         softcap, scale = ctx.softcap, ctx.scale
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]

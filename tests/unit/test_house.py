@@ -44,7 +44,18 @@ def test_nothing_imports_the_command_line(path):
 
 def test_data_flows_one_way():
     """The order of DESIGN.md section 1: a room imports rooms before it only."""
-    order = ["errors", "data", "tokenization", "pair_batch", "sequence_logps", "window", "references", "trainer", "run", "cli"]
+    order = [
+        "errors",
+        "data",
+        "tokenization",
+        "pair_batch",
+        "sequence_logps",
+        "window",
+        "references",
+        "trainer",
+        "run",
+        "cli",
+    ]
     for path in ROOT.glob("mrpo_scale/**/*.py"):
         room = path.relative_to(ROOT / "mrpo_scale").parts[0].removesuffix(".py")
         if room not in order:

@@ -93,7 +93,9 @@ def test_conservative_labels_mix_the_two_losses():
 def test_ipo_and_hinge_by_hand():
     policy = torch.tensor([[-3.0, -9.0]], dtype=torch.float64)
     refs = torch.tensor([[[-4.0, -8.0]]], dtype=torch.float64)  # d = (-3 + 4) - (-9 + 8) = 2
-    assert preference_loss(policy, refs, Objective(beta=0.1, loss_type="ipo")).loss.item() == pytest.approx((2 - 5) ** 2)
+    assert preference_loss(policy, refs, Objective(beta=0.1, loss_type="ipo")).loss.item() == pytest.approx(
+        (2 - 5) ** 2
+    )
     assert preference_loss(policy, refs, Objective(beta=0.1, loss_type="hinge")).loss.item() == pytest.approx(0.8)
 
 

@@ -34,15 +34,58 @@ report_to: none
 """
 
 # Every key of TRL 1.16's DPOConfig, ModelConfig and ScriptArguments beyond transformers' TrainingArguments.
-TRL_OWN_KEYS = """
-    activation_offloading attn_implementation beta bnb_4bit_quant_storage bnb_4bit_quant_type dataset_config dataset_name
-    dataset_num_proc dataset_streaming dataset_test_split dataset_train_split disable_dropout discopop_tau dtype
-    f_alpha_divergence_coef f_divergence_type ignore_bias_buffers label_smoothing ld_alpha load_in_4bit load_in_8bit lora_alpha
-    lora_dropout lora_modules_to_save lora_r lora_target_modules lora_target_parameters lora_task_type loss_type loss_weights
-    max_length model_init_kwargs model_name_or_path model_revision pad_to_multiple_of pad_token padding_free
-    precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps router_aux_loss_coef
-    sync_ref_model truncation_mode trust_remote_code use_bnb_nested_quant use_dora use_peft use_rslora use_weighting
-""".split()
+TRL_OWN_KEYS = [
+    "activation_offloading",
+    "attn_implementation",
+    "beta",
+    "bnb_4bit_quant_storage",
+    "bnb_4bit_quant_type",
+    "dataset_config",
+    "dataset_name",
+    "dataset_num_proc",
+    "dataset_streaming",
+    "dataset_test_split",
+    "dataset_train_split",
+    "disable_dropout",
+    "discopop_tau",
+    "dtype",
+    "f_alpha_divergence_coef",
+    "f_divergence_type",
+    "ignore_bias_buffers",
+    "label_smoothing",
+    "ld_alpha",
+    "load_in_4bit",
+    "load_in_8bit",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_modules_to_save",
+    "lora_r",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_task_type",
+    "loss_type",
+    "loss_weights",
+    "max_length",
+    "model_init_kwargs",
+    "model_name_or_path",
+    "model_revision",
+    "pad_to_multiple_of",
+    "pad_token",
+    "padding_free",
+    "precompute_ref_batch_size",
+    "precompute_ref_log_probs",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "router_aux_loss_coef",
+    "sync_ref_model",
+    "truncation_mode",
+    "trust_remote_code",
+    "use_bnb_nested_quant",
+    "use_dora",
+    "use_peft",
+    "use_rslora",
+    "use_weighting",
+]
 
 
 @pytest.fixture

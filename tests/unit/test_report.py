@@ -75,7 +75,12 @@ def panels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The panels that reach the drawing, which still happens."""
     drawn: list[Any] = []
     draw_panel = report._draw_panel
-    monkeypatch.setattr(report, "_draw_panel", lambda axes, panel: (drawn.append(panel), draw_panel(axes, panel)))
+
+    def record(axes: Any, panel: Any) -> None:
+        drawn.append(panel)
+        draw_panel(axes, panel)
+
+    monkeypatch.setattr(report, "_draw_panel", record)
     return drawn
 
 

@@ -31,7 +31,9 @@ OWN = {
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
 }
-CASES = [(kind, impl) for kind in SHARED_PROMPT_MODELS for impl in ("sdpa", "eager") if (kind, impl) != ("gemma2", "sdpa")]
+CASES = [
+    (kind, impl) for kind in SHARED_PROMPT_MODELS for impl in ("sdpa", "eager") if (kind, impl) != ("gemma2", "sdpa")
+]
 
 
 def tiny_model(model_type, attention, seed=0):
@@ -136,7 +138,9 @@ def test_a_model_that_changes_its_logits_unseen_is_refused():
 
 
 def test_unknown_models_run_two_sequences_or_are_refused():
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
     model = GPT2LMHeadModel(config).eval()
     assert not supports_shared_prompt(model.config)
     assert choose_shared_prompt("auto", model.config, "gpt2") is False

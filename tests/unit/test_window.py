@@ -49,9 +49,7 @@ def test_a_window_is_the_same_pairs_whatever_the_split():
         batches = list(BatchSampler(WindowSampler(19, 4, shuffle=True, seed=3), batch_size, drop_last=False))
         per_window = ranks * accumulation
         assert len(batches) % per_window == 0
-        return [
-            {i for batch in batches[w : w + per_window] for i in batch} for w in range(0, len(batches), per_window)
-        ]
+        return [{i for batch in batches[w : w + per_window] for i in batch} for w in range(0, len(batches), per_window)]
 
     assert windows(1, 4, 1) == windows(2, 2, 1) == windows(2, 1, 2)
 

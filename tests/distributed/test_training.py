@@ -1,0 +1,181 @@
+"""Training over ranks: the same steps whatever the split, every row once, and a loss that is not finite stops everyone."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from deepspeed import comm as deepspeed_comm
+from transformers import PrinterCallback
+
+from mrpo_scale.config import MRPOConfig
+from mrpo_scale.errors import TrainingError
+from mrpo_scale.recipe import resource
+from mrpo_scale.trainer import MRPOTrainer
+from tests.tiny import pair_dataset, write_models
+
+ROWS = 19  # a last window of 4 that holds 3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+class Recorder(MRPOTrainer):
+    """Keeps which rows were trained with weight, and what the references said of them."""
+
+    def __init__(self, *args, **kwargs):
+        self.rows, self.scores, self.poison = [], {}, None
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, **kwargs):
+        for i, (row, weight) in enumerate(zip(inputs.rows, inputs.weight_P.tolist(), strict=True)):
+            if weight:
+                self.rows.append((self.state.global_step, row))
+                self.scores[row] = inputs.ref_logps_KP2[:, i]
+                if row == self.poison:
+                    inputs.ref_logps_KP2[0, i, 0] = torch.nan
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, poison=None, **keys):
+    """Two epochs of K=3 MRPO; {log, rows trained here, scores, ...}. Runs in a worker of a pool or in this process."""
+    if dist.is_initialized():
+        deepspeed_comm.init_distributed(dist_backend="gloo")  # joins the pool's group; under a launcher accelerate does it
+    config = MRPOConfig(
+        output_dir=str(output_dir),
+        deepspeed=str(resource("ds_configs") / "zero3_cpu.json") if deepspeed else None,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        **{
+            "num_train_epochs": 2,
+            "learning_rate": 1e-3,
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "seed": 5,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **keys,
+        },
+    )
+    trainer = Recorder(
+        folders["llama"],
+        ref_models=[folders["qwen2"], folders["gpt_neox"]],
+        args=config,
+        train_dataset=pair_dataset(ROWS),
+        eval_dataset=pair_dataset(7, seed=1),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.poison = poison
+    try:
+        trainer.train()
+        held_out = trainer.evaluate()
+        trainer.save_model()
+    finally:
+        if trainer.deepspeed is not None:
+            trainer.deepspeed.destroy()
+        AcceleratorState._reset_state()
+        gc.collect()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    scores = {row: value.tolist() for row, value in trainer.scores.items()}
+    stage = config.deepspeed_plugin.zero_stage if config.deepspeed_plugin else None
+    return {"log": log, "rows": trainer.rows, "scores": scores, "held_out": held_out, "stage": stage}
+
+
+@pytest.fixture(scope="module")
+def alone(folders, tmp_path_factory):
+    return train(folders, tmp_path_factory.mktemp("alone"), batch_size=1, accumulation=4, deepspeed=False)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 2), (2, 1)], ids=["accumulate", "larger-batch"])
+def test_two_ranks_take_the_steps_of_one(folders, tmp_path, pool2, alone, batch_size, accumulation):
+    """1 process x accumulation 4 = 2 processes x accumulation 2 = 2 processes x 2 pairs, under ZeRO-3, with a ragged tail."""
+    ranks = pool2.run(train, folders, tmp_path, batch_size=batch_size, accumulation=accumulation, timeout=300)
+    assert ranks[0]["stage"] == 3
+    assert len(ranks[0]["log"]) == len(alone["log"]) == 10
+    for entry, expected in zip(ranks[0]["log"], alone["log"], strict=True):
+        for key in ("loss", "grad_norm", "rewards/margins", "references/qwen2/weight"):
+            assert entry[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-7), (entry["step"], key)
+    for key in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_anchor/rewards/margins"):
+        assert ranks[0]["held_out"][key] == pytest.approx(alone["held_out"][key], rel=1e-4, abs=1e-6), key
+    trained = sorted(ranks[0]["rows"] + ranks[1]["rows"])
+    for epoch in (range(5), range(5, 10)):
+        assert sorted(row for step, row in trained if step in epoch) == list(range(ROWS))
+    assert {step: {r for s, r in trained if s == step} for step in range(10)} == {
+        step: {r for s, r in alone["rows"] if s == step} for step in range(10)
+    }
+    for rank in ranks:
+        for row, score in rank["scores"].items():
+            torch.testing.assert_close(torch.tensor(score), torch.tensor(alone["scores"][row]), rtol=1e-5, atol=1e-5)
+
+
+def test_every_row_once_in_one_process(alone):
+    assert alone["stage"] is None
+    for epoch in (range(5), range(5, 10)):
+        assert sorted(row for step, row in alone["rows"] if step in epoch) == list(range(ROWS))
+
+
+def train_expecting_a_stop(folders, output_dir):
+    """Returns what the rank raised, and whether it is still in step with the others afterwards."""
+    try:
+        train(folders, output_dir, batch_size=2, accumulation=1, poison=11, save_strategy="steps", save_steps=1)
+    except TrainingError as error:
+        dist.barrier()
+        return str(error)
+    return None
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks(folders, tmp_path, pool2, alone):
+    step = next(step for step, row in alone["rows"] if row == 11)
+    messages = pool2.run(train_expecting_a_stop, folders, tmp_path, timeout=300)
+    assert messages[0] == messages[1] and messages[0] is not None
+    assert f"step {step + 1} " in messages[0] and "rows [11]" in messages[0] and str(tmp_path) in messages[0]
+    # The last good checkpoint is there and none of the bad step's.
+    assert sorted(int(p.name.split("-")[1]) for p in Path(tmp_path).glob("checkpoint-*")) == list(range(1, step + 1))
+
+
+def test_a_poisoned_row_is_named_in_one_process(folders, tmp_path):
+    with pytest.raises(TrainingError, match=r"rows \[11\]"):
+        train(folders, tmp_path, batch_size=4, accumulation=1, poison=11, deepspeed=False)
+
+
+def pair_scoring_in_unequal_batches(folders):
+    """Scoring when ranks need different numbers of forwards: rank 1 has one short pair, rank 0 several long ones."""
+    from datetime import timedelta
+
+    from mrpo_scale.pair_batch import collate_pairs
+    from mrpo_scale.references.placement import shard_groups
+    from mrpo_scale.references.scoring import Reference, ReferenceScorer
+    from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
+    from mrpo_scale.tokenization import PairTokens
+    from mrpo_scale.window import PairExample
+
+    rank = dist.get_rank()
+    device = torch.device("cpu")
+    group = shard_groups(2, timeout=timedelta(seconds=60))
+    model = ShardedReference(ReferenceSource("anchor", folders["llama"]), group, device)
+    lengths = [(3, 9, 4), (5, 2, 30), (8, 8, 8), (2, 3, 4)] if rank == 0 else [(1, 1, 2)]
+    pairs = [PairTokens([9] * a, [10] * b, [11] * c) for a, b, c in lengths]
+    examples = [PairExample(i, 1.0, (pair,)) for i, pair in enumerate(pairs)]
+    before = model.gathers
+    many = ReferenceScorer([Reference("anchor", model, 0, 0)], tokens_per_forward=20, group=group, device=device)
+    scores_KP2 = many.score(examples)
+    forwards = model.gathers - before
+    one = ReferenceScorer([Reference("anchor", model, 0, 0)], tokens_per_forward=10**6, group=group, device=device)
+    before = model.gathers
+    together_KP2 = one.score(examples)
+    assert model.gathers - before == 1, "a window is one forward, so one gather, unless memory asks for more"
+    single = torch.cat([model.score(collate_pairs([pairs[min(i, len(pairs) - 1)]], shared_prompt=True)) for i in range(4)])
+    torch.testing.assert_close(scores_KP2[0], single[: len(pairs)], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together_KP2[0], single[: len(pairs)], rtol=1e-5, atol=1e-5)
+    return forwards
+
+
+def test_ranks_with_less_to_score_stay_in_step(folders, pool2):
+    forwards = pool2.run(pair_scoring_in_unequal_batches, folders)
+    assert forwards[0] == forwards[1] > 1

@@ -1,1 +1,24 @@
-"""mrpo_scale: Multi-Reference Preference Optimization of one policy against K frozen references, at scale."""
+"""mrpo_scale: Multi-Reference Preference Optimization of one policy against K frozen references, at scale.
+
+from mrpo_scale import MRPOConfig, MRPOTrainer
+"""
+
+from typing import Any
+
+__all__ = ["MRPOConfig", "MRPOTrainer", "Objective", "preference_loss"]
+
+_WHERE = {
+    "MRPOConfig": "mrpo_scale.config",
+    "MRPOTrainer": "mrpo_scale.trainer",
+    "Objective": "mrpo_scale.objective",
+    "preference_loss": "mrpo_scale.objective",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: transformers and DeepSpeed take seconds that `mrpo --help` should not."""
+    import importlib
+
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

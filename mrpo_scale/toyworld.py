@@ -149,7 +149,7 @@ class ToySettings:
     train_pairs: int = 384
     test_pairs: int = 132
     label_noise: float = 0.05
-    hidden_size: int = 128
+    hidden_size: int = 176
     num_layers: int = 2
     batch_size: int = 32
     learning_rate: float = 3e-3

@@ -6,10 +6,12 @@ happens: what a window is (samplers, ``get_batch_samples``), what its loss is (`
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -71,7 +73,9 @@ class MRPOTrainer(Trainer):
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
         evals = {split: pairs for split, pairs in weighted.items() if split != "train"}
 
+        group = shard_groups(args.ref_shard_size, timeout=timedelta(seconds=args.ddp_timeout))
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
+        self._source_use_cache = policy.config.use_cache
         enable_pair_scoring(policy, "policy")
         if args.disable_dropout:
             disable_dropout(policy)
@@ -90,7 +94,7 @@ class MRPOTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.shared_prompt = choose_shared_prompt(args.shared_prompt, policy.config, "policy")
         self.pad_token_id = self.plan.references[0].pad_token_id
-        self.scorer = _load_references(self.plan, args)
+        self.scorer = _load_references(self.plan, args, group)
         self.clock = StepClock()
         self.add_callback(self.clock)
         if self.pop_callback(ProgressCallback) is not None:
@@ -100,6 +104,7 @@ class MRPOTrainer(Trainer):
         self._held_out_scores: dict[int, dict[int, Tensor]] = {}
         self._eval_scores: dict[int, Tensor] = {}
         self._policy_checked = False
+        self._save_as_source = False
 
     # ---- which pairs make a step -------------------------------------------------------------------------------------
 
@@ -212,6 +217,29 @@ class MRPOTrainer(Trainer):
             dist.all_reduce(tensor)
         return tensor
 
+    # ---- what is saved -----------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the policy as its source was: key names, ties, dtype. Checkpoints keep the dtype that training resumes in."""
+        self._save_as_source = not _internal_call
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        config, dtype = self.policy.config, self.plan.policy_dtype_on_disk
+        in_training = config.use_cache
+        config.use_cache = self._source_use_cache  # the Trainer switches it off
+        if self._save_as_source and dtype != self.policy.dtype:
+            state_dict = self.policy.state_dict() if state_dict is None else state_dict
+            # Tied weights must stay one tensor, or they would be written twice.
+            cast = {v.data_ptr(): v.to(dtype) if v.is_floating_point() else v for v in state_dict.values()}
+            state_dict = {k: cast[v.data_ptr()] for k, v in state_dict.items()}
+        super()._save(output_dir, state_dict)
+        config.use_cache = in_training
+        if self._save_as_source and self.args.should_save:
+            file = Path(output_dir or self.args.folder) / "config.json"
+            written = json.loads(file.read_text())
+            file.write_text(json.dumps({**written, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+
     # ---- what is measured --------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -300,9 +328,8 @@ def _prepare_data(
     return prepared
 
 
-def _load_references(plan: RunPlan, args: MRPOConfig) -> ReferenceScorer:
+def _load_references(plan: RunPlan, args: MRPOConfig, group: dist.ProcessGroup | None) -> ReferenceScorer:
     """Every reference on this rank's shard group, one after the other, and a table of what went where."""
-    group = shard_groups(args.ref_shard_size, timeout=timedelta(seconds=args.ddp_timeout))
     references = []
     progress = tqdm(
         plan.references, desc="Loading references", disable=args.disable_tqdm or args.local_process_index != 0

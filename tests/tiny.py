@@ -20,7 +20,8 @@ CHATML = (
 )
 NO_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}<turn>{{ m['role'] }}: {{ m['content'] }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>assistant: {% endif %}"
+    "{% endif %}<turn>{{ m['role'] }}: {{ m['content'] }}</turn>{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant: {% endif %}"
 )
 MODELS = {
     "llama": ("llama", {}, CHATML, 300),

@@ -44,7 +44,9 @@ class Recorder(MRPOTrainer):
 def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, poison=None, **keys):
     """Two epochs of K=3 MRPO; {log, rows trained here, scores, ...}. Runs in a worker of a pool or in this process."""
     if dist.is_initialized():
-        deepspeed_comm.init_distributed(dist_backend="gloo")  # joins the pool's group; under a launcher accelerate does it
+        deepspeed_comm.init_distributed(
+            dist_backend="gloo"
+        )  # joins the pool's group; under a launcher accelerate does it
     config = MRPOConfig(
         output_dir=str(output_dir),
         deepspeed=str(resource("ds_configs") / "zero3_cpu.json") if deepspeed else None,
@@ -170,7 +172,9 @@ def pair_scoring_in_unequal_batches(folders):
     before = model.gathers
     together_KP2 = one.score(examples)
     assert model.gathers - before == 1, "a window is one forward, so one gather, unless memory asks for more"
-    single = torch.cat([model.score(collate_pairs([pairs[min(i, len(pairs) - 1)]], shared_prompt=True)) for i in range(4)])
+    single = torch.cat(
+        [model.score(collate_pairs([pairs[min(i, len(pairs) - 1)]], shared_prompt=True)) for i in range(4)]
+    )
     torch.testing.assert_close(scores_KP2[0], single[: len(pairs)], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(together_KP2[0], single[: len(pairs)], rtol=1e-5, atol=1e-5)
     return forwards

@@ -1,0 +1,199 @@
+"""The command line as a person meets it: mistakes end in one line and exit code 2 before any weights load."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mrpo_scale.trainer
+from mrpo_scale.cli import train_main
+from tests.tiny import pair_rows, write_models
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def words(folders, tmp_path):
+    """A command line that works: three optimizer steps of K=3."""
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(20))
+    return {
+        "model_name_or_path": [folders["llama"]],
+        "ref_models": [folders["qwen2"], folders["gpt_neox"]],
+        "dataset_name": [data],
+        "held_out": ["6"],
+        "output_dir": [str(tmp_path / "run")],
+        "max_steps": ["3"],
+        "per_device_train_batch_size": ["4"],
+        "per_device_eval_batch_size": ["4"],
+        "gradient_checkpointing": ["false"],
+        "logging_steps": ["1"],
+        "learning_rate": ["1e-3"],
+        "save_strategy": ["no"],
+        "report_to": ["tensorboard"],
+        "use_cpu": ["true"],
+    }
+
+
+def argv(words):
+    return [part for key, values in words.items() for part in (f"--{key}", *values)]
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading any weights is a failure: mistakes must be found before."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(mrpo_scale.trainer, "load_policy", fail)
+    monkeypatch.setattr(mrpo_scale.trainer, "ShardedReference", fail)
+
+
+def with_bad_rows(tmp_path, bad):
+    rows = pair_rows(20)
+    for row in rows[:bad]:
+        row["rejected"] = row["chosen"]
+    return write_jsonl(tmp_path / "bad.jsonl", rows)
+
+
+def without_column(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "rejected"} for row in pair_rows(20)]
+    return write_jsonl(tmp_path / "columns.jsonl", rows)
+
+
+def with_system_turns(tmp_path):
+    rows = pair_rows(20)
+    for row in rows:
+        row["prompt"].insert(0, {"role": "system", "content": "be brief"})
+    return write_jsonl(tmp_path / "system.jsonl", rows)
+
+
+def pickled_model(tmp_path, folders):
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((Path(folders["llama"]) / name).read_text())
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    return str(folder)
+
+
+def model_with_code(tmp_path, folders):
+    folder = tmp_path / "custom"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (folder / name).write_bytes((Path(folders["llama"]) / name).read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w').write('x')\n")
+    return str(folder)
+
+
+CASES = {
+    "unknown key": (lambda t, f: {"betta": ["0.1"]}, ["unknown key `betta`", "did you mean `beta`"]),
+    "negative beta": (lambda t, f: {"beta": ["-1"]}, ["`beta: -1.0`", "above 0"]),
+    "weights that do not sum to 1": (lambda t, f: {"ref_weights": ["0.5", "0.2", "0.2"]}, ["ref_weights", "0.9", "to 1"]),
+    "weights for fewer references": (lambda t, f: {"ref_weights": ["0.5", "0.5"]}, ["2 entries", "3 references"]),
+    "missing data file": (lambda t, f: {"dataset_name": [f"{t}/none.jsonl"]}, ["dataset_name", "none.jsonl", "no such file"]),
+    "missing column": (lambda t, f: {"dataset_name": [without_column(t)]}, ["column `rejected` is missing"]),
+    "no safetensors": (lambda t, f: {"ref_models": [pickled_model(t, f)]}, ["no safetensors", "pytorch_model.bin"]),
+    "policy without safetensors": (lambda t, f: {"model_name_or_path": [pickled_model(t, f)]}, ["policy", "no safetensors"]),
+    "remote code": (lambda t, f: {"ref_models": [model_with_code(t, f)]}, ["trust_remote_code"]),
+    "rejected system turn": (
+        lambda t, f: {
+            "dataset_name": [with_system_turns(t)],
+            "ref_models": [json.dumps({"model": f["qwen2"], "system": "error"})],
+        },
+        ["qwen2", "system: error", "system: merge"],
+    ),
+    "too many bad rows": (
+        lambda t, f: {"dataset_name": [with_bad_rows(t, 9)]},
+        ["max_bad_rows: 0.1", "identical_responses", "raise `max_bad_rows`"],
+    ),
+    "a bad row under error": (
+        lambda t, f: {"dataset_name": [with_bad_rows(t, 1)], "on_bad_row": ["error"]},
+        ["on_bad_row: error", "identical_responses"],
+    ),
+    "larger shard than the world": (lambda t, f: {"ref_shard_size": ["8"]}, ["ref_shard_size: 8", "1"]),
+    "shared prompt where it cannot be": (lambda t, f: {"shared_prompt": ["yes"]}, ["shared_prompt"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name.replace(" ", "-"))
+def test_mistakes_are_one_line_before_weights_load(case, words, folders, tmp_path, capsys, no_weights):
+    change, expected = CASES[case]
+    with pytest.raises(SystemExit) as stop:
+        train_main(argv({**words, **change(tmp_path, folders)}))
+    assert stop.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and all(word in error[0] for word in expected), error
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_run_from_the_command_line(words, folders, tmp_path, capsys):
+    """Few bad rows are skipped, counted and listed; the saved folder is the source's, trained."""
+    words = {**words, "dataset_name": [with_bad_rows(tmp_path, 1)], "held_out": ["4"], "eval_on_start": ["true"]}
+    train_main(argv(words))
+    printed = capsys.readouterr().out
+    assert "MRPO (K=3)" in printed and "base" in printed and "reward margin" in printed
+    folder = tmp_path / "run"
+    listed = [json.loads(line) for file in folder.glob("bad_rows_*.jsonl") for line in file.read_text().splitlines()]
+    assert [(row["row"], row["reason"]) for row in listed] == [(0, "identical_responses")]
+    saved, source = load_file(folder / "model.safetensors"), load_file(Path(folders["llama"]) / "model.safetensors")
+    assert saved.keys() == source.keys()
+    assert {k: (v.dtype, v.shape) for k, v in saved.items()} == {k: (v.dtype, v.shape) for k, v in source.items()}
+    assert not all(saved[k].equal(source[k]) for k in saved)
+    before, after = (json.loads((Path(p) / "config.json").read_text()) for p in (folders["llama"], folder))
+    assert before == after
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "one"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    for name in ("README.md", "curves.png", "trainer_state.json", "generation_config.json"):
+        assert (folder / name).stat().st_size > 0
+    assert list(folder.glob("runs/**/events.out.tfevents*")), "TensorBoard is on by default"
+    last = json.loads((folder / "trainer_state.json").read_text())["log_history"][-1]
+    assert {
+        "eval_rewards/accuracies",
+        "eval_anchor/rewards/margins",
+        "eval_references/qwen2/rewards/accuracies",
+    } <= last.keys()
+
+
+def test_exit_code_through_the_launcher(words, tmp_path):
+    """Two launched processes, wrong key: the launcher reports failure and the line is there once."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        str(ROOT / "launch/train.py"),
+    ]
+    done = subprocess.run(
+        [*command, *argv({**words, "betta": ["1"]})],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: unknown key `betta`; did you mean `beta`?") == 1

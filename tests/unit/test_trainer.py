@@ -1,0 +1,166 @@
+"""MRPOTrainer from Python, in one process: the call of the README, the anchor, plain DPO, saving, resuming."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mrpo_scale import MRPOConfig, MRPOTrainer
+from mrpo_scale.errors import ConfigError
+from tests.tiny import pair_dataset, write_models
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+def config(tmp_path, **keys):
+    return MRPOConfig(
+        **{
+            "output_dir": str(tmp_path),
+            "per_device_train_batch_size": 4,
+            "gradient_checkpointing": False,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **keys,
+        }
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_loaded_model_and_names_are_the_same_run(folders, tmp_path):
+    """A loaded policy's starting weights become the anchor, from a file of their own, not from the weights that train."""
+    rows = pair_dataset(12)
+    by_name = MRPOTrainer(folders["llama"], [folders["qwen2"]], config(tmp_path / "name"), rows, pair_dataset(5, 1))
+    by_name.train()
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
+    loaded = MRPOTrainer(
+        model=model,
+        ref_models=[folders["qwen2"]],
+        args=config(tmp_path / "loaded"),
+        train_dataset=rows,
+        eval_dataset={"one": pair_dataset(5, 1), "two": pair_dataset(3, 2)},
+        processing_class=tokenizer,
+    )
+    loaded.train()
+    assert losses(loaded) == losses(by_name)
+    anchor = load_file(tmp_path / "loaded" / "anchor" / "model.safetensors")
+    source = load_file(Path(folders["llama"]) / "model.safetensors")
+    assert all(torch.equal(anchor[key], source[key]) for key in source)
+    metrics = loaded.evaluate()
+    assert metrics["eval_one_rewards/margins"] == pytest.approx(by_name.evaluate()["eval_rewards/margins"], rel=1e-6)
+    assert "eval_two_anchor/rewards/accuracies" in metrics
+
+
+def test_without_references_it_is_dpo(folders, tmp_path):
+    """K=1: the loss at step 0 is log 2, whatever the objective, and mrpo and dpo take the same steps."""
+    rows = pair_dataset(12)
+    mrpo = MRPOTrainer(folders["llama"], args=config(tmp_path / "mrpo"), train_dataset=rows)
+    dpo = MRPOTrainer(folders["llama"], args=config(tmp_path / "dpo", objective="dpo"), train_dataset=rows)
+    mrpo.train()
+    dpo.train()
+    assert losses(mrpo)[0] == pytest.approx(math.log(2), rel=1e-6)
+    assert losses(mrpo) == losses(dpo)
+    assert losses(mrpo)[-1] != losses(mrpo)[0]
+
+
+def test_a_foreign_anchor(folders, tmp_path):
+    trainer = MRPOTrainer(
+        folders["llama"],
+        args=config(tmp_path, anchor=folders["gpt_neox"], objective="dpo"),
+        train_dataset=pair_dataset(8),
+    )
+    trainer.train()
+    assert trainer.scorer.references[0].model.config.model_type == "gpt_neox"
+    assert losses(trainer)[0] != pytest.approx(math.log(2), rel=1e-3)
+
+
+def test_metrics_by_hand(folders, tmp_path):
+    """Held-out metrics equal a computation with plain forwards of every model on its own text."""
+    rows = pair_dataset(5, seed=1)
+    args = config(tmp_path, learning_rate=0.0, max_steps=1)
+    trainer = MRPOTrainer(folders["llama"], [folders["gpt_neox"]], args, pair_dataset(8), rows)
+    trainer.train()
+    metrics = trainer.evaluate()
+    logps = []
+    for name, template in (("llama", None), ("gpt_neox", "Human: {}\n\nAssistant: ")):
+        model = AutoModelForCausalLM.from_pretrained(folders[name]).eval()
+        tok = AutoTokenizer.from_pretrained(folders[name])
+        for row in rows:
+            if template is None:
+                prompt = tok.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+            else:
+                prompt = template.format(row["prompt"][0]["content"])
+            end = "<|im_end|>" if template is None else "</s>"
+            start = tok(prompt, add_special_tokens=False).input_ids
+            for side in ("chosen", "rejected"):
+                response = tok(row[side][0]["content"] + end, add_special_tokens=False).input_ids
+                with torch.no_grad():
+                    logits = model(torch.tensor([start + response])).logits[0].double().log_softmax(-1)
+                at = torch.arange(len(response)) + len(start) - 1
+                logps.append(logits[at, torch.tensor(response)].sum())
+    policy_P2, other_P2 = torch.stack(logps).view(2, 5, 2)
+    margins_P = 0.1 * ((policy_P2 - other_P2)[:, 0] - (policy_P2 - other_P2)[:, 1])
+    assert metrics["eval_logps/chosen"] == pytest.approx(policy_P2[:, 0].mean().item(), rel=1e-5)
+    assert metrics["eval_logps/rejected"] == pytest.approx(policy_P2[:, 1].mean().item(), rel=1e-5)
+    assert metrics["eval_anchor/rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert metrics["eval_references/gpt_neox/rewards/margins"] == pytest.approx(margins_P.mean().item(), rel=1e-4)
+    assert metrics["eval_references/gpt_neox/rewards/accuracies"] == pytest.approx(
+        (margins_P > 0).double().mean().item()
+    )
+
+
+def test_what_is_saved_has_the_sources_dtype(folders, tmp_path):
+    """A bf16 source is trained in float32 on this CPU and saved as bf16 again, ties and names kept."""
+    source = tmp_path / "bf16"
+    AutoModelForCausalLM.from_pretrained(folders["qwen2"], dtype=torch.bfloat16).save_pretrained(source)
+    AutoTokenizer.from_pretrained(folders["qwen2"]).save_pretrained(source)
+    trainer = MRPOTrainer(str(source), args=config(tmp_path / "run"), train_dataset=pair_dataset(8))
+    assert trainer.policy.dtype == torch.float32
+    trainer.train()
+    trainer.save_model()
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "run"))
+    assert before.keys() == after.keys()
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
+
+
+def test_resume_continues_where_it_stopped(folders, tmp_path):
+    rows = pair_dataset(18)
+    keys = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "save_steps": 1}
+    whole = MRPOTrainer(folders["llama"], [folders["qwen2"]], config(tmp_path / "whole", **keys), rows)
+    whole.train()
+    again = MRPOTrainer(folders["llama"], [folders["qwen2"]], config(tmp_path / "again", **keys), rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses(again) == losses(whole)
+    for name, tensor in whole.policy.state_dict().items():
+        assert torch.equal(tensor, again.policy.state_dict()[name]), name
+
+
+def test_dropout_is_off_unless_asked_for(folders, tmp_path):
+    trainer = MRPOTrainer(folders["gpt_neox"], args=config(tmp_path), train_dataset=pair_dataset(8))
+    assert all(m.p == 0 for m in trainer.policy.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_what_python_can_get_wrong(folders, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    with pytest.raises(ConfigError, match="processing_class"):
+        MRPOTrainer(model, args=config(tmp_path), train_dataset=pair_dataset(8))
+    with pytest.raises(ConfigError, match="no rows"):
+        MRPOTrainer(folders["llama"], args=config(tmp_path), train_dataset=pair_dataset(8).select([]))

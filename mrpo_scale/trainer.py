@@ -68,6 +68,9 @@ class MRPOTrainer(Trainer):
     ) -> None:
         args = args if args is not None else MRPOConfig()
         self.preference_objective = args.build_objective()
+        if args.objective == "dpo" and ref_models:
+            logger.info("objective dpo: the anchor alone is used, the %d other references are not loaded", len(ref_models))
+            ref_models = ()
         self.plan = plan_models(model, ref_models, args, processing_class)
         self.pair_sets = _prepare_data(self.plan, args, train_dataset, eval_dataset)
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}

@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState
 
 from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.data import load_rows
+from mrpo_scale.device import peak_memory_gib, reset_peak_memory
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.memory import peak_memory_gib, reset_peak_memory
 from mrpo_scale.recipe import parse
 from mrpo_scale.report import ModelCard, RunSummary, comparison_table, plot_comparison, plot_curves
 from mrpo_scale.toyworld import resolve

@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from mrpo_scale.callbacks import ProgressLine, StepClock
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.data import find_layout
+from mrpo_scale.device import peak_flops
 from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
 from mrpo_scale.models import RunPlan, disable_dropout, load_policy, plan_models
@@ -69,7 +70,9 @@ class MRPOTrainer(Trainer):
         args = args if args is not None else MRPOConfig()
         self.preference_objective = args.build_objective()
         if args.objective == "dpo" and ref_models:
-            logger.info("objective dpo: the anchor alone is used, the %d other references are not loaded", len(ref_models))
+            logger.info(
+                "objective dpo: the anchor alone is used, the %d other references are not loaded", len(ref_models)
+            )
             ref_models = ()
         self.plan = plan_models(model, ref_models, args, processing_class)
         self.pair_sets = _prepare_data(self.plan, args, train_dataset, eval_dataset)
@@ -256,11 +259,15 @@ class MRPOTrainer(Trainer):
         tokens = self._sum_over_ranks(torch.tensor(float(self._tokens), device=self.accelerator.device)).item()
         self._tokens = 0
         references, steps = self.clock.since_last_log()
-        return {
+        speed = {
             "time/references": statistics.mean(references),
             "time/step": statistics.mean(steps),
             "tokens_per_second": tokens / sum(steps),
         }
+        if peak := peak_flops(self.args.device):
+            used = 6 * self._num_parameters * speed["tokens_per_second"]
+            speed["mfu"] = used / (peak * self.accelerator.num_processes)
+        return speed
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""

@@ -86,10 +86,8 @@ def test_references_equal_plain_transformers(tmp_path, pool2):
                 prompt = tokenizer.apply_chat_template(pair.prompt, add_generation_prompt=True, tokenize=False)
                 end = tokenizer.convert_tokens_to_ids("<|im_end|>")
             else:  # no chat template: the plain one, after the tokenizer's BOS
-                assert [m["role"] for m in pair.prompt][::2] == ["user"] * len(pair.prompt[::2])
-                turns = [
-                    ("Human: " if m["role"] == "user" else "Assistant: ") + m["content"] + "\n\n" for m in pair.prompt
-                ]
+                said = {"system": "", "user": "Human: ", "assistant": "Assistant: "}
+                turns = [said[m["role"]] + m["content"] + "\n\n" for m in pair.prompt]
                 prompt = tokenizer.bos_token + "".join(turns) + "Assistant: "
                 end = tokenizer.eos_token_id
             for text, cut in zip((pair.chosen, pair.rejected), pairs.cut(row), strict=True):

@@ -1,4 +1,4 @@
-"""Peak memory of this process: GPU memory on a GPU, resident memory otherwise."""
+"""What the device can do and what this process took of it."""
 
 from __future__ import annotations
 
@@ -25,3 +25,15 @@ def peak_memory_gib(device: torch.device) -> float:
     status = Path("/proc/self/status")
     match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(match.group(1)) / 2**20 if match else 0.0
+
+
+# Dense bf16 tensor-core peak in FLOP/s, from the makers' data sheets, by a part of the device's name.
+_PEAK_FLOPS = {"B200": 2.25e15, "H200": 9.89e14, "H100": 9.89e14, "A100": 3.12e14}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that ``mfu`` is a share of (the policy's 6 x parameters x tokens; references are not counted); None if not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)

@@ -16,7 +16,8 @@ from mrpo_scale import toyworld
 from mrpo_scale.data.model_text import ModelText
 from mrpo_scale.data.pairs import PreferencePair
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.toyworld import MODELS, SKILLS, ToySettings, ToyWorld, make_world, resolve
+from mrpo_scale.toyskills import SKILLS
+from mrpo_scale.toyworld import MODELS, ToySettings, ToyWorld, make_world, resolve
 
 SMALL = ToySettings(train_pairs=120, test_pairs=36, batch_size=4, max_steps=2, hidden_size=32)
 PAIR = PreferencePair([{"role": "user", "content": "Sort 3 1 2 4."}], "Sorted: 1 2 3 4.", "Sorted: 4 3 2 1.")

@@ -16,7 +16,7 @@ from mrpo_scale import toyworld
 from mrpo_scale.data.model_text import ModelText
 from mrpo_scale.data.pairs import PreferencePair
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.toyskills import SKILLS
+from mrpo_scale.toyskills import ANTONYMS, SKILLS
 from mrpo_scale.toyworld import MODELS, ToySettings, ToyWorld, make_world, resolve
 
 SMALL = ToySettings(train_pairs=120, test_pairs=36, batch_size=4, max_steps=2, hidden_size=32)
@@ -178,7 +178,7 @@ def test_pairs_are_conversations_over_all_skills_with_disjoint_prompts(world: To
 
 def test_models_never_see_a_held_out_prompt(world: ToyWorld) -> None:
     held_out = {row["prompt"][0]["content"] for row in rows(world.test_file)}
-    rng = toyworld.random.Random(0)
+    rng = random.Random(0)
     teacher = toyworld._teacher(rng, MODELS["llama"], 0, held_out)
     # Enough that each held-out opposite (180 prompts in all) would come up.
     assert not held_out & {next(teacher)[0] for _ in range(12_000)}
@@ -208,7 +208,7 @@ def test_more_pairs_than_prompts_is_an_error(tmp_path: Path) -> None:
 
 
 def test_answers_are_right() -> None:
-    rng = toyworld.random.Random(3)
+    rng = random.Random(3)
     for _ in range(200):
         prompt, right, wrong = SKILLS["compare"](rng)
         a, b = (int(word.strip("?")) for word in prompt.split() if word.strip("?").isdigit())
@@ -228,12 +228,12 @@ def test_answers_are_right() -> None:
         )
         _, right, wrong = SKILLS["opposite"](rng)
         word, answer = right.strip(".").split()[3::2]
-        assert toyworld.ANTONYMS[word] == answer and toyworld.ANTONYMS[answer] == word and wrong != right
+        assert ANTONYMS[word] == answer and ANTONYMS[answer] == word and wrong != right
 
 
 def test_own_teachers_are_right_as_often_as_told_and_only_at_the_end() -> None:
     spec = MODELS["llama"]
-    teacher = toyworld._teacher(toyworld.random.Random(0), spec, 600, set())
+    teacher = toyworld._teacher(random.Random(0), spec, 600, set())
     sorts = [
         answer.removeprefix("Sorted: ")
         for _, answer in (next(teacher) for _ in range(6600))

@@ -35,15 +35,15 @@ def resolve_impl(impl: str, tensors: Sequence[Tensor], faster_in_float32: bool =
     if impl == "torch":
         return impl
     devices, dtypes = {tensor.device for tensor in tensors}, {tensor.dtype for tensor in tensors}
+    device, dtype = tensors[0].device, tensors[0].dtype
     unfit = _unfit_tensors(devices, dtypes)
-    unable = None if unfit else _unable_machine(next(iter(devices)))
+    unable = None if unfit else _unable_machine(device)
     if impl == "triton":
         if unfit:
             raise ValueError(f"impl='triton' cannot take these tensors: {unfit}; use impl='auto' or 'torch'")
         if unable:
             raise RuntimeError(f"impl='triton' cannot run here: {unable}; use impl='auto' or 'torch'")
         return impl
-    device, dtype = next(iter(devices)), next(iter(dtypes))
     slower = None if faster_in_float32 or dtype in _TENSOR_CORE_DTYPES else f"{dtype} is faster in cuBLAS"
     interpreted = None if device.type == "cuda" else "the tensors are on the CPU"
     reason = unfit or interpreted or unable or slower
@@ -60,16 +60,25 @@ def _unfit_tensors(devices: set[torch.device], dtypes: set[torch.dtype]) -> str 
     return None if dtype in _KERNEL_DTYPES else f"{dtype} is not one of {', '.join(map(str, _KERNEL_DTYPES))}"
 
 
-@functools.cache
 def _unable_machine(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return _unable_interpreter(device)
     if device.type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "the tensors are on the CPU and TRITON_INTERPRET is not 1"
+        return "the tensors are on the CPU and TRITON_INTERPRET is not 1"
     if device.type != "cuda" or torch.version.hip:
-        return f"the kernels are written for NVIDIA GPUs, not {device.type}{' on ROCm' if torch.version.hip else ''}"
+        return f"the kernels are written for NVIDIA GPUs, not for {'ROCm' if torch.version.hip else device.type}"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+def _unable_interpreter(device: torch.device) -> str | None:
+    from mrpo_kernels.partials import INTERPRETED
+
+    if device.type != "cpu":
+        return "under TRITON_INTERPRET=1 the kernels follow addresses on the CPU, and the tensors are not there"
+    return None if INTERPRETED else "TRITON_INTERPRET=1 was set after triton had been imported"
 
 
 @functools.cache

@@ -181,7 +181,13 @@ def response_logps(partials: Partials, num_responses: int) -> tuple[Tensor, Tens
 
 
 def combine(
-    partials: Partials | None, raw_KP2: Tensor, floats: Tensor, epsilon_max: float, clip: str, weights: str, aggregate: str
+    partials: Partials | None,
+    raw_KP2: Tensor,
+    floats: Tensor,
+    epsilon_max: float,
+    clip: str,
+    weights: str,
+    aggregate: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch 2 for K references: (virtual_P2, weights_KP, epsilon_P2, clipped_KP2).
 

@@ -81,7 +81,9 @@ def virtual_reference(
 
     partials = vocabulary_partials([Head(*head) for head in heads], None if weights != "fixed" else ref_weights)  # type: ignore[arg-type]
     raw_KP2 = torch.empty(num_refs, len(cu_seqlens[0]) // 2, 2, dtype=torch.float32, device=hidden[0].device)
-    return VirtualReference(raw_KP2, *combine(partials, raw_KP2, partials.floats, epsilon_max, clip, weights, aggregate))
+    return VirtualReference(
+        raw_KP2, *combine(partials, raw_KP2, partials.floats, epsilon_max, clip, weights, aggregate)
+    )
 
 
 @torch.no_grad()

@@ -40,14 +40,15 @@ class Tile:
     group_t: int = 8
 
 
-# By compute capability's major number: the newest that is not above the device's. Float32 is exact (no TF32) and therefore slow.
+# By compute capability's major number: the newest that is not above the device's.
 TILES = {
     8: Tile(128, 128, 64, num_warps=8, num_stages=3),
     9: Tile(128, 256, 64, num_warps=8, num_stages=4),
     10: Tile(128, 256, 64, num_warps=8, num_stages=4),
     12: Tile(128, 128, 64, num_warps=8, num_stages=3),
 }
-FLOAT32_TILE = Tile(64, 64, 32, num_warps=4, num_stages=3)
+# For float32, which is exact (no TF32) and therefore slow, and for rows that are not 16-byte aligned, whose loads cannot be wide.
+PLAIN_TILE = Tile(64, 64, 32, num_warps=4, num_stages=3)
 # The interpreter runs every program in Python: small tiles, so that tests of a few tokens still have several in each direction.
 INTERPRETER_TILE = Tile(16, 32, 16, num_warps=1, num_stages=1, group_t=2)
 _INTERPRETER_PROGRAMS = 3
@@ -84,18 +85,18 @@ class Partials(NamedTuple):
     table: Tensor
     floats: Tensor
     block_v: int
-    inputs: tuple[Tensor, ...]  # the tensors behind the table's addresses: alive until launch 2 is queued
+    heads: tuple[Head, ...]  # the tensors behind the table's addresses, alive until launch 2 is queued
 
 
 @triton.jit
 def _softcapped(x, softcap):
-    """softcap * tanh(x / softcap), and x where softcap is 0. Near zero a series: 1 - exp(-2y) would cancel to nothing."""
-    y = x / tl.where(softcap > 0, softcap, 1.0)
-    e = tl.exp(-2.0 * tl.abs(y))
-    far = tl.where(y < 0, e - 1.0, 1.0 - e) / (1.0 + e)
-    y2 = y * y
-    near = y * (1.0 + y2 * (-1.0 / 3 + y2 * (2.0 / 15 + y2 * (-17.0 / 315 + y2 * (62.0 / 2835)))))
-    return tl.where(softcap > 0, softcap * tl.where(y2 < 0.0625, near, far), x)
+    """softcap * tanh(x / softcap), and x where softcap is 0.
+
+    Good to float32's last digit of *softcap*, which is the last digit of a large logit. A series for small x would also keep their
+    last digit, and costs 50 registers that a 128x256 tile does not have (spills on sm_90).
+    """
+    cap = tl.where(softcap > 0, softcap, 1.0)
+    return tl.where(softcap > 0, cap - 2.0 * cap / (1.0 + tl.exp(x * (2.0 / cap))), x)
 
 
 @triton.jit
@@ -109,7 +110,8 @@ def _load_rows(ptrs, cols, width, EVEN_D: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _address(row_ptr, column: tl.constexpr, stride_column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A matrix of the table: (pointer, row stride). The hints let its loads be 16 bytes wide, as for a kernel argument."""
+    """A matrix of the table: (pointer, row stride). The hints let its loads be 16 bytes wide and asynchronous, as those of a kernel
+    argument are. They must sit on the pointer (on the integer they are lost): without them nothing is pipelined and tiles spill."""
     ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
     stride = tl.load(row_ptr + stride_column)
     if ALIGNED:
@@ -138,7 +140,12 @@ def partials_kernel(
         bias_ptr = tl.load(row_ptr + BIAS).to(tl.pointer_type(tl.float32))
         num_tokens, vocabulary = tl.load(row_ptr + NUM_TOKENS), tl.load(row_ptr + VOCABULARY)
         width = tl.load(row_ptr + WIDTH)
-        softcap, scale = tl.load(floats_ptr + k * FLOAT_COLUMNS + SOFTCAP), tl.load(floats_ptr + k * FLOAT_COLUMNS + LOGIT_SCALE)
+        if ALIGNED:
+            width = tl.multiple_of(width, 8)
+        softcap, scale = (
+            tl.load(floats_ptr + k * FLOAT_COLUMNS + SOFTCAP),
+            tl.load(floats_ptr + k * FLOAT_COLUMNS + LOGIT_SCALE),
+        )
         tiles_t, tiles_v = tl.cdiv(num_tokens, BLOCK_T).to(tl.int32), tl.cdiv(vocabulary, BLOCK_V).to(tl.int32)
         # Program p takes the tiles whose number, counted over all heads, is p modulo the grid's size.
         first = (program + programs - tl.load(row_ptr + FIRST_TILE).to(tl.int32) % programs) % programs
@@ -183,7 +190,11 @@ def _label_logits(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Each label's logit: the dot of its token's hidden row with its weight row, NaN for a label outside the vocabulary."""
-    num_tokens, vocabulary, width = tl.load(row_ptr + NUM_TOKENS), tl.load(row_ptr + VOCABULARY), tl.load(row_ptr + WIDTH)
+    num_tokens, vocabulary, width = (
+        tl.load(row_ptr + NUM_TOKENS),
+        tl.load(row_ptr + VOCABULARY),
+        tl.load(row_ptr + WIDTH),
+    )
     labels_ptr = tl.load(row_ptr + LABELS).to(tl.pointer_type(tl.int64))
     for block in range(tl.program_id(0), tl.cdiv(num_tokens, LABEL_BLOCK_T), tl.num_programs(0)):
         tokens = block * LABEL_BLOCK_T + tl.arange(0, LABEL_BLOCK_T).to(tl.int64)
@@ -213,56 +224,66 @@ INTERPRETED = not isinstance(partials_kernel, triton.runtime.JITFunction)
 
 def vocabulary_partials(heads: Sequence[Head], ref_weights: Sequence[float] | None = None) -> Partials:
     """Launch 1 over all heads (no launch if no head has a token). ``ref_weights`` only travel in the float table."""
+    heads = [_prepared(head) for head in heads]
     device, dtype = heads[0].hidden_TD.device, heads[0].hidden_TD.dtype
-    tile, programs = _tile(device, dtype), _num_programs(device)
-    inputs: list[Tensor] = []
+    aligned = all(_is_aligned(matrix) for head in heads for matrix in (head.hidden_TD, head.weight_VD))
+    tile = _tile(device, dtype, aligned)
     rows: list[list[int]] = []
     tiles = tokens = partials = 0
-    even_d = aligned = True
-    for head in heads:
-        (num_tokens, width), vocabulary = head.hidden_TD.shape, head.weight_VD.shape[0]
-        hidden_TD, weight_VD = _rows_contiguous(head.hidden_TD), _rows_contiguous(head.weight_VD)
-        bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
-        labels_T, cu_seqlens = head.labels_T.long().contiguous(), head.cu_seqlens.to(device, torch.int32).contiguous()
-        inputs += [hidden_TD, weight_VD, labels_T, cu_seqlens] + ([] if bias_V is None else [bias_V])
+    for hidden_TD, weight_VD, labels_T, cu_seqlens, bias_V, _, _ in heads:
+        (num_tokens, width), vocabulary = hidden_TD.shape, weight_VD.shape[0]
+        addresses = [hidden_TD.data_ptr(), hidden_TD.stride(0), weight_VD.data_ptr(), weight_VD.stride(0)]
+        addresses += [0 if bias_V is None else bias_V.data_ptr(), labels_T.data_ptr(), cu_seqlens.data_ptr()]
+        rows.append([*addresses, num_tokens, vocabulary, width, tiles, tokens, partials])
         tiles_v = triton.cdiv(vocabulary, tile.block_v)
-        rows.append(
-            [
-                *(hidden_TD.data_ptr(), hidden_TD.stride(0), weight_VD.data_ptr(), weight_VD.stride(0)),
-                *(0 if bias_V is None else bias_V.data_ptr(), labels_T.data_ptr(), cu_seqlens.data_ptr()),
-                *(num_tokens, vocabulary, width, tiles, tokens, partials),
-            ]
-        )
         tiles += triton.cdiv(num_tokens, tile.block_t) * tiles_v
         tokens += num_tokens
         partials += num_tokens * tiles_v
-        even_d &= width % tile.block_d == 0
-        aligned &= all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in (hidden_TD, weight_VD))
     out = Partials(
         *(torch.empty(size, dtype=torch.float32, device=device) for size in (partials, partials, tokens)),
         _to_device(rows, torch.int64, device),
         float_table([(head.softcap or 0.0, head.logit_scale) for head in heads], ref_weights, device),
-        *(tile.block_v, tuple(inputs)),
+        tile.block_v,
+        tuple(heads),
     )
     if tiles:
-        with torch.cuda.device_of(hidden_TD):
-            partials_kernel[(min(programs, tiles),)](
+        with torch.cuda.device_of(out.max_N):
+            partials_kernel[(min(_num_programs(device), tiles),)](
                 out.table, out.floats, out.max_N, out.sum_N, out.label_logit_T, len(heads),
                 DTYPE=_triton_dtype(dtype), BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP_T=tile.group_t,
-                EVEN_D=even_d, ALIGNED=aligned, UPCAST=INTERPRETED,
+                EVEN_D=all(head.hidden_TD.shape[1] % tile.block_d == 0 for head in heads), ALIGNED=aligned,
                 HAS_BIAS=any(head.bias_V is not None for head in heads), HAS_SOFTCAP=any(head.softcap for head in heads),
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+                UPCAST=INTERPRETED, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
     return out
 
 
-def float_table(softcap_and_scale: Sequence[tuple[float, float]], weights: Sequence[float] | None, device: torch.device) -> Tensor:
-    rows = [[*pair, weight] for pair, weight in zip(softcap_and_scale, weights or [0.0] * len(softcap_and_scale), strict=True)]
-    return _to_device(rows, torch.float32, device)
+def _prepared(head: Head) -> Head:
+    """With the dtypes and strides that the table promises; copies only what differs."""
+    return head._replace(
+        hidden_TD=_rows_contiguous(head.hidden_TD),
+        weight_VD=_rows_contiguous(head.weight_VD),
+        labels_T=head.labels_T.long().contiguous(),
+        cu_seqlens=head.cu_seqlens.to(head.hidden_TD.device, torch.int32).contiguous(),
+        bias_V=None if head.bias_V is None else head.bias_V.float().contiguous(),
+    )
 
 
 def _rows_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0 and matrix.shape[1] % 8 == 0
+
+
+def float_table(
+    softcap_and_scale: Sequence[tuple[float, float]], weights: Sequence[float] | None, device: torch.device
+) -> Tensor:
+    weights = weights or [0.0] * len(softcap_and_scale)
+    return _to_device(
+        [[*pair, weight] for pair, weight in zip(softcap_and_scale, weights, strict=True)], torch.float32, device
+    )
 
 
 def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -276,11 +297,11 @@ def _to_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torc
 
 
 @functools.cache
-def _tile(device: torch.device, dtype: torch.dtype) -> Tile:
+def _tile(device: torch.device, dtype: torch.dtype, aligned: bool) -> Tile:
     if INTERPRETED:
         return INTERPRETER_TILE
-    if dtype == torch.float32:
-        return FLOAT32_TILE
+    if dtype == torch.float32 or not aligned:
+        return PLAIN_TILE
     capability = torch.cuda.get_device_capability(device)[0]
     return TILES[max(major for major in TILES if major <= capability)]
 

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from mrpo_kernels.backend import resolve_impl
-
-# Bytes of one chunk's float32 logits. On a CPU it should stay near the caches, on a GPU it must fill the device.
-_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+from mrpo_kernels.chunked_head import OutputHead, recomputed_gradients, response_sums, token_logps
 
 
 def sequence_logps(
@@ -63,32 +61,6 @@ def check_shapes(hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: Tensor, cu
         raise ValueError(f"labels {tuple(labels_T.shape)} must be one per row of hidden {tuple(hidden_TD.shape)}")
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _chunks(num_tokens: int, vocabulary: int, device_type: str) -> range:
-    size = max(1, _CHUNK_BYTES.get(device_type, 1 << 30) // (4 * vocabulary))
-    return range(0, num_tokens, size)
-
-
-def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """One chunk's final logits [C, V] in the accumulation dtype."""
-    dtype = _accumulate_dtype(hidden_CD.dtype)
-    if hidden_CD.is_cuda and hidden_CD.dtype != dtype:
-        # cuBLAS can hand out its float32 sums; rounded to bfloat16 they would cost tenths of a nat per response.
-        logits_CV = torch.mm(hidden_CD, weight_VD.t(), out_dtype=dtype)
-    else:
-        logits_CV = torch.mm(hidden_CD, weight_VD.t()).to(dtype)
-    if bias_V is not None:
-        logits_CV += bias_V
-    if scale != 1.0:
-        logits_CV *= scale
-    if softcap is not None:
-        logits_CV.div_(softcap).tanh_().mul_(softcap)
-    return logits_CV
-
-
 def _torch_forward(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -99,20 +71,8 @@ def _torch_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps_S, max_T, log_sum_T); a token's logsumexp is max + log_sum."""
-    dtype = _accumulate_dtype(hidden_TD.dtype)
-    token_logps_T = torch.empty(len(labels_T), dtype=dtype, device=hidden_TD.device)
-    max_T, log_sum_T = torch.empty_like(token_logps_T), torch.empty_like(token_logps_T)
-    chunks = _chunks(len(labels_T), weight_VD.shape[0], hidden_TD.device.type)
-    for start in chunks:
-        part = slice(start, start + chunks.step)
-        logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, softcap, scale)
-        max_T[part] = logits_CV.amax(1)
-        logits_CV.sub_(max_T[part, None])
-        label_logits_C = logits_CV.gather(1, labels_T[part, None]).squeeze(1)
-        log_sum_T[part] = logits_CV.exp_().sum(1).log()
-        token_logps_T[part] = label_logits_C - log_sum_T[part]
-    logps_S = torch.segment_reduce(token_logps_T.double(), "sum", lengths=cu_seqlens.diff().long()).to(dtype)
-    return logps_S, max_T, log_sum_T
+    logps_T, max_T, log_sum_T = token_logps(hidden_TD, OutputHead(weight_VD, bias_V, softcap, scale), labels_T)
+    return response_sums(logps_T, cu_seqlens), max_T, log_sum_T
 
 
 def _triton_forward(
@@ -134,48 +94,26 @@ def _triton_forward(
 
 class _SequenceLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap, scale, use_triton):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap, scale, use_triton):
         forward = _triton_forward if use_triton else _torch_forward
-        logps_S, max_T, log_sum_T = forward(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap, scale)
-        # The logsumexp in two parts: their float32 sum would lose digits that peaked logits need in backward.
+        with torch.autocast(hidden_TD.device.type, enabled=False):  # it would round products whose dtype is chosen here
+            logps_S, max_T, log_sum_T = forward(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap, scale)
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, max_T, log_sum_T)
         ctx.softcap, ctx.scale = softcap, scale
         return logps_S
 
     @staticmethod
-    def backward(ctx, d_logps_S):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_logps_S):
         hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, max_T, log_sum_T = ctx.saved_tensors
-        softcap, scale = ctx.softcap, ctx.scale
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dtype = _accumulate_dtype(hidden_TD.dtype)
-        d_token_T = torch.repeat_interleave(d_logps_S.to(dtype), cu_seqlens.diff().long())
-        d_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs_weight else None
-        d_bias_V = torch.zeros_like(bias_V, dtype=dtype) if needs_bias else None
-        chunks = _chunks(len(labels_T), weight_VD.shape[0], hidden_TD.device.type)
-        for start in chunks:
-            part = slice(start, start + chunks.step)
-            logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, softcap, scale)
-            capped_CV = None if softcap is None else logits_CV.clone()
-            # d logits = d_token * (onehot - softmax), formed in place in the chunk's own logits
-            softmax_CV = logits_CV.sub_(max_T[part, None]).sub_(log_sum_T[part, None]).exp_()
-            d_logits_CV = softmax_CV.mul_(-d_token_T[part, None])
-            d_logits_CV.scatter_add_(1, labels_T[part, None], d_token_T[part, None])
-            if capped_CV is not None:
-                d_logits_CV.mul_(1 - capped_CV.div_(softcap).square_())
-            if scale != 1.0:
-                d_logits_CV *= scale
-            d_input_CV = d_logits_CV.to(hidden_TD.dtype)
-            if d_hidden_TD is not None:
-                torch.mm(d_input_CV, weight_VD, out=d_hidden_TD[part])
-            if d_weight_VD is not None and d_weight_VD.dtype == hidden_TD.dtype:
-                d_weight_VD.addmm_(d_input_CV.t(), hidden_TD[part])
-            elif d_weight_VD is not None:
-                d_weight_VD += torch.mm(d_input_CV.t(), hidden_TD[part])
-            if d_bias_V is not None:
-                d_bias_V += d_logits_CV.sum(0)
-        if d_weight_VD is not None:
-            d_weight_VD = d_weight_VD.to(weight_VD.dtype)
-        if d_bias_V is not None:
-            d_bias_V = d_bias_V.to(bias_V.dtype)
-        return d_hidden_TD, d_weight_VD, d_bias_V, None, None, None, None, None
+        d_token_T = torch.repeat_interleave(d_logps_S.to(max_T.dtype), cu_seqlens.diff().long())
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            gradients = recomputed_gradients(
+                hidden_TD,
+                OutputHead(weight_VD, bias_V, ctx.softcap, ctx.scale),
+                labels_T,
+                d_token_T,
+                (max_T, log_sum_T),
+                (needs_hidden, needs_weight, needs_bias),
+            )
+        return *gradients, None, None, None, None, None

@@ -48,7 +48,7 @@ TILES = {
     12: Tile(128, 128, 64, num_warps=8, num_stages=3),
 }
 # For float32, which is exact (no TF32) and therefore slow, and for rows that are not 16-byte aligned, whose loads cannot be wide.
-PLAIN_TILE = Tile(64, 64, 32, num_warps=4, num_stages=3)
+PLAIN_TILE = Tile(64, 64, 16, num_warps=4, num_stages=3)
 # The interpreter runs every program in Python: small tiles, so that tests of a few tokens still have several in each direction.
 INTERPRETER_TILE = Tile(16, 32, 16, num_warps=1, num_stages=1, group_t=2)
 _INTERPRETER_PROGRAMS = 3

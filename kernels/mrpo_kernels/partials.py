@@ -30,7 +30,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """A shipped configuration of the partials kernel; tests compile each one and read its registers and spills."""
+    """A configuration of the partials kernel; tests compile each shipped one and read its registers and spills.
+
+    ``descriptors`` loads tiles through the tensor memory accelerator (sm_90 and up) instead of asynchronous copies of 16 bytes.
+    No shipped tile does yet: it is not measured, and with bias and softcap it spills.
+    """
 
     block_t: int
     block_v: int
@@ -38,6 +42,7 @@ class Tile:
     num_warps: int
     num_stages: int
     group_t: int = 8
+    descriptors: bool = False
 
 
 # By compute capability's major number: the newest that is not above the device's.
@@ -100,12 +105,10 @@ def _softcapped(x, softcap):
 
 
 @triton.jit
-def _load_rows(ptrs, cols, width, EVEN_D: tl.constexpr, UPCAST: tl.constexpr):
+def _load_rows(ptrs, cols, width, EVEN_D: tl.constexpr):
     if EVEN_D:
-        x = tl.load(ptrs)
-    else:
-        x = tl.load(ptrs, mask=(cols < width)[None, :], other=0.0)
-    return x.to(tl.float32) if UPCAST else x  # the interpreter's tl.dot is wrong in bfloat16
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=(cols < width)[None, :], other=0.0)
 
 
 @triton.jit
@@ -131,6 +134,7 @@ def partials_kernel(
     table_ptr, floats_ptr, max_ptr, sum_ptr, label_logit_ptr, num_heads,
     DTYPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_T: tl.constexpr,
     EVEN_D: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     for k in range(num_heads):
@@ -150,6 +154,11 @@ def partials_kernel(
         # Program p takes the tiles whose number, counted over all heads, is p modulo the grid's size.
         first = (program + programs - tl.load(row_ptr + FIRST_TILE).to(tl.int32) % programs) % programs
         partial_offset = tl.load(row_ptr + FIRST_PARTIAL)
+        if DESCRIPTORS:
+            hidden_shape = [tl.maximum(num_tokens, 1).to(tl.int32), width.to(tl.int32)]
+            weight_shape = [vocabulary.to(tl.int32), width.to(tl.int32)]
+            hidden_desc = tl.make_tensor_descriptor(hidden_ptr, hidden_shape, [hidden_stride, 1], [BLOCK_T, BLOCK_D])
+            weight_desc = tl.make_tensor_descriptor(weight_ptr, weight_shape, [weight_stride, 1], [BLOCK_V, BLOCK_D])
         for tile in range(first, tiles_t * tiles_v, programs):
             group = tile // (GROUP_T * tiles_v)
             group_size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
@@ -162,8 +171,14 @@ def partials_kernel(
             weight_ptrs = weight_ptr + tl.minimum(words, vocabulary - 1)[:, None] * weight_stride + cols[None, :]
             logits = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
             for d in range(0, width, BLOCK_D):
-                hidden = _load_rows(hidden_ptrs + d, cols + d, width, EVEN_D, UPCAST)
-                weight = _load_rows(weight_ptrs + d, cols + d, width, EVEN_D, UPCAST)
+                if DESCRIPTORS:
+                    hidden = hidden_desc.load([tile_t * BLOCK_T, tl.cast(d, tl.int32)])
+                    weight = weight_desc.load([tile_v * BLOCK_V, tl.cast(d, tl.int32)])
+                else:
+                    hidden = _load_rows(hidden_ptrs + d, cols + d, width, EVEN_D)
+                    weight = _load_rows(weight_ptrs + d, cols + d, width, EVEN_D)
+                if UPCAST:  # the interpreter's tl.dot is wrong in bfloat16
+                    hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
                 logits = tl.dot(hidden, weight.T, logits, input_precision="ieee")
             if HAS_BIAS:
                 logits += tl.load(bias_ptr + words, mask=words < _num_biases(row_ptr), other=0.0)[None, :]
@@ -240,20 +255,26 @@ def vocabulary_partials(heads: Sequence[Head], ref_weights: Sequence[float] | No
         tokens += num_tokens
         partials += num_tokens * tiles_v
     out = Partials(
-        *(torch.empty(size, dtype=torch.float32, device=device) for size in (partials, partials, tokens)),
+        torch.empty(partials, dtype=torch.float32, device=device),
+        torch.empty(partials, dtype=torch.float32, device=device),
+        torch.empty(tokens, dtype=torch.float32, device=device),
         _to_device(rows, torch.int64, device),
         float_table([(head.softcap or 0.0, head.logit_scale) for head in heads], ref_weights, device),
         tile.block_v,
         tuple(heads),
     )
     if tiles:
+        if (
+            tile.descriptors
+        ):  # they live in scratch memory; set for each launch, because an autograd thread has its own context
+            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
         with torch.cuda.device_of(out.max_N):
             partials_kernel[(min(_num_programs(device), tiles),)](
                 out.table, out.floats, out.max_N, out.sum_N, out.label_logit_T, len(heads),
                 DTYPE=_triton_dtype(dtype), BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP_T=tile.group_t,
                 EVEN_D=all(head.hidden_TD.shape[1] % tile.block_d == 0 for head in heads), ALIGNED=aligned,
                 HAS_BIAS=any(head.bias_V is not None for head in heads), HAS_SOFTCAP=any(head.softcap for head in heads),
-                UPCAST=INTERPRETED, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                UPCAST=INTERPRETED, DESCRIPTORS=tile.descriptors, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
     return out
 

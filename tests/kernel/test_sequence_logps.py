@@ -6,8 +6,7 @@ import pytest
 import torch
 from mrpo_kernels import sequence_logps
 
-# The package exports the function under the module's own name.
-MODULE = importlib.import_module("mrpo_kernels.sequence_logps")
+MODULE = importlib.import_module("mrpo_kernels.chunked_head")
 
 OPTIONS = [
     {},
@@ -19,8 +18,9 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Three or four tokens a chunk, so that every test crosses chunk borders inside a response."""
-    monkeypatch.setitem(MODULE._CHUNK_BYTES, "cpu", 4 * 101 * 3)
+    """Blocks of three tokens, tiles of 26 words or fewer: every test crosses borders inside a response and the vocabulary."""
+    monkeypatch.setitem(MODULE._BLOCK_TOKENS, "cpu", 3)
+    monkeypatch.setitem(MODULE._CHUNK_BYTES, "cpu", 4 * 3 * 26)
 
 
 def inputs(dtype, *, vocabulary=101, tokens=23, hidden=17, scale=1.0, seed=0):

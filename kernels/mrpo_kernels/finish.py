@@ -1,0 +1,211 @@
+"""Launch 2 of the fused log-probs: partials to per-response log-probs, and on to the virtual reference.
+
+Design note. One program per response (``sequence_logps``) or per pair (``virtual_reference``, over all K references). A program
+reduces its tokens' (max, sum) over the vocabulary tiles, both read along the token axis, and adds the token log-probs up in
+float64: a 4,096-token response stays exact to the last float32 digit. The pair kernel keeps its K x 2 log-probs in registers and
+goes through Equations 9, 8, 10 and Proposition 1 at once, so K * S + S numbers leave the device and the arithmetic of a dozen
+small torch kernels costs none. It is the same arithmetic as :mod:`mrpo_kernels.virtual_reference`, in float32 from the rounded
+log-probs, and reads given log-probs (partition, cache) with the same code: cached and live references agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mrpo_kernels.partials import (
+    COLUMNS,
+    CU_SEQLENS,
+    FIRST_PARTIAL,
+    FIRST_TOKEN,
+    FLOAT_COLUMNS,
+    NUM_TOKENS,
+    VOCABULARY,
+    WEIGHT_K,
+    Partials,
+)
+
+BLOCK_T, BLOCK_N = 32, 32
+NUM_WARPS = 4
+
+
+@triton.jit
+def _response_logp(
+    row_ptr, response, max_ptr, sum_ptr, label_logit_ptr, token_max_ptr, token_log_sum_ptr,
+    STORE_TOKENS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One response's log-prob in float64; its tokens' logsumexp, as (max, log of sum), is stored for a backward."""
+    cu_seqlens_ptr = tl.load(row_ptr + CU_SEQLENS).to(tl.pointer_type(tl.int32))
+    begin, end = tl.load(cu_seqlens_ptr + response), tl.load(cu_seqlens_ptr + response + 1)
+    num_tokens = tl.load(row_ptr + NUM_TOKENS)
+    tiles_v = tl.cdiv(tl.load(row_ptr + VOCABULARY), BLOCK_V)
+    first_token, first_partial = tl.load(row_ptr + FIRST_TOKEN), tl.load(row_ptr + FIRST_PARTIAL)
+    total = tl.zeros((BLOCK_T,), dtype=tl.float64)
+    for start in range(begin, end, BLOCK_T):
+        tokens = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        exists = tokens < end
+        running_max = tl.full((BLOCK_T,), -float("inf"), dtype=tl.float32)
+        running_sum = tl.zeros((BLOCK_T,), dtype=tl.float32)
+        for tile_v in range(0, tiles_v, BLOCK_N):
+            tiles = tile_v + tl.arange(0, BLOCK_N).to(tl.int64)
+            at = first_partial + tiles[:, None] * num_tokens + tokens[None, :]
+            mask = (tiles < tiles_v)[:, None] & exists[None, :]
+            maxima = tl.load(max_ptr + at, mask=mask, other=-float("inf"))
+            sums = tl.load(sum_ptr + at, mask=mask, other=0.0)
+            new_max = tl.maximum(running_max, tl.max(maxima, 0))
+            # While only banned words (and no running sum) were seen, the max is -inf and -inf - -inf would be NaN.
+            shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+            running_sum = running_sum * tl.exp(running_max - shift) + tl.sum(sums * tl.exp(maxima - shift[None, :]), 0)
+            running_max = new_max
+        log_sum = tl.log(tl.where(exists, running_sum, 1.0).to(tl.float64))
+        label_logit = tl.load(label_logit_ptr + first_token + tokens, mask=exists, other=0.0)
+        total += tl.where(exists, (label_logit - running_max).to(tl.float64) - log_sum, 0.0)
+        if STORE_TOKENS:
+            tl.store(token_max_ptr + first_token + tokens, running_max, mask=exists)
+            tl.store(token_log_sum_ptr + first_token + tokens, log_sum.to(tl.float32), mask=exists)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def response_sums_kernel(
+    table_ptr, max_ptr, sum_ptr, label_logit_ptr, logps_ptr, token_max_ptr, token_log_sum_ptr,
+    BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    response = tl.program_id(0)
+    logp = _response_logp(
+        table_ptr, response, max_ptr, sum_ptr, label_logit_ptr, token_max_ptr, token_log_sum_ptr,
+        True, BLOCK_V, BLOCK_T, BLOCK_N,
+    )  # fmt: skip
+    tl.store(logps_ptr + response, logp.to(tl.float32))
+
+
+@triton.jit
+def _logsumexp(x_K2):
+    """Over references. All -inf (every weight zero) is -inf, not NaN."""
+    top_2 = tl.max(x_K2, 0)
+    shift_2 = tl.where(top_2 == -float("inf"), 0.0, top_2)
+    return shift_2 + tl.log(tl.sum(tl.exp(x_K2 - shift_2[None, :]), 0))
+
+
+@triton.jit
+def _combine(
+    raw_K2, fixed_weights_K, ks, num_refs, epsilon_max,
+    CLIP: tl.constexpr, WEIGHTS: tl.constexpr, AGGREGATE: tl.constexpr,
+):  # fmt: skip
+    """Equations 9, 8, 10 and the aggregate of one pair. Rows past num_refs are zeros and get weight zero."""
+    anchor_2 = tl.sum(tl.where((ks == 0)[:, None], raw_K2, 0.0), 0)
+    epsilon_2 = tl.zeros_like(anchor_2) + (float("inf") if CLIP == "none" else epsilon_max)
+    if CLIP == "adaptive":
+        size_2 = tl.abs(tl.sum(raw_K2, 0))
+        size = tl.sum(size_2, 0)
+        epsilon_2 = epsilon_max * tl.where(size > 0, size_2 / tl.where(size > 0, size, 1.0), 0.5)
+    clipped_K2 = raw_K2
+    if CLIP != "none":
+        lower_2, upper_2 = (1.0 + epsilon_2) * anchor_2, (1.0 - epsilon_2) * anchor_2
+        # A reference that scored NaN must stay NaN: without the flag the hardware's max would return the bound.
+        inside_K2 = tl.maximum(raw_K2, lower_2[None, :], propagate_nan=tl.PropagateNan.ALL)
+        inside_K2 = tl.minimum(inside_K2, upper_2[None, :], propagate_nan=tl.PropagateNan.ALL)
+        clipped_K2 = tl.where((ks == 0)[:, None], raw_K2, inside_K2)
+
+    weights_K = fixed_weights_K
+    if WEIGHTS == "uniform":
+        weights_K = tl.zeros_like(fixed_weights_K) + 1.0 / num_refs
+    elif WEIGHTS == "confidence":
+        sign_2 = 1.0 - 2.0 * tl.arange(0, 2)
+        gaps_K = tl.abs(tl.sum(raw_K2 * sign_2[None, :], 1))
+        gap = tl.sum(gaps_K, 0)
+        weights_K = tl.where(gap > 0, gaps_K / tl.where(gap > 0, gap, 1.0), 1.0 / num_refs)
+    weights_K = tl.where(ks < num_refs, weights_K, 0.0)
+
+    used_K1 = (weights_K != 0)[:, None]
+    log_weights_K1 = tl.log(tl.where(weights_K != 0, weights_K, 1.0))[:, None]
+    if AGGREGATE == "harmonic":
+        virtual_2 = -_logsumexp(tl.where(used_K1, log_weights_K1 - clipped_K2, -float("inf")))
+    elif AGGREGATE == "geometric":
+        virtual_2 = tl.sum(tl.where(used_K1, weights_K[:, None] * clipped_K2, 0.0), 0)
+    elif AGGREGATE == "arithmetic":
+        virtual_2 = _logsumexp(tl.where(used_K1, log_weights_K1 + clipped_K2, -float("inf")))
+    else:
+        broken_K2 = tl.where(used_K1 & (clipped_K2 != clipped_K2), float("nan"), 0.0)  # tl.min would skip a NaN
+        virtual_2 = tl.min(tl.where(used_K1, clipped_K2, float("inf")), 0) + tl.sum(broken_K2, 0)
+    return virtual_2, weights_K, epsilon_2, clipped_K2
+
+
+@triton.jit
+def virtual_reference_kernel(
+    table_ptr, floats_ptr, max_ptr, sum_ptr, label_logit_ptr, raw_ptr,
+    virtual_ptr, weights_ptr, epsilon_ptr, clipped_ptr, num_refs, num_pairs, epsilon_max,
+    CLIP: tl.constexpr, WEIGHTS: tl.constexpr, AGGREGATE: tl.constexpr, FROM_LOGPS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program p: pair p of every reference. ``raw_ptr`` [K, P, 2] is read if FROM_LOGPS, else written."""
+    pair = tl.program_id(0).to(tl.int64)
+    ks, sides = tl.arange(0, BLOCK_K), tl.arange(0, 2)
+    live_K = ks < num_refs
+    at_K2 = (ks[:, None] * num_pairs + pair) * 2 + sides[None, :]
+    if FROM_LOGPS:
+        raw_K2 = tl.load(raw_ptr + at_K2, mask=live_K[:, None], other=0.0)
+    else:
+        raw_K2 = tl.zeros((BLOCK_K, 2), dtype=tl.float32)
+        for i in range(2 * num_refs):
+            logp = _response_logp(
+                table_ptr + (i // 2) * COLUMNS, 2 * pair + i % 2, max_ptr, sum_ptr, label_logit_ptr, max_ptr, sum_ptr,
+                False, BLOCK_V, BLOCK_T, BLOCK_N,
+            )  # fmt: skip
+            here = (ks == i // 2)[:, None] & (sides == i % 2)[None, :]
+            raw_K2 = tl.where(here, logp.to(tl.float32), raw_K2)
+        tl.store(raw_ptr + at_K2, raw_K2, mask=live_K[:, None])
+    fixed_weights_K = tl.load(floats_ptr + ks * FLOAT_COLUMNS + WEIGHT_K, mask=live_K, other=0.0)
+    virtual_2, weights_K, epsilon_2, clipped_K2 = _combine(
+        raw_K2, fixed_weights_K, ks, num_refs, epsilon_max, CLIP, WEIGHTS, AGGREGATE
+    )
+    tl.store(virtual_ptr + pair * 2 + sides, virtual_2)
+    tl.store(epsilon_ptr + pair * 2 + sides, epsilon_2)
+    tl.store(weights_ptr + ks * num_pairs + pair, weights_K, mask=live_K)
+    tl.store(clipped_ptr + at_K2, clipped_K2, mask=live_K[:, None])
+
+
+def response_logps(partials: Partials, num_responses: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch 2 for one head: (logps_S, max_T, log_sum_T), all float32."""
+    max_T, log_sum_T = torch.empty_like(partials.label_logit_T), torch.empty_like(partials.label_logit_T)
+    logps_S = torch.empty(num_responses, dtype=torch.float32, device=max_T.device)
+    if num_responses:
+        with torch.cuda.device_of(logps_S):
+            response_sums_kernel[(num_responses,)](
+                partials.table, partials.max_N, partials.sum_N, partials.label_logit_T, logps_S, max_T, log_sum_T,
+                BLOCK_V=partials.block_v, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+            )  # fmt: skip
+    return logps_S, max_T, log_sum_T
+
+
+def combine(
+    partials: Partials | None,
+    raw_KP2: Tensor,
+    floats: Tensor,
+    epsilon_max: float,
+    clip: str,
+    weights: str,
+    aggregate: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch 2 for K references: (virtual_P2, weights_KP, epsilon_P2, clipped_KP2).
+
+    Args:
+        partials: of launch 1, and ``raw_KP2`` is filled; or None, and ``raw_KP2`` holds the log-probs.
+        weights: ``confidence``, ``uniform`` or ``fixed``, which takes them from ``floats``.
+    """
+    num_refs, num_pairs, _ = raw_KP2.shape
+    clipped_KP2, weights_KP = torch.empty_like(raw_KP2), raw_KP2.new_empty(num_refs, num_pairs)
+    virtual_P2, epsilon_P2 = raw_KP2.new_empty(num_pairs, 2), raw_KP2.new_empty(num_pairs, 2)
+    if num_pairs:
+        # Without partials their pointers are never read: any tensor does.
+        table, *arrays = partials[3:4] + partials[:3] if partials else (floats, raw_KP2, raw_KP2, raw_KP2)
+        with torch.cuda.device_of(raw_KP2):
+            virtual_reference_kernel[(num_pairs,)](
+                table, floats, *arrays, raw_KP2, virtual_P2, weights_KP, epsilon_P2, clipped_KP2, num_refs, num_pairs, epsilon_max,
+                CLIP=clip, WEIGHTS=weights, AGGREGATE=aggregate, FROM_LOGPS=partials is None,
+                BLOCK_K=max(2, triton.next_power_of_2(num_refs)), BLOCK_V=partials.block_v if partials else 1,
+                BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+            )  # fmt: skip
+    return virtual_P2, weights_KP, epsilon_P2, clipped_KP2

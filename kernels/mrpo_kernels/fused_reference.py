@@ -1,0 +1,155 @@
+"""Hidden states of K frozen references to one virtual reference, in two launches for any K.
+
+Design note. Scoring K references one by one leaves K pipelines that drain at their ends, K launches of every small step, and the
+dozen kernels of Equations 8-10. Here one persistent launch (:mod:`~mrpo_kernels.partials`) walks the tiles of all K heads, whatever
+their D, V and T, and one small launch (:mod:`~mrpo_kernels.finish`) goes from partials to ref_logps_KP2 and the virtual log-probs.
+References are constants: nothing here is differentiable. The torch path is :func:`sequence_logps` per reference and
+:func:`combine_references`; it is the CPU's and the oracle.
+
+K references, P pairs, S = 2P responses; responses 2p and 2p+1 are pair p's chosen and rejected; reference 0 is the anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mrpo_kernels.backend import resolve_impl
+from mrpo_kernels.sequence_logps import check_shapes, sequence_logps
+from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, combine_references
+
+
+class VirtualReference(NamedTuple):
+    ref_logps_KP2: Tensor
+    virtual_logps_P2: Tensor
+    weights_KP: Tensor
+    epsilon_P2: Tensor
+    clipped_KP2: Tensor
+
+
+@torch.no_grad()
+def virtual_reference(
+    hidden: Sequence[Tensor],
+    head_weight: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    cu_seqlens: Sequence[Tensor],
+    *,
+    bias: Sequence[Tensor | None] | None = None,
+    softcap: Sequence[float | None] | None = None,
+    logit_scale: Sequence[float] | None = None,
+    epsilon_max: float,
+    clip: str,
+    ref_weights: str | Sequence[float],
+    aggregate: str,
+    impl: str = "auto",
+) -> VirtualReference:
+    """Score P pairs with K references and combine them; each sequence has one entry per reference.
+
+    Args:
+        hidden: [T_k, D_k] each, already shifted as in :func:`sequence_logps`; head_weight: [V_k, D_k]; labels: [T_k].
+        cu_seqlens: [2P+1] each: the token counts differ between references, the responses do not.
+        bias, softcap, logit_scale: per reference, or None where no reference has one.
+        epsilon_max, clip, ref_weights, aggregate: as in :func:`combine_references`.
+        impl: ``auto``, ``triton`` (all references on one device in one dtype) or ``torch``.
+
+    Returns:
+        ref_logps_KP2 (raw), virtual_logps_P2, weights_KP, epsilon_P2, clipped_KP2; float32, without gradient.
+
+    Raises:
+        ValueError: sequences or shapes that do not fit, an unknown mode, or ``triton`` for tensors it cannot take.
+        RuntimeError: ``triton`` on a machine that cannot run it.
+    """
+    num_refs = len(hidden)
+    bias = [None] * num_refs if bias is None else bias
+    softcap = [None] * num_refs if softcap is None else softcap
+    logit_scale = [1.0] * num_refs if logit_scale is None else logit_scale
+    _check_references(hidden, head_weight, labels, cu_seqlens, bias, softcap, logit_scale)
+    weights = _check_modes(clip, ref_weights, aggregate, num_refs)
+    heads = list(zip(hidden, head_weight, labels, cu_seqlens, bias, softcap, logit_scale, strict=True))
+    if resolve_impl(impl, (*hidden, *head_weight)) == "torch":
+        logps_K = [
+            sequence_logps(h, w, y, cu, bias=b, softcap=cap, logit_scale=scale, impl="torch")
+            for h, w, y, cu, b, cap, scale in heads
+        ]
+        return _combine_in_torch(torch.stack(logps_K).view(num_refs, -1, 2), epsilon_max, clip, ref_weights, aggregate)
+
+    from mrpo_kernels.finish import combine
+    from mrpo_kernels.partials import Head, vocabulary_partials
+
+    partials = vocabulary_partials([Head(*head) for head in heads], None if weights != "fixed" else ref_weights)  # type: ignore[arg-type]
+    raw_KP2 = torch.empty(num_refs, len(cu_seqlens[0]) // 2, 2, dtype=torch.float32, device=hidden[0].device)
+    return VirtualReference(
+        raw_KP2, *combine(partials, raw_KP2, partials.floats, epsilon_max, clip, weights, aggregate)
+    )
+
+
+@torch.no_grad()
+def combine_logps(
+    ref_logps_KP2: Tensor,
+    *,
+    epsilon_max: float,
+    clip: str,
+    ref_weights: str | Sequence[float],
+    aggregate: str,
+    impl: str = "auto",
+) -> VirtualReference:
+    """The same from log-probs that are there already (partition, cache), raw and [K, P, 2].
+
+    On a GPU this is the finishing launch of :func:`virtual_reference` itself, so that a cached reference and a live one that
+    scored the same give the same bits; in torch it is :func:`combine_references`. Raises as :func:`virtual_reference` does.
+    """
+    num_refs = ref_logps_KP2.shape[0]
+    weights = _check_modes(clip, ref_weights, aggregate, num_refs)
+    if ref_logps_KP2.ndim != 3 or ref_logps_KP2.shape[2] != 2:
+        raise ValueError(f"ref_logps_KP2 must be [references, pairs, 2], got {tuple(ref_logps_KP2.shape)}")
+    if resolve_impl(impl, (ref_logps_KP2,), faster_in_float32=True) == "torch":
+        return _combine_in_torch(ref_logps_KP2, epsilon_max, clip, ref_weights, aggregate)
+
+    from mrpo_kernels.finish import combine
+    from mrpo_kernels.partials import float_table
+
+    raw_KP2 = ref_logps_KP2.float().contiguous()
+    floats = float_table([(0.0, 1.0)] * num_refs, None if weights != "fixed" else ref_weights, raw_KP2.device)  # type: ignore[arg-type]
+    return VirtualReference(raw_KP2, *combine(None, raw_KP2, floats, epsilon_max, clip, weights, aggregate))
+
+
+def _combine_in_torch(
+    raw_KP2: Tensor, epsilon_max: float, clip: str, ref_weights: str | Sequence[float], aggregate: str
+) -> VirtualReference:
+    combined = combine_references(
+        raw_KP2, epsilon_max=epsilon_max, clip=clip, ref_weights=ref_weights, aggregate=aggregate
+    )
+    return VirtualReference(raw_KP2, *combined)
+
+
+def _check_references(*per_reference: Sequence) -> None:
+    names = ("hidden", "head_weight", "labels", "cu_seqlens", "bias", "softcap", "logit_scale")
+    counts = {name: len(values) for name, values in zip(names, per_reference, strict=True)}
+    if len(set(counts.values())) > 1 or not counts["hidden"]:
+        raise ValueError(f"one entry per reference, and at least one, got {counts}")
+    responses = {len(cu_seqlens) - 1 for cu_seqlens in per_reference[3]}
+    if len(responses) > 1 or next(iter(responses)) % 2:
+        raise ValueError(f"every reference scores the same 2P responses, got {sorted(responses)}")
+    for k, (hidden_TD, weight_VD, labels_T, cu_seqlens) in enumerate(zip(*per_reference[:4], strict=True)):
+        try:
+            check_shapes(hidden_TD, weight_VD, labels_T, cu_seqlens)
+        except ValueError as error:
+            raise ValueError(f"reference {k}: {error}") from None
+
+
+def _check_modes(clip: str, ref_weights: str | Sequence[float], aggregate: str, num_refs: int) -> str:
+    """Returns ``confidence``, ``uniform`` or ``fixed``."""
+    if clip not in CLIPS:
+        raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {clip!r}")
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+    if isinstance(ref_weights, str):
+        if ref_weights not in ("confidence", "uniform"):
+            raise ValueError(f"ref_weights must be confidence, uniform or {num_refs} numbers, got {ref_weights!r}")
+        return ref_weights
+    if len(ref_weights) != num_refs:
+        raise ValueError(f"ref_weights must be confidence, uniform or {num_refs} numbers, got {list(ref_weights)}")
+    return "fixed"

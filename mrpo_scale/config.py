@@ -109,6 +109,12 @@ class MRPOConfig(TrainingArguments):
     on_bad_row: Literal["skip", "error"] = _key("skip", "What to do with a pair that cannot be scored by every model.")
     max_bad_rows: float = _key(0.1, "Largest fraction of such pairs before the run stops.")
 
+    # Output head
+    head_impl: Literal["auto", "triton", "torch"] = _key("auto", "Log-prob kernels: Triton or torch; auto is logged.")
+    head_backward: Literal["auto", "in_forward", "recompute"] = _key(
+        "auto", "Make the head's gradients in the forward (6TDV) or recompute logits in the backward (8TDV)."
+    )
+
     # References
     shared_prompt: Literal["auto", "true", "false"] = _key("auto", "One forward over prompt, chosen and rejected.")
     ref_shard_size: int | None = _key(
@@ -185,6 +191,10 @@ class MRPOConfig(TrainingArguments):
         _within("dtype", self.dtype, DTYPES)
         _within("shared_prompt", self.shared_prompt, ("auto", "true", "false"))
         _within("system", self.system, ("native", "merge", "error"))
+        _within("head_impl", self.head_impl, ("auto", "triton", "torch"))
+        _within("head_backward", self.head_backward, ("auto", "in_forward", "recompute"))
+        if self.head_impl == "triton" and (self.use_cpu or not torch.cuda.is_available()):
+            raise ConfigError("`head_impl: triton` needs a CUDA GPU and there is none; use `auto` or `torch`.")
         _within("on_bad_row", self.on_bad_row, ("skip", "error"))
         if not 0 <= self.max_bad_rows <= 1:
             raise ConfigError(f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1.")
@@ -199,6 +209,12 @@ class MRPOConfig(TrainingArguments):
     def folder(self) -> Path:
         """``output_dir``, where everything that this run writes goes."""
         return Path(str(self.output_dir))
+
+    @property
+    def gradients_in_forward(self) -> bool:
+        """``head_backward: auto`` is what was measured faster: in the forward on a CPU (benchmarks/results). On a GPU neither was
+        measured yet, so it stays with the one that holds no float32 weight gradient through the body's backward."""
+        return self.head_backward == "in_forward" or (self.head_backward == "auto" and self.device.type == "cpu")
 
     @property
     def policy_dtype(self) -> torch.dtype:

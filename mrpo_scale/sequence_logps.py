@@ -13,7 +13,8 @@ import types
 from typing import Any, cast
 
 import torch
-from mrpo_kernels import sequence_logps
+from mrpo_kernels import LinearPreferenceLoss, linear_preference_loss, sequence_logps
+from mrpo_kernels.linear_preference_loss import LossOfPairs
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -35,17 +36,25 @@ class FusedHead(nn.Linear):
 
     softcap: float | None
     logit_scale: float
+    impl: str
 
-    def forward(self, hidden: Tensor, labels_T: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        labels_T: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        loss_of_pairs: LossOfPairs | None = None,
+    ) -> Tensor | LinearPreferenceLoss:
         if labels_T is None or cu_seqlens is None:
             return super().forward(hidden)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if weight.dtype != hidden.dtype:  # under autocast the body is bf16 and the head's master weight float32
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        return sequence_logps(
-            hidden, weight, labels_T, cu_seqlens, bias=bias, softcap=self.softcap, logit_scale=self.logit_scale
-        )
+        options: Any = {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        if loss_of_pairs is not None:
+            return linear_preference_loss(hidden, weight, labels_T, cu_seqlens, loss_of_pairs, **options)
+        return sequence_logps(hidden, weight, labels_T, cu_seqlens, impl=self.impl, **options)
 
 
 def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
@@ -58,11 +67,12 @@ def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
     return getattr(config, "final_logit_softcapping", None), scale
 
 
-def enable_pair_scoring(model: PreTrainedModel, name: str) -> None:
+def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -> None:
     """Give ``model``, in place, a forward that takes ``pairs=``; every other call is what it was.
 
     Args:
         name: how errors call the model.
+        impl: of the head: ``auto``, ``triton`` or ``torch``.
 
     Raises:
         ConfigError: the model has no plain linear output head.
@@ -78,15 +88,29 @@ def enable_pair_scoring(model: PreTrainedModel, name: str) -> None:
     head.__class__ = FusedHead
     fused = cast(FusedHead, head)
     fused.softcap, fused.logit_scale = logit_transform(model.config)
+    fused.impl = impl
     plain_forward = model.forward
 
-    def forward(self: PreTrainedModel, *args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
-        return plain_forward(*args, **kwargs) if pairs is None else _score(self, pairs)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        pairs: PairBatch | None = None,
+        with_head: bool = True,
+        loss_of_pairs: LossOfPairs | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if pairs is None:
+            return plain_forward(*args, **kwargs)
+        hidden_TD = _response_hidden(self, pairs)
+        if not with_head:
+            return hidden_TD
+        scored = self.get_output_embeddings()(hidden_TD, pairs.labels_T, pairs.cu_seqlens, loss_of_pairs)
+        return scored.view(-1, 2) if loss_of_pairs is None else scored
 
     model.forward = types.MethodType(forward, model)
 
 
-def _score(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
+def _response_hidden(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
     hidden_BLD = model.base_model(
         input_ids=pairs.input_ids_BL,
         attention_mask=attention_mask(pairs, model.config, model.dtype),
@@ -94,8 +118,7 @@ def _score(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
         use_cache=False,
     ).last_hidden_state
     # Only the positions that predict a response token reach the head.
-    hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, pairs.logit_index_T)
-    return model.get_output_embeddings()(hidden_TD, pairs.labels_T, pairs.cu_seqlens).view(-1, 2)
+    return hidden_BLD.flatten(0, 1).index_select(0, pairs.logit_index_T)
 
 
 def choose_shared_prompt(setting: str, config: PretrainedConfig, name: str) -> bool:
@@ -119,6 +142,16 @@ def choose_shared_prompt(setting: str, config: PretrainedConfig, name: str) -> b
 def score_pairs(model: nn.Module, pairs: PairBatch) -> Tensor:
     """Log-probs [P, 2] (chosen, rejected) in float32. ``model`` may be wrapped (DeepSpeed, DDP, FSDP2)."""
     return model(pairs=pairs)
+
+
+def preference_step(model: nn.Module, pairs: PairBatch, loss_of_pairs: LossOfPairs) -> LinearPreferenceLoss:
+    """(loss, policy_logps_P2) with the head's gradients made in the forward: see ``linear_preference_loss``."""
+    return LinearPreferenceLoss(*model(pairs=pairs, loss_of_pairs=loss_of_pairs))
+
+
+def response_hidden(model: nn.Module, pairs: PairBatch) -> Tensor:
+    """Hidden states [T, D] that predict the response tokens: the model's body without its head. ``model`` may be wrapped."""
+    return model(pairs=pairs, with_head=False)
 
 
 _PROBE = [

@@ -33,7 +33,13 @@ from mrpo_scale.objective import preference_loss
 from mrpo_scale.references.placement import placement_table, shard_groups
 from mrpo_scale.references.scoring import Reference, ReferenceScorer
 from mrpo_scale.references.sharding import ShardedReference
-from mrpo_scale.sequence_logps import check_pair_scoring, choose_shared_prompt, enable_pair_scoring, score_pairs
+from mrpo_scale.sequence_logps import (
+    check_pair_scoring,
+    choose_shared_prompt,
+    enable_pair_scoring,
+    preference_step,
+    score_pairs,
+)
 from mrpo_scale.tokenization import PairDataset, prepare_pairs
 from mrpo_scale.window import MicroBatch, PairExample, WeightedPairs, WindowSampler, policy_batches
 
@@ -82,7 +88,7 @@ class MRPOTrainer(Trainer):
         group = shard_groups(args.ref_shard_size, timeout=timedelta(seconds=args.ddp_timeout))
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
         self._source_use_cache = policy.config.use_cache
-        enable_pair_scoring(policy, "policy")
+        enable_pair_scoring(policy, "policy", args.head_impl)
         if args.disable_dropout:
             disable_dropout(policy)
         self.policy = policy
@@ -168,8 +174,20 @@ class MRPOTrainer(Trainer):
         Raises:
             TrainingError: on every rank, when any rank's loss is not finite; nothing is stepped or saved.
         """
-        policy_logps_P2 = score_pairs(model, inputs.pairs)
-        loss = preference_loss(policy_logps_P2, inputs.ref_logps_KP2, self.preference_objective)
+        assert num_items_in_batch is not None
+        share_P = inputs.weight_P / num_items_in_batch * self.accelerator.num_processes
+        if self.args.gradients_in_forward:
+
+            def loss_of_pairs(logps_C2: Tensor, pairs: slice) -> Tensor:
+                ref_logps_KC2 = inputs.ref_logps_KP2[:, pairs]
+                return share_P[pairs] * preference_loss(logps_C2, ref_logps_KC2, self.preference_objective).losses_P
+
+            total, policy_logps_P2 = preference_step(model, inputs.pairs, loss_of_pairs)
+            loss = preference_loss(policy_logps_P2, inputs.ref_logps_KP2, self.preference_objective)
+        else:
+            policy_logps_P2 = score_pairs(model, inputs.pairs)
+            loss = preference_loss(policy_logps_P2, inputs.ref_logps_KP2, self.preference_objective)
+            total = (loss.losses_P * share_P).sum()
         self._stop_if_not_finite(loss.losses_P, inputs)
         if self.state.global_step == 0 and not self._metrics:
             self._compare_with_anchor(policy_logps_P2, inputs.ref_logps_KP2)
@@ -178,8 +196,7 @@ class MRPOTrainer(Trainer):
             inputs.weight_P,
         )
         self._tokens += inputs.pairs.num_tokens
-        assert num_items_in_batch is not None
-        return (loss.losses_P * inputs.weight_P).sum() / num_items_in_batch * self.accelerator.num_processes
+        return total
 
     def _stop_if_not_finite(self, losses_P: Tensor, inputs: MicroBatch) -> None:
         bad_P = ~torch.isfinite(losses_P.detach())
@@ -349,4 +366,11 @@ def _load_references(plan: RunPlan, args: MRPOConfig, group: dist.ProcessGroup |
         references.append(Reference(planned.name, model, planned.view, planned.pad_token_id))
     if args.process_index == 0:
         logger.info("references:\n%s", placement_table([r.model for r in references]))
-    return ReferenceScorer(references, tokens_per_forward=args.ref_tokens_per_forward, group=group, device=args.device)
+    return ReferenceScorer(
+        references,
+        args.build_objective(),
+        tokens_per_forward=args.ref_tokens_per_forward,
+        impl=args.head_impl,
+        group=group,
+        device=args.device,
+    )

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from accelerate.big_modeling import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,7 +33,14 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.references.source import ReferenceSource, check_source, one_line, snapshot, some, weight_files
-from mrpo_scale.sequence_logps import check_pair_scoring, choose_shared_prompt, enable_pair_scoring, score_pairs
+from mrpo_scale.sequence_logps import (
+    FusedHead,
+    check_pair_scoring,
+    choose_shared_prompt,
+    enable_pair_scoring,
+    response_hidden,
+    score_pairs,
+)
 from mrpo_scale.tokenization import PairTokens
 
 # Buffers that old checkpoints hold and that today's models compute; `PreTrainedModel` ignores the same two for every model.
@@ -99,6 +106,31 @@ class ShardedReference:
         with _gathers_off_the_heap(self.group, self.device):
             logps_P2 = score_pairs(self.model, self._smallest if pairs is None else pairs.to(self.device))
         return logps_P2[:0] if pairs is None else logps_P2
+
+    @torch.no_grad()
+    def response_hidden(self, pairs: PairBatch | None) -> Tensor:
+        """Hidden states [T, D] of this rank's response positions, the head left out; None keeps step and returns [0, D].
+
+        With the head's weight from :meth:`gathered_head` they give the same log-probs as :meth:`score`.
+        """
+        self.gathers += 1
+        with _gathers_off_the_heap(self.group, self.device):
+            hidden_TD = response_hidden(self.model, self._smallest if pairs is None else pairs.to(self.device))
+        return hidden_TD[:0] if pairs is None else hidden_TD
+
+    @contextmanager
+    def gathered_head(self) -> Iterator[FusedHead]:
+        """The output head with whole weights inside the block, shards again after it. Collective over the group."""
+        head = cast(FusedHead, self.model.get_output_embeddings())
+        # A tied head belongs to the root's unit, with the embedding; an untied one is a unit of its own.
+        unit = head if isinstance(head, FSDPModule) else self.model
+        if isinstance(unit, FSDPModule):
+            unit.unshard()
+        try:
+            yield head
+        finally:
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
     def _resolve(self) -> Path:
         """The folder of the weights. A hub id is downloaded by one rank of each node, while the group waits."""

@@ -78,6 +78,28 @@ def test_without_references_it_is_dpo(folders, tmp_path):
     assert losses(mrpo)[-1] != losses(mrpo)[0]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"objective": "multi_dpo", "label_smoothing": 0.1},
+        {"loss_type": "ipo", "ref_weights": [0.2, 0.8]},
+        {"loss_type": "hinge", "aggregate": "min", "clip": "fixed"},
+    ],
+    ids=["mrpo", "multi_dpo", "ipo", "hinge"],
+)
+def test_both_ways_through_the_head_are_one_run(folders, tmp_path, keys):
+    """Gradients made in the forward and logits recomputed in the backward: the same losses and gradient norms."""
+    logs = []
+    for head_backward in ("in_forward", "recompute"):
+        args = config(tmp_path, head_backward=head_backward, gradient_accumulation_steps=2, **keys)
+        trainer = MRPOTrainer(folders["llama"], [folders["qwen2"]], args, pair_dataset(18))
+        trainer.train()
+        logs.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
+    for got, expected in zip(*logs, strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_foreign_anchor(folders, tmp_path):
     trainer = MRPOTrainer(
         folders["llama"],

@@ -1,8 +1,8 @@
 """Which implementation runs: decided once per call from what the tensors are, logged once per decision, never swallowed.
 
-``auto`` takes Triton where it is the faster path: bfloat16 and float16 on an NVIDIA GPU with tensor cores for both (capability
-8.0 and up). It leaves float32 to cuBLAS, whose full-precision product no Triton tile beats. A forced ``triton`` that cannot run
-is an error that says why; a forced ``torch`` runs everywhere.
+``auto`` takes Triton where it should be the faster path: bfloat16 and float16 on an NVIDIA GPU with tensor cores for both
+(capability 8.0 and up), rows 16-byte aligned. It leaves float32 to cuBLAS, whose full-precision product no Triton tile beats. A
+forced ``triton`` that cannot run is an error that says why; a forced ``torch`` runs everywhere.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 _KERNEL_DTYPES = (*_TENSOR_CORE_DTYPES, torch.float32)
 
 
-def resolve_impl(impl: str, tensors: Sequence[Tensor], faster_in_float32: bool = False) -> str:
-    """``triton`` or ``torch`` for these hidden states and head weights, or for log-probs, where float32 is no drawback.
+def resolve_impl(impl: str, tensors: Sequence[Tensor], *, products: bool = True) -> str:
+    """``triton`` or ``torch`` for these hidden states and head weights; or, without ``products``, for log-probs.
 
     Raises:
         ValueError: an unknown ``impl``, or ``triton`` for tensors it cannot take.
@@ -44,11 +44,22 @@ def resolve_impl(impl: str, tensors: Sequence[Tensor], faster_in_float32: bool =
         if unable:
             raise RuntimeError(f"impl='triton' cannot run here: {unable}; use impl='auto' or 'torch'")
         return impl
-    slower = None if faster_in_float32 or dtype in _TENSOR_CORE_DTYPES else f"{dtype} is faster in cuBLAS"
+    slower = _slower_products(tensors) if products else None
     interpreted = None if device.type == "cuda" else "the tensors are on the CPU"
     reason = unfit or interpreted or unable or slower
     _log_choice("torch" if reason else "triton", device.type, str(dtype), reason or "the faster path")
     return "torch" if reason else "triton"
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether all its rows start at, and end before, a multiple of 16 bytes of a 2-byte dtype."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0 and matrix.shape[1] % 8 == 0
+
+
+def _slower_products(tensors: Sequence[Tensor]) -> str | None:
+    if tensors[0].dtype not in _TENSOR_CORE_DTYPES:
+        return f"{tensors[0].dtype} is faster in cuBLAS"
+    return None if all(map(is_aligned, tensors)) else "rows that are not 16-byte aligned are faster in cuBLAS"
 
 
 def _unfit_tensors(devices: set[torch.device], dtypes: set[torch.dtype]) -> str | None:
@@ -74,11 +85,13 @@ def _unable_machine(device: torch.device) -> str | None:
 
 
 def _unable_interpreter(device: torch.device) -> str | None:
-    from mrpo_kernels.partials import INTERPRETED
+    import triton
 
     if device.type != "cpu":
         return "under TRITON_INTERPRET=1 the kernels follow addresses on the CPU, and the tensors are not there"
-    return None if INTERPRETED else "TRITON_INTERPRET=1 was set after triton had been imported"
+    # Triton's own functions are wrapped when it is imported, for the interpreter or for the compiler.
+    late = isinstance(triton.language.cdiv, triton.runtime.JITFunction)
+    return "TRITON_INTERPRET=1 was set after triton had been imported" if late else None
 
 
 @functools.cache

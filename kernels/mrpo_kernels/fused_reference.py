@@ -105,7 +105,7 @@ def combine_logps(
     weights = _check_modes(clip, ref_weights, aggregate, num_refs)
     if ref_logps_KP2.ndim != 3 or ref_logps_KP2.shape[2] != 2:
         raise ValueError(f"ref_logps_KP2 must be [references, pairs, 2], got {tuple(ref_logps_KP2.shape)}")
-    if resolve_impl(impl, (ref_logps_KP2,), faster_in_float32=True) == "torch":
+    if resolve_impl(impl, (ref_logps_KP2,), products=False) == "torch":
         return _combine_in_torch(ref_logps_KP2, epsilon_max, clip, ref_weights, aggregate)
 
     from mrpo_kernels.finish import combine

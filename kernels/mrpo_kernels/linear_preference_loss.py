@@ -37,7 +37,7 @@ from mrpo_kernels.chunked_head import (
 from mrpo_kernels.sequence_logps import check_shapes
 
 # Bytes of one chunk's logits, which span the vocabulary. On a GPU, fewer chunks mean less traffic in the float32 weight gradient.
-_CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
+_CHUNK_BYTES = {"cpu": 40 << 20, "cuda": 1 << 30}
 
 LossOfPairs = Callable[[Tensor, slice], Tensor]
 

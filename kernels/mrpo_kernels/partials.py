@@ -10,9 +10,9 @@ The labels' logits are a second loop of the same programs, dots of a hidden row 
 the tile's epilogue costs registers that it does not have (255 and spills, against about 170), and 2TD flops are nothing.
 
 What differs between references sits in a table of int64 rows (addresses, strides, sizes) and one of float32 (softcap, scale), so
-no K is compiled. Offsets are int64 throughout: a head of 262144 x 8192 has 2^31 elements. Rows past the end are clamped, not
-masked, which keeps the loads of the inner loop unconditional; their results are masked (a vocabulary's tail only after softcap,
-which would map -inf to -softcap) or not stored.
+no K is compiled, and bias and softcap share one switch: few variants, each checked for spills. Offsets are int64 throughout: a
+head of 262144 x 8192 has 2^31 elements. Rows past the end are clamped, not masked, which keeps the loads of the inner loop
+unconditional; their results are masked (a vocabulary's tail only after softcap, which would map -inf to -softcap) or not stored.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mrpo_kernels.backend import is_aligned
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _num_biases(row_ptr):
 def partials_kernel(
     table_ptr, floats_ptr, max_ptr, sum_ptr, label_logit_ptr, num_heads,
     DTYPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_T: tl.constexpr,
-    EVEN_D: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN_D: tl.constexpr, ALIGNED: tl.constexpr, HAS_TRANSFORM: tl.constexpr, UPCAST: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -180,10 +182,10 @@ def partials_kernel(
                 if UPCAST:  # the interpreter's tl.dot is wrong in bfloat16
                     hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
                 logits = tl.dot(hidden, weight.T, logits, input_precision="ieee")
-            if HAS_BIAS:
+            if HAS_TRANSFORM:
                 logits += tl.load(bias_ptr + words, mask=words < _num_biases(row_ptr), other=0.0)[None, :]
             logits *= scale
-            if HAS_SOFTCAP:
+            if HAS_TRANSFORM:
                 logits = _softcapped(logits, softcap)
             logits = tl.where((words < vocabulary)[None, :], logits, -float("inf"))
             row_max = tl.max(logits, 1)
@@ -195,14 +197,14 @@ def partials_kernel(
             tl.store(sum_ptr + at, row_sum, mask=tokens < num_tokens)
         _label_logits(
             row_ptr, label_logit_ptr, hidden_ptr, hidden_stride, weight_ptr, weight_stride, bias_ptr, softcap, scale,
-            HAS_BIAS, HAS_SOFTCAP,
+            HAS_TRANSFORM,
         )  # fmt: skip
 
 
 @triton.jit
 def _label_logits(
     row_ptr, label_logit_ptr, hidden_ptr, hidden_stride, weight_ptr, weight_stride, bias_ptr, softcap, scale,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """Each label's logit: the dot of its token's hidden row with its weight row, NaN for a label outside the vocabulary."""
     num_tokens, vocabulary, width = (
@@ -225,10 +227,10 @@ def _label_logits(
             weight = tl.load(weight_ptr + labels[:, None] * weight_stride + (cols + d)[None, :], mask=mask, other=0.0)
             products += hidden.to(tl.float32) * weight.to(tl.float32)
         logit = tl.sum(products, 1)
-        if HAS_BIAS:
+        if HAS_TRANSFORM:
             logit += tl.load(bias_ptr + labels, mask=labels < _num_biases(row_ptr), other=0.0)
         logit *= scale
-        if HAS_SOFTCAP:
+        if HAS_TRANSFORM:
             logit = _softcapped(logit, softcap)
         logit = tl.where(valid, logit, float("nan"))
         tl.store(label_logit_ptr + tl.load(row_ptr + FIRST_TOKEN) + tokens, logit, mask=exists)
@@ -241,7 +243,7 @@ def vocabulary_partials(heads: Sequence[Head], ref_weights: Sequence[float] | No
     """Launch 1 over all heads (no launch if no head has a token). ``ref_weights`` only travel in the float table."""
     heads = [_prepared(head) for head in heads]
     device, dtype = heads[0].hidden_TD.device, heads[0].hidden_TD.dtype
-    aligned = all(_is_aligned(matrix) for head in heads for matrix in (head.hidden_TD, head.weight_VD))
+    aligned = all(is_aligned(matrix) for head in heads for matrix in (head.hidden_TD, head.weight_VD))
     tile = _tile(device, dtype, aligned)
     rows: list[list[int]] = []
     tiles = tokens = partials = 0
@@ -273,7 +275,7 @@ def vocabulary_partials(heads: Sequence[Head], ref_weights: Sequence[float] | No
                 out.table, out.floats, out.max_N, out.sum_N, out.label_logit_T, len(heads),
                 DTYPE=_triton_dtype(dtype), BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP_T=tile.group_t,
                 EVEN_D=all(head.hidden_TD.shape[1] % tile.block_d == 0 for head in heads), ALIGNED=aligned,
-                HAS_BIAS=any(head.bias_V is not None for head in heads), HAS_SOFTCAP=any(head.softcap for head in heads),
+                HAS_TRANSFORM=any(head.bias_V is not None or head.softcap for head in heads),
                 UPCAST=INTERPRETED, DESCRIPTORS=tile.descriptors, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
     return out
@@ -292,10 +294,6 @@ def _prepared(head: Head) -> Head:
 
 def _rows_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _is_aligned(matrix: Tensor) -> bool:
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0 and matrix.shape[1] % 8 == 0
 
 
 def float_table(

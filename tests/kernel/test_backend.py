@@ -60,21 +60,26 @@ def test_triton_refuses_dtypes_it_cannot_take():
 
 
 @pytest.mark.parametrize(
-    "capability, dtype, expected",
+    "capability, dtype, width, expected",
     [
-        ((9, 0), torch.bfloat16, "triton"),
-        ((8, 0), torch.float16, "triton"),
-        ((7, 5), torch.float16, "torch"),
-        ((9, 0), torch.float32, "torch"),
-        ((9, 0), torch.float64, "torch"),
+        ((9, 0), torch.bfloat16, 64, "triton"),
+        ((8, 0), torch.float16, 64, "triton"),
+        ((7, 5), torch.float16, 64, "torch"),
+        ((9, 0), torch.bfloat16, 63, "torch"),
+        ((9, 0), torch.float32, 64, "torch"),
+        ((9, 0), torch.float64, 64, "torch"),
     ],
 )
-def test_auto_on_a_gpu(monkeypatch, capability, dtype, expected):
-    """What `auto` decides from, without the device: an object with its device and dtype."""
+def test_auto_on_a_gpu(monkeypatch, capability, dtype, width, expected):
+    """What `auto` decides from, without the device: a matrix that says it is on one."""
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    tensor = type("OnGpu", (), {"device": torch.device("cuda", 0), "dtype": dtype})()
-    assert backend.resolve_impl("auto", [tensor]) == expected
+    matrix = torch.zeros(4, width, dtype=dtype).as_subclass(OnGpu)
+    assert backend.resolve_impl("auto", [matrix, matrix]) == expected
 
 
 def test_misfits_are_errors():

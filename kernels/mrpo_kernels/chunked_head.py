@@ -85,6 +85,8 @@ def operand_dtype(tensor: Tensor) -> torch.dtype:
 
 def response_sums(token_logps_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[S], summed in float64: a response of thousands of tokens keeps its last float32 digit."""
+    if len(cu_seqlens) == 1:  # a rank without a pair; segment_reduce wants one segment
+        return token_logps_T.new_zeros(0)
     sums_S = torch.segment_reduce(token_logps_T.double(), "sum", lengths=cu_seqlens.diff().long())
     return sums_S.to(token_logps_T.dtype)
 

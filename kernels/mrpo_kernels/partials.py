@@ -35,7 +35,7 @@ class Tile:
     """A configuration of the partials kernel; tests compile each shipped one and read its registers and spills.
 
     ``descriptors`` loads tiles through the tensor memory accelerator (sm_90 and up) instead of asynchronous copies of 16 bytes.
-    No shipped tile does yet: it is not measured, and with bias and softcap it spills.
+    No shipped tile does yet: it is not measured, and with bias or softcap it spills.
     """
 
     block_t: int
@@ -148,10 +148,8 @@ def partials_kernel(
         width = tl.load(row_ptr + WIDTH)
         if ALIGNED:
             width = tl.multiple_of(width, 8)
-        softcap, scale = (
-            tl.load(floats_ptr + k * FLOAT_COLUMNS + SOFTCAP),
-            tl.load(floats_ptr + k * FLOAT_COLUMNS + LOGIT_SCALE),
-        )
+        floats_row_ptr = floats_ptr + k * FLOAT_COLUMNS
+        softcap, scale = tl.load(floats_row_ptr + SOFTCAP), tl.load(floats_row_ptr + LOGIT_SCALE)
         tiles_t, tiles_v = tl.cdiv(num_tokens, BLOCK_T).to(tl.int32), tl.cdiv(vocabulary, BLOCK_V).to(tl.int32)
         # Program p takes the tiles whose number, counted over all heads, is p modulo the grid's size.
         first = (program + programs - tl.load(row_ptr + FIRST_TILE).to(tl.int32) % programs) % programs
@@ -207,11 +205,8 @@ def _label_logits(
     HAS_TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """Each label's logit: the dot of its token's hidden row with its weight row, NaN for a label outside the vocabulary."""
-    num_tokens, vocabulary, width = (
-        tl.load(row_ptr + NUM_TOKENS),
-        tl.load(row_ptr + VOCABULARY),
-        tl.load(row_ptr + WIDTH),
-    )
+    num_tokens, vocabulary = tl.load(row_ptr + NUM_TOKENS), tl.load(row_ptr + VOCABULARY)
+    width = tl.load(row_ptr + WIDTH)
     labels_ptr = tl.load(row_ptr + LABELS).to(tl.pointer_type(tl.int64))
     for block in range(tl.program_id(0), tl.cdiv(num_tokens, LABEL_BLOCK_T), tl.num_programs(0)):
         tokens = block * LABEL_BLOCK_T + tl.arange(0, LABEL_BLOCK_T).to(tl.int64)

@@ -1,7 +1,8 @@
 """Every shipped configuration compiled for its GPUs, without one: registers and spills as the assembler reports them.
 
-A tile that spills loses more than any tuning gains, and nothing else here would notice. The compiled kernels stay in Triton's
-cache, so only the first run takes its minute.
+A tile that spills loses more than any tuning gains, and nothing else here would notice. Not listed is float32 with unaligned rows,
+which `auto` never takes: 3 of its 32 variants spill up to 24 bytes. float16 compiles to what bfloat16 does. The compiled kernels
+stay in Triton's cache, so only the first run takes its minute.
 """
 
 import dataclasses

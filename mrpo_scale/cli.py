@@ -44,7 +44,8 @@ def _log_to_stderr() -> None:
     # Torch's renaming of a collective that DeepSpeed calls: one line per gather, nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator", category=UserWarning)
-    logging.getLogger("mrpo_scale").setLevel(logging.INFO if main else logging.ERROR)
+    for name in ("mrpo_scale", "mrpo_kernels"):
+        logging.getLogger(name).setLevel(logging.INFO if main else logging.ERROR)
 
 
 def main() -> None:

@@ -124,6 +124,8 @@ def _announce(trainer: MRPOTrainer) -> None:
         "%s: world size %d, %s, %s; K=%d references: %s",
         args.objective, args.world_size, sharding, args.device, len(trainer.plan.names), ", ".join(trainer.plan.names),
     )  # fmt: skip
+    way = "made in the forward" if args.gradients_in_forward else "recomputed in the backward"
+    logger.info("gradients of the output head are %s (head_backward: %s)", way, args.head_backward)
     logger.info("%d pairs, %d per optimizer step", len(trainer.pair_sets["train"]), trainer.window_size)
 
 

@@ -139,7 +139,8 @@ class MRPOConfig(TrainingArguments):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        if self.ddp_backend is None and not on_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self.ddp_backend is None and not on_gpu and launched:
             # Without a named backend, DeepSpeed on CPU lets each process train alone as a world of one.
             self.ddp_backend = "gloo"
         if getattr(self, "activation_checkpointing", False) is None:  # the same key's name from transformers 5.2x on

@@ -197,3 +197,17 @@ def test_exit_code_through_the_launcher(words, tmp_path):
     )
     assert done.returncode != 0
     assert done.stderr.count("error: unknown key `betta`; did you mean `beta`?") == 1
+
+
+def test_a_process_that_does_not_see_its_peers_stops(tmp_path):
+    """WORLD_SIZE says two, nothing tells this process which one it is: it must not train alone."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), "--config", "quickstart", "--output_dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "WORLD_SIZE": "2"},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "WORLD_SIZE=2 processes but this process sees a world of 1" in done.stderr

@@ -211,3 +211,43 @@ def test_a_process_that_does_not_see_its_peers_stops(tmp_path):
     )
     assert done.returncode == 2
     assert "WORLD_SIZE=2 processes but this process sees a world of 1" in done.stderr
+
+
+# An ordinary TRL DPO recipe; {model}, {pairs} and the last lines stand in for hub names and make it short.
+TRL_RECIPE = """
+model_name_or_path: {model}
+dataset_name: {pairs}
+dtype: float32
+attn_implementation: sdpa
+learning_rate: 5.0e-4
+num_train_epochs: 1
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 2
+gradient_checkpointing: true
+beta: 0.05
+loss_type: [sigmoid]
+max_length: 512
+truncation_mode: keep_start
+eval_strategy: steps
+eval_steps: 2
+logging_steps: 1
+use_peft: false
+precompute_ref_log_probs: false
+report_to: none
+save_strategy: "no"
+output_dir: {output}
+held_out: 4
+use_cpu: true
+"""
+
+
+def test_a_trl_recipe_with_one_line_added_runs(folders, tmp_path):
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(16))
+    recipe = tmp_path / "dpo.yaml"
+    text = TRL_RECIPE.format(model=folders["llama"], pairs=data, output=tmp_path / "run")
+    recipe.write_text(text + f"ref_models: [{folders['qwen2']}, {folders['gpt_neox']}]\n")
+    train_main(["--config", str(recipe)])
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3  # 12 pairs, 4 per step
+    assert "references/gpt_neox/weight" in state["log_history"][0]
+    assert (tmp_path / "run" / "model.safetensors").exists()

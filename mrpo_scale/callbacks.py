@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
+from mrpo_scale.references.scores import ReferenceScores
+
 
 class StepClock(TrainerCallback):
     """Wall-clock seconds of each optimizer step, from reading its pairs to the update; evaluation and saving are outside."""
@@ -34,6 +36,22 @@ class StepClock(TrainerCallback):
     def median(self) -> float | None:
         """Median of the steps after the first, which warms up; None before the second."""
         return statistics.median(self.steps[1:]) if len(self.steps) > 1 else None
+
+
+class FlushScores(TrainerCallback):
+    """Scores of references reach the disk with every checkpoint and epoch; the next epoch reads what all ranks wrote."""
+
+    def __init__(self, scores: ReferenceScores) -> None:
+        self.scores = scores
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.scores.flush()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.scores.flush(refresh=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.scores.flush()
 
 
 class ProgressLine(ProgressCallback):

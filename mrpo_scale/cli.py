@@ -1,37 +1,63 @@
-"""`mrpo train`: the command line. Errors a user can mend are one line on rank 0 and exit code 2."""
+"""The command line. Errors a user can mend are one line on rank 0 and exit code 2."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
-USAGE = """usage: mrpo train [--config RECIPE] [--key value ...]
+USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
 
-RECIPE is a YAML file or the name of a recipe of the package; without one the quickstart runs. `mrpo train --help` lists all keys.
+  train    finetune the policy; without a recipe, the quickstart
+  score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...]; --list says what is there, --verify checks it
+  inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
+
+RECIPE is a YAML file or the name of a recipe of the package. `mrpo train --help` lists all keys; every command takes them.
 Under a launcher: accelerate launch --config_file launch/accelerate/cpu_zero3.yaml launch/train.py --config RECIPE
 """
 
+#: Command -> the function that runs it. Imports are slow (transformers, torch), so `mrpo` alone answers without them.
+COMMANDS = {
+    "train": "mrpo_scale.run:run",
+    "score": "mrpo_scale.score:score",
+    "inspect": "mrpo_scale.inspection:inspect",
+}
+
 
 def train_main(argv: Sequence[str] | None = None) -> None:
-    """Parse, train, report. Exits with 2 on a ConfigError, with 1 on a TrainingError."""
+    """`mrpo train`; without a recipe and a model, the quickstart."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not _has_recipe(words) and not _names_a_model(words):
+        words = ["--config", "quickstart", *words]
+    run_command("train", words)
+
+
+def run_command(command: str, argv: Sequence[str] | None = None) -> None:
+    """Run one of COMMANDS. Exits with 2 on a ConfigError, with 1 on a TrainingError, or with the status that it returns."""
     _log_to_stderr()
-    # Imports are slow (transformers, torch), so `mrpo` alone answers without them.
     from mrpo_scale.errors import ConfigError, TrainingError
-    from mrpo_scale.run import run
 
     words = list(sys.argv[1:] if argv is None else argv)
-    if not any(word == "--config" or word.startswith("--config=") for word in words) and not _names_a_model(words):
-        words = ["--config", "quickstart", *words]
+    if command != "train" and words and words[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    module, _, function = COMMANDS[command].partition(":")
     try:
-        run(words)
+        status = getattr(importlib.import_module(module), function)(words)
     except (ConfigError, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         # The other ranks may be waiting in a collective of a rank that failed: leave at once, the launcher ends them.
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    if isinstance(status, int) and status:
+        sys.exit(status)
+
+
+def _has_recipe(words: Sequence[str]) -> bool:
+    return any(word == "--config" or word.startswith("--config=") for word in words)
 
 
 def _names_a_model(words: Sequence[str]) -> bool:
@@ -55,6 +81,8 @@ def main() -> None:
         print(USAGE)
     elif command == "train":
         train_main(sys.argv[2:])
+    elif command in COMMANDS:
+        run_command(command, sys.argv[2:])
     else:
         print(f"error: unknown command `{command}`.\n\n{USAGE}", file=sys.stderr)
         sys.exit(2)

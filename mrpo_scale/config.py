@@ -120,6 +120,18 @@ class MRPOConfig(TrainingArguments):
     ref_shard_size: int | None = _key(
         None, "Ranks that share one copy of each reference. Default: the ranks of a node."
     )
+    ref_placement: Literal["spread", "partition"] = _key(
+        "spread", "spread: every reference on every shard group; partition: the ranks are divided among the references."
+    )
+    ref_offload: bool = _key(False, "Keep references in host memory and stream each layer to the device.")
+    ref_scoring: Literal["live", "precompute", "follow"] = _key(
+        "live",
+        "Score in every step, before training, or wait for `mrpo score` elsewhere. Cached rows are never scored again.",
+    )
+    ref_cache_dir: str | None = _key(
+        None, "Folder of reference scores, kept between runs. precompute takes OUTPUT_DIR/ref_cache unless named."
+    )
+    ref_follow_timeout: float = _key(1440.0, "Minutes without a new score before `ref_scoring: follow` gives up.")
     ref_tokens_per_forward: int = _key(65536, "Padded tokens in one scoring forward; a larger window takes several.")
 
     def __post_init__(self) -> None:
@@ -197,9 +209,18 @@ class MRPOConfig(TrainingArguments):
         if self.head_impl == "triton" and (self.use_cpu or not torch.cuda.is_available()):
             raise ConfigError("`head_impl: triton` needs a CUDA GPU and there is none; use `auto` or `torch`.")
         _within("on_bad_row", self.on_bad_row, ("skip", "error"))
+        _within("ref_scoring", self.ref_scoring, ("live", "precompute", "follow"))
+        _within("ref_placement", self.ref_placement, ("spread", "partition"))
+        if self.ref_scoring == "follow" and not self.ref_cache_dir:
+            raise ConfigError("`ref_scoring: follow` needs `ref_cache_dir`, the folder that `mrpo score` fills.")
         if not 0 <= self.max_bad_rows <= 1:
             raise ConfigError(f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1.")
-        for key, least in (("max_length", 2), ("ref_shard_size", 1), ("ref_tokens_per_forward", 1)):
+        for key, least in (
+            ("max_length", 2),
+            ("ref_shard_size", 1),
+            ("ref_tokens_per_forward", 1),
+            ("ref_follow_timeout", 0),
+        ):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ConfigError(f"`{key}: {value}` must be at least {least}.")
@@ -210,6 +231,13 @@ class MRPOConfig(TrainingArguments):
     def folder(self) -> Path:
         """``output_dir``, where everything that this run writes goes."""
         return Path(str(self.output_dir))
+
+    @property
+    def ref_cache_folder(self) -> Path | None:
+        """Where reference scores are kept; None: nowhere."""
+        if self.ref_cache_dir:
+            return Path(self.ref_cache_dir).expanduser()
+        return self.folder / "ref_cache" if self.ref_scoring == "precompute" else None
 
     @property
     def gradients_in_forward(self) -> bool:

@@ -24,8 +24,8 @@ TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_peft": ((False,), _FULL_FINETUNING),
     "load_in_4bit": ((False,), _FULL_FINETUNING),
     "load_in_8bit": ((False,), _FULL_FINETUNING),
-    "precompute_ref_log_probs": ((False,), "references are scored live here"),
-    "precompute_ref_batch_size": ((None,), "references are scored live here"),
+    "precompute_ref_log_probs": ((False,), ""),  # true: see _without_trl
+    "precompute_ref_batch_size": ((None,), "use `ref_tokens_per_forward`"),
     "truncation_mode": (("keep_start",), "long responses are cut at their end, as TRL's keep_start does"),
     "padding_free": ((False, True), ""),
     "pad_to_multiple_of": (("auto", None), "pairs are packed into rows without padding to a multiple"),
@@ -141,7 +141,9 @@ def _without_trl(values: dict[str, Any]) -> dict[str, Any]:
     """Drop TRL keys that ask for nothing, rename those with another name here, refuse those that ask for something."""
     kept = {}
     for key, value in values.items():
-        if key in RENAMED_TRL_KEYS:
+        if key == "precompute_ref_log_probs" and value is True:
+            kept["ref_scoring"] = "precompute"
+        elif key in RENAMED_TRL_KEYS:
             kept[RENAMED_TRL_KEYS[key]] = value
         elif key not in TRL_KEYS:
             kept[key] = value

@@ -70,6 +70,12 @@ def comparison_table(rows: Sequence[RunSummary]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", _TABLE_LEGEND])
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as plain text, each column as wide as its widest cell."""
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
 def _percent(value: float | None) -> str:
     return _number(None if value is None else 100 * value, ".1f", "%")
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,17 +13,14 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from mrpo_scale.config import MRPOConfig, ScriptArguments
-from mrpo_scale.data import load_rows
 from mrpo_scale.device import peak_memory_gib, reset_peak_memory
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.inputs import read_rows
 from mrpo_scale.recipe import parse
 from mrpo_scale.report import ModelCard, RunSummary, comparison_table, plot_comparison, plot_curves
 from mrpo_scale.toyworld import resolve
 from mrpo_scale.trainer import MRPOTrainer
 
 logger = logging.getLogger(__name__)
-
-RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run(words: Sequence[str]) -> list[RunSummary]:
@@ -63,12 +57,7 @@ def _keep(trained: tuple[list[RunSummary], list[dict[str, Any]]], rows: list[Run
 
 def _train(script: ScriptArguments, config: MRPOConfig) -> tuple[list[RunSummary], list[dict[str, Any]]]:
     """One objective: train, evaluate, save. Returns the rows `base` and its own, and the log."""
-    for key in ("model_name_or_path", "dataset_name"):
-        if not getattr(script, key):
-            raise ConfigError(f"`{key}` is missing; name it in the recipe or as --{key}.")
-    with config.main_process_first(local=True, desc="reading the data set"):
-        _make_toy_world(script)
-        train_rows, eval_rows = _load_data(script, config)
+    train_rows, eval_rows = read_rows(script, config)
     reset_peak_memory()
     trainer = MRPOTrainer(
         resolve(str(script.model_name_or_path)),
@@ -88,32 +77,6 @@ def _train(script: ScriptArguments, config: MRPOConfig) -> tuple[list[RunSummary
     history = _log(trainer)
     _release(trainer)
     return summaries, history
-
-
-def _make_toy_world(script: ScriptArguments) -> None:
-    """Make the quickstart's world where a recipe names it, in a process of its own: in this one a live ZeRO-3 configuration
-    would partition the little models over ranks that are not making any."""
-    names = [script.model_name_or_path, script.dataset_name, *script.ref_models]
-    if any(str(name).startswith("toy:") for name in names):
-        alone = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("ACCELERATE_", "OMP_NUM_THREADS")) and k not in RANKS
-        }
-        subprocess.run(
-            [sys.executable, "-c", "from mrpo_scale.toyworld import make_world; make_world()"], env=alone, check=True
-        )
-
-
-def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
-    return load_rows(
-        resolve(str(script.dataset_name)),
-        config=script.dataset_config,
-        train_split=script.dataset_train_split,
-        test_split=script.dataset_test_split,
-        held_out=script.held_out,
-        seed=config.seed,
-    )
 
 
 def _announce(trainer: MRPOTrainer) -> None:
@@ -200,7 +163,7 @@ def _release(trainer: MRPOTrainer) -> None:
     """Let go of a finished run's engine and shards, so that the next one in this process starts clean."""
     if trainer.deepspeed is not None:
         trainer.deepspeed.destroy()
-    trainer.scorer.references.clear()
+    trainer.scores.references.clear()
     trainer.accelerator.free_memory()
     # The process group lives on in PartialState; the run's precision and DeepSpeed plugin do not.
     AcceleratorState._reset_state()

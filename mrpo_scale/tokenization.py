@@ -15,11 +15,13 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import tokenizers
 import torch
 import transformers
@@ -36,13 +38,14 @@ __all__ = [
     "PairTokens",
     "TokenizedPair",
     "prepare_pairs",
+    "row_key",
     "tokenize_pair",
 ]
 
 logger = logging.getLogger(__name__)
 
 #: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
-SCHEME = 1
+SCHEME = 2
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,18 @@ def _fit(response: str, policy: ModelText, room: int | None, raw: bool) -> tuple
     raise BadRow("prompt_too_long", f"the {room} tokens left of max_length hold no text of the response")
 
 
+def row_key(pair: PreferencePair, cut: tuple[bool, bool]) -> bytes:
+    """16 bytes that name a row in the score cache: a hash of the text that is scored, after cuts, and of which end was cut.
+
+    Without the flags, "A B" whole and "A B C" cut to "A B" would share a key, though only one of them scores an end of turn.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (pair.prompt, pair.tools, pair.chosen, pair.rejected, list(cut)):
+        text = json.dumps(part, sort_keys=True).encode()
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.digest()
+
+
 class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
     """The pairs that every model can score, in file order, tokenized for every ModelText. Arrow-backed.
 
@@ -131,6 +146,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         truncated: pairs of which at least one response was cut.
         merged: pairs whose turns had to be merged, by model name; models without any are left out.
         num_texts: number of ModelTexts.
+        row_keys: [N] 16-byte strings (numpy S16), see :func:`row_key`.
         fingerprint: what the tokens depend on, as a hex digest.
     """
 
@@ -152,6 +168,19 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         self.truncated = int(cut.any(axis=0).sum())
         merged = _flags(tokenized, [f"merged_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
         self.merged = {name: int(n) for name, n in zip(names, merged, strict=True) if n}
+
+    @cached_property
+    def row_keys(self) -> np.ndarray:
+        halves = np.stack([np.asarray(self._tokenized[f"row_key_{i}"][:], dtype="<i8") for i in (0, 1)], axis=1)
+        return np.ascontiguousarray(halves[self._good]).view("S16").reshape(-1)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[N, texts, 3] int64: tokens of prompt, chosen and rejected in each view of the text."""
+        table = self._tokenized.data
+        columns = [f"{field}_{i}" for i in range(self.num_texts) for field in PairTokens.__dataclass_fields__]
+        counts = [pc.list_value_length(table.column(name)).to_numpy() for name in columns]
+        return np.stack(counts, axis=1).astype(np.int64)[self._good].reshape(-1, self.num_texts, 3)
 
     def __len__(self) -> int:
         return len(self._good)
@@ -262,10 +291,14 @@ def _tokenize_row(
         tokens: dict[str, list[int]] = {f"{field}_{i}": [] for i in range(len(texts)) for field in fields}
         merged = {f"merged_{i}": False for i in range(len(texts))}
         lengths: dict[str, Any] = {"chosen_chars": 0, "rejected_chars": 0, "chosen_cut": False, "rejected_cut": False}
+        lengths |= {"row_key_0": 0, "row_key_1": 0}
         return {"reason": bad.reason, "detail": bad.detail, **lengths, **merged, **tokens}
+    halves = np.frombuffer(row_key(done.pair, done.cut), dtype="<i8").tolist()
     return {
         "reason": "",
         "detail": "",
+        "row_key_0": halves[0],
+        "row_key_1": halves[1],
         "chosen_chars": len(done.pair.chosen),
         "rejected_chars": len(done.pair.rejected),
         "chosen_cut": done.cut[0],
@@ -278,6 +311,7 @@ def _tokenize_row(
 def _features(num_texts: int) -> datasets.Features:
     """Columns of the tokenized table, fixed so that a first block of bad rows does not decide their types."""
     columns: dict[str, Any] = {"reason": datasets.Value("string"), "detail": datasets.Value("string")}
+    columns |= {f"row_key_{i}": datasets.Value("int64") for i in (0, 1)}
     columns |= {f"{side}_chars": datasets.Value("int64") for side in ("chosen", "rejected")}
     columns |= {f"{side}_cut": datasets.Value("bool") for side in ("chosen", "rejected")}
     for i in range(num_texts):

@@ -10,7 +10,6 @@ import json
 import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from mrpo_scale.callbacks import ProgressLine, StepClock
+from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
 from mrpo_scale.config import MRPOConfig
-from mrpo_scale.data import find_layout
 from mrpo_scale.device import peak_flops
-from mrpo_scale.errors import ConfigError, TrainingError
+from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
-from mrpo_scale.models import RunPlan, disable_dropout, load_policy, plan_models
+from mrpo_scale.inputs import prepare_sets
+from mrpo_scale.models import disable_dropout, load_policy, plan_models
 from mrpo_scale.objective import preference_loss
-from mrpo_scale.references.placement import placement_table, shard_groups
-from mrpo_scale.references.scoring import Reference, ReferenceScorer
-from mrpo_scale.references.sharding import ShardedReference
+from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
     choose_shared_prompt,
@@ -40,7 +37,6 @@ from mrpo_scale.sequence_logps import (
     preference_step,
     score_pairs,
 )
-from mrpo_scale.tokenization import PairDataset, prepare_pairs
 from mrpo_scale.window import MicroBatch, PairExample, WeightedPairs, WindowSampler, policy_batches
 
 logger = logging.getLogger(__name__)
@@ -81,11 +77,12 @@ class MRPOTrainer(Trainer):
             )
             ref_models = ()
         self.plan = plan_models(model, ref_models, args, processing_class)
-        self.pair_sets = _prepare_data(self.plan, args, train_dataset, eval_dataset)
+        self.pair_sets = prepare_sets(self.plan, args, train_dataset, eval_dataset)
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
         evals = {split: pairs for split, pairs in weighted.items() if split != "train"}
 
-        group = shard_groups(args.ref_shard_size, timeout=timedelta(seconds=args.ddp_timeout))
+        # Before the policy: what is scored ahead of training has the memory to itself.
+        self.scores = ReferenceScores(self.plan, args, self.pair_sets)
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
         self._source_use_cache = policy.config.use_cache
         enable_pair_scoring(policy, "policy", args.head_impl)
@@ -106,9 +103,9 @@ class MRPOTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.shared_prompt = choose_shared_prompt(args.shared_prompt, policy.config, "policy")
         self.pad_token_id = self.plan.references[0].pad_token_id
-        self.scorer = _load_references(self.plan, args, group)
         self.clock = StepClock()
         self.add_callback(self.clock)
+        self.add_callback(FlushScores(self.scores))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
         self._metrics, self._eval_metrics = MetricSums(), MetricSums()
@@ -145,7 +142,7 @@ class MRPOTrainer(Trainer):
         self._check_policy()
         self.clock.start()
         examples = [example for _ in range(num_batches) for example in next(epoch_iterator)]
-        ref_logps_KP2 = self.scorer.score(examples)
+        ref_logps_KP2 = self.scores.score(examples, self.pair_sets["train"])
         self.clock.references_done()
         batches = policy_batches(
             examples, ref_logps_KP2, num_batches, shared_prompt=self.shared_prompt, pad_token_id=self.pad_token_id
@@ -319,58 +316,8 @@ class MRPOTrainer(Trainer):
                 disable=self.args.disable_tqdm or not self.is_local_process_zero(),
             )
             for examples in progress:
-                ref_logps_KP2 = self.scorer.score(examples)
+                ref_logps_KP2 = self.scores.score(examples, dataloader.dataset.pairs)
                 scores.update({e.row: ref_logps_KP2[:, i] for i, e in enumerate(examples)})
+            self.scores.flush()
             self._held_out_scores[key] = scores
         return self._held_out_scores[key]
-
-
-def _prepare_data(
-    plan: RunPlan,
-    args: MRPOConfig,
-    train: datasets.Dataset | None,
-    evals: datasets.Dataset | dict[str, datasets.Dataset] | None,
-) -> dict[str, PairDataset]:
-    """Tokenize every set for every text view; the first rank of each host does the work, the others read its files."""
-    sets = {"train": train, **(evals if isinstance(evals, dict) else {"eval": evals})}
-    prepared = {}
-    for split, rows in sets.items():
-        if rows is None:
-            continue
-        if len(rows) == 0:
-            raise ConfigError(f"the {split} set has no rows; check `dataset_name` and the split keys.")
-        with args.main_process_first(local=True, desc=f"tokenizing {split}"):
-            prepared[split] = prepare_pairs(
-                rows,
-                find_layout(rows, args.dataset_layout),
-                plan.texts,
-                max_length=args.max_length,
-                on_bad_row=args.on_bad_row,
-                max_bad_rows=args.max_bad_rows,
-                bad_rows_file=args.folder / f"bad_rows_{split}.jsonl",
-                split=split,
-                num_proc=args.dataset_num_proc,
-                write=args.process_index == 0,
-            )
-    return prepared
-
-
-def _load_references(plan: RunPlan, args: MRPOConfig, group: dist.ProcessGroup | None) -> ReferenceScorer:
-    """Every reference on this rank's shard group, one after the other, and a table of what went where."""
-    references = []
-    progress = tqdm(
-        plan.references, desc="Loading references", disable=args.disable_tqdm or args.local_process_index != 0
-    )
-    for planned in progress:
-        model = ShardedReference(planned.source, group, args.device, shared_prompt=args.shared_prompt)
-        references.append(Reference(planned.name, model, planned.view, planned.pad_token_id))
-    if args.process_index == 0:
-        logger.info("references:\n%s", placement_table([r.model for r in references]))
-    return ReferenceScorer(
-        references,
-        args.build_objective(),
-        tokens_per_forward=args.ref_tokens_per_forward,
-        impl=args.head_impl,
-        group=group,
-        device=args.device,
-    )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -42,6 +43,10 @@ class MicroBatch:
 class TokenizedPairs(Protocol):
     """The part of tokenization.PairDataset that a window needs."""
 
+    @property
+    def row_keys(self) -> np.ndarray: ...  # [N] S16
+    @property
+    def lengths(self) -> np.ndarray: ...  # [N, texts, 3]
     def __len__(self) -> int: ...
     def tokens(self, row: int) -> tuple[PairTokens, ...]: ...
 

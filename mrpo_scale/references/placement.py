@@ -1,70 +1,178 @@
-"""Which ranks hold which reference. ``spread``: every reference on every shard group, the groups tiling the world."""
+"""Which ranks hold which reference, and the process groups that follow from it.
+
+``spread``: every reference lies on every shard group, the groups tile the world, and each rank scores its own pairs.
+``partition``: the ranks are divided among the references by cost, and each reference's ranks score everybody's pairs.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 
 import torch.distributed as dist
 
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.references.sharding import ShardedReference
+from mrpo_scale.report import aligned
+
+Ranks = tuple[int, ...]
 
 
-def tile_world(world_size: int, shard_size: int) -> list[list[int]]:
-    """Contiguous groups of ``shard_size`` ranks; the last one is smaller where they do not divide the world.
+@dataclass(frozen=True)
+class Placement:
+    """``groups[k]``: the shard groups of reference k; every group holds one whole copy. Only references that are loaded."""
 
-    Raises:
-        ConfigError: no such group exists.
-    """
-    if not 1 <= shard_size <= world_size:
-        raise ConfigError(
-            f"`ref_shard_size: {shard_size}` does not fit this run of {world_size} process(es); give a number from 1 (each rank "
-            f"holds whole references) to {world_size} (one copy over all ranks)."
-        )
-    return [list(range(i, min(i + shard_size, world_size))) for i in range(0, world_size, shard_size)]
+    groups: Mapping[int, tuple[Ranks, ...]]
+
+    def ranks(self, k: int) -> list[int]:
+        """All ranks that hold a part of reference k."""
+        return [rank for group in self.groups[k] for rank in group]
+
+    def group_of(self, k: int, rank: int) -> Ranks | None:
+        """The shard group of reference k that ``rank`` is in, if any."""
+        return next((group for group in self.groups[k] if rank in group), None)
 
 
-def shard_groups(shard_size: int | None, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
-    """This rank's shard group, or None where it is alone in it. Collective over the world.
-
-    Args:
-        shard_size: ranks of a group; None takes the ranks of a node, whose weight gathers then never leave it.
-        timeout: of the group's collectives; None is the backend's.
+def spread(which: Sequence[int], nodes: Sequence[Sequence[int]], shard_size: int | None) -> Placement:
+    """The references ``which`` on groups of ``shard_size`` ranks; None takes the ranks of a node, which no gather then leaves.
 
     Raises:
         ConfigError: ``shard_size`` is less than 1 or more than the world.
     """
+    world = [rank for node in nodes for rank in node]
+    _check_shard_size(shard_size, len(world))
+    groups = _tile(world, shard_size) if shard_size else tuple(tuple(node) for node in nodes)
+    return Placement(dict.fromkeys(which, groups))
+
+
+def partition(costs: Mapping[int, float], nodes: Sequence[Sequence[int]], shard_size: int | None) -> Placement:
+    """Divide the ranks among the references in proportion to ``costs`` (FLOPs of a pair, in any unit).
+
+    Each reference gets at least one rank. Its ranks form groups of at most ``shard_size``; None lets a group fill its node but
+    never cross it. With fewer ranks than references, a rank holds several, the costliest dealt first.
+
+    Raises:
+        ConfigError: as :func:`spread`.
+    """
+    world = [rank for node in nodes for rank in node]
+    _check_shard_size(shard_size, len(world))
+    if len(world) < len(costs):
+        return Placement({k: ((rank,),) for k, rank in _deal(costs, world).items()})
+    groups: dict[int, tuple[Ranks, ...]] = {}
+    start = 0
+    for k, count in _apportion(costs, len(world)).items():
+        own = world[start : start + count]
+        start += count
+        per_node = [[rank for rank in node if rank in set(own)] for node in nodes]
+        groups[k] = _tile(own, shard_size) if shard_size else tuple(tuple(part) for part in per_node if part)
+    return Placement(groups)
+
+
+def find_nodes() -> list[list[int]]:
+    """The ranks of each node, in rank order. Collective over the world."""
     if not dist.is_initialized():
-        tile_world(1, shard_size or 1)
-        return None
-    if shard_size is None:
-        shard_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    own = None
-    for ranks in tile_world(dist.get_world_size(), shard_size):
-        if len(ranks) == 1:
+        return [[0]]
+    # The launcher's own number where it gives one: two nodes may be on one host, or two hosts have one name.
+    mine = os.environ.get("GROUP_RANK") or socket.gethostname()
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, mine)
+    return [[rank for rank, _ in node] for _, node in groupby(enumerate(names), key=lambda entry: entry[1])]
+
+
+def process_groups(
+    placement: Placement, timeout: timedelta | None = None, *, of_one: bool = False
+) -> dict[Ranks, dist.ProcessGroup]:
+    """The process group of each shard group. Collective over the world: every rank makes every group, in one order.
+
+    Args:
+        timeout: of the groups' collectives; None is the backend's.
+        of_one: also for groups of one rank, which need none unless their weights stream from host memory.
+    """
+    wanted = dict.fromkeys(group for groups in placement.groups.values() for group in groups)
+    if not dist.is_initialized():
+        return {}
+    return {
+        ranks: dist.new_group(list(ranks), timeout=timeout, group_desc=f"references on ranks {_in_words([ranks])}")
+        for ranks in wanted
+        if len(ranks) > 1 or of_one
+    }
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds of a reference, for the table."""
+
+    model_type: str
+    bytes_per_rank: int
+    group_size: int
+    shared_prompt: bool
+    offload: bool
+
+
+def placement_table(
+    names: Sequence[str], placement: Placement, shares: Mapping[int, Share], forwards: Mapping[int, int]
+) -> str:
+    """What lies where, one line per reference; those that are not loaded have all their scores in the cache.
+
+    Args:
+        shares: of the loaded references, on a rank that holds most of it.
+        forwards: of each per optimizer step, as expected from the data; each gathers the reference once.
+    """
+    rows = [("reference", "model type", "on ranks", "GiB per rank", "gathers/step", "MiB received/step", "attention")]
+    for k, name in enumerate(names):
+        if k not in placement.groups:
+            rows.append((name, "-", "not loaded: all scores are cached", "0", "0", "0", "-"))
             continue
-        # Every rank makes every group, in the same order, as new_group demands.
-        group = dist.new_group(ranks, timeout=timeout)
-        if dist.get_rank() in ranks:
-            own = group
-    return own
-
-
-def placement_table(references: Sequence[ShardedReference]) -> str:
-    """What lies where, one line per reference, as this rank sees it."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    rows = [("reference", "model type", "ranks", "GiB per rank", "attention over pairs")]
-    rows += [
-        (
-            reference.name,
-            reference.config.model_type,
-            f"{reference.group_size} of {world_size}",
-            f"{reference.bytes_per_rank / 2**30:.3f}",
-            "shared prompt" if reference.shared_prompt else "separate",
+        share, gathers = shares[k], forwards[k] if shares[k].group_size > 1 else 0
+        rows.append(
+            (
+                name,
+                share.model_type,
+                _in_words(placement.groups[k]),
+                f"{share.bytes_per_rank / 2**30:.3f}" + " (host memory)" * share.offload,
+                str(gathers),
+                f"{gathers * share.bytes_per_rank * (share.group_size - 1) / 2**20:.1f}",
+                "shared prompt" if share.shared_prompt else "separate",
+            )
         )
-        for reference in references
-    ]
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return aligned(rows)
+
+
+def _check_shard_size(shard_size: int | None, world_size: int) -> None:
+    if shard_size is not None and not 1 <= shard_size <= world_size:
+        raise ConfigError(
+            f"`ref_shard_size: {shard_size}` does not fit this run of {world_size} process(es); give a number from 1 (each rank "
+            f"holds whole references) to {world_size} (one copy over all ranks)."
+        )
+
+
+def _tile(ranks: Sequence[int], size: int) -> tuple[Ranks, ...]:
+    """Contiguous groups of ``size`` ranks; the last one is smaller where they do not divide."""
+    return tuple(tuple(ranks[i : i + size]) for i in range(0, len(ranks), size))
+
+
+def _apportion(costs: Mapping[int, float], seats: int) -> dict[int, int]:
+    """Seats in proportion to cost, at least one each, every further one to whoever is slowest with what it has."""
+    counts = dict.fromkeys(costs, 1)
+    for _ in range(seats - len(costs)):
+        counts[max(costs, key=lambda k: costs[k] / counts[k])] += 1
+    return counts
+
+
+def _deal(costs: Mapping[int, float], ranks: Sequence[int]) -> dict[int, int]:
+    """{reference: its rank}: the costliest first, each to the rank with the least so far."""
+    load = dict.fromkeys(ranks, 0.0)
+    rank_of = {}
+    for k in sorted(costs, key=lambda k: -costs[k]):
+        rank_of[k] = min(load, key=lambda rank: load[rank])
+        load[rank_of[k]] += costs[k]
+    return rank_of
+
+
+def _in_words(groups: Sequence[Ranks]) -> str:
+    if len(groups) > 4:
+        return f"{groups[0][0]}-{groups[-1][-1]}, in {len(groups)} groups of {len(groups[0])}"
+    return " ".join(f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0]) for group in groups)

@@ -1,25 +1,35 @@
-"""Score the pairs of a window with every reference: examples -> ref_logps [K, P, 2].
+"""Score the pairs of a window with live references: examples -> ref_logps [references, P, 2].
 
-One reference after the other runs its body over the window and leaves the hidden states of its response positions; then the K
-output heads are gathered together and one ``virtual_reference`` call turns the hidden states of all of them into log-probs.
+:class:`SpreadScorer`: each rank scores its own pairs. One reference after the other runs its body over the window and leaves the
+hidden states of its response positions; then the output heads are gathered together and one ``virtual_reference`` call turns the
+hidden states of all of them into log-probs. :class:`PartitionScorer`: the ranks of a reference score everybody's pairs; row
+numbers go out and scores come back, nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from mrpo_kernels import virtual_reference
 from torch import Tensor
 
+from mrpo_scale.config import MRPOConfig
+from mrpo_scale.models import PlannedReference
 from mrpo_scale.objective import Objective
 from mrpo_scale.pair_batch import PairBatch, collate_pairs, segment_length
+from mrpo_scale.ranks import agree_on_most, world_group
+from mrpo_scale.references.placement import Placement
 from mrpo_scale.references.sharding import ShardedReference
 from mrpo_scale.tokenization import PairTokens
-from mrpo_scale.window import PairExample
+from mrpo_scale.window import PairExample, TokenizedPairs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,77 +41,156 @@ class Reference:
     view: int  #: which of an example's token views is this model's
     pad_token_id: int
 
+    def batches(self, pairs: Sequence[PairTokens], tokens_per_forward: int) -> list[PairBatch]:
+        """``pairs``, in their order, as batches of at most ``tokens_per_forward`` padded tokens or of one pair."""
+        shared = self.model.shared_prompt
+        return [
+            collate_pairs(pairs[part], shared_prompt=shared, pad_token_id=self.pad_token_id).to(self.model.device)
+            for part in _cuts(pairs, shared, tokens_per_forward)
+        ]
 
-class ReferenceScorer:
+
+def load_reference(planned: PlannedReference, group: dist.ProcessGroup | None, args: MRPOConfig) -> Reference:
+    """A reference on this rank's shard group. Collective over the group. Raises as :class:`ShardedReference` does."""
+    model = ShardedReference(
+        planned.source, group, args.device, shared_prompt=args.shared_prompt, offload=args.ref_offload
+    )
+    return Reference(planned.name, model, planned.view, planned.pad_token_id)
+
+
+class SpreadScorer:
     """K references on this rank's shard group. Collective: every rank of the group calls :meth:`score` equally often.
 
     Args:
+        references: {k: reference}; those whose scores are all cached are left out.
         tokens_per_forward: most padded tokens of one no-grad forward. A window within it takes one forward, so one gather of the
             weights, per reference; a larger one takes as many as its size asks for.
     """
 
     def __init__(
-        self,
-        references: Sequence[Reference],
-        objective: Objective,
-        *,
-        tokens_per_forward: int,
-        impl: str = "auto",
-        group: dist.ProcessGroup | None,
-        device: torch.device,
+        self, references: Mapping[int, Reference], objective: Objective, *, tokens_per_forward: int, impl: str = "auto"
     ) -> None:
-        self.references, self.objective = list(references), objective
-        self.tokens_per_forward, self.impl, self.group, self.device = tokens_per_forward, impl, group, device
+        self.references, self.objective = dict(references), objective
+        self.tokens_per_forward, self.impl = tokens_per_forward, impl
+        self._most_forwards = 1
 
     @torch.no_grad()
-    def score(self, examples: Sequence[PairExample]) -> Tensor:
-        """Log-probs [K, P, 2] float32 of P >= 1 examples, in their order."""
+    def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int]) -> Tensor:
+        """Raw log-probs [len(which), P, 2] float32 of this rank's P >= 0 examples, in their order, by the references ``which``."""
+        references = [self.references[k] for k in which]
         # One order for all references, so that pair p is the same pair in each; longest first, so that neighbours pad little.
         order = sorted(
-            range(len(examples)), key=lambda i: -sum(_length(examples[i].tokens[r.view]) for r in self.references)
+            range(len(examples)), key=lambda i: -sum(_length(examples[i].tokens[r.view]) for r in references)
         )
-        batches_K = [self._batches(r, [examples[i].tokens[r.view] for i in order]) for r in self.references]
+        batches_K = [
+            r.batches([examples[i].tokens[r.view] for i in order], self.tokens_per_forward) for r in references
+        ]
         hidden_K = [
-            self._run_body(reference, batches, forwards)
-            for reference, batches, forwards in zip(self.references, batches_K, self._forwards(batches_K), strict=True)
+            _run_body(reference, batches, forwards)
+            for reference, batches, forwards in zip(
+                references, batches_K, self._forwards(references, batches_K), strict=True
+            )
         ]
         with ExitStack() as gathered:
-            heads = [gathered.enter_context(r.model.gathered_head()) for r in self.references]
+            heads = [gathered.enter_context(r.model.gathered_head()) for r in references]
             combined = virtual_reference(
                 hidden_K,
                 [head.weight for head in heads],
-                [torch.cat([b.labels_T for b in batches]) for batches in batches_K],
-                [_joined_seqlens(batches) for batches in batches_K],
+                [_joined_labels(b, h) for b, h in zip(batches_K, hidden_K, strict=True)],
+                [_joined_seqlens(b, h) for b, h in zip(batches_K, hidden_K, strict=True)],
                 bias=[head.bias for head in heads],
                 softcap=[head.softcap for head in heads],
                 logit_scale=[head.logit_scale for head in heads],
                 epsilon_max=self.objective.epsilon_max,
                 clip=self.objective.clip,
-                ref_weights=self.objective.ref_weights,
+                # A list has a number for every reference of the run; where some come from the cache only the log-probs count here.
+                ref_weights=self.objective.ref_weights if len(which) == len(self.references) else "uniform",
                 aggregate=self.objective.aggregate,
                 impl=self.impl,
             )
-        return combined.ref_logps_KP2[:, torch.tensor(order, device=self.device).argsort()]
+        return combined.ref_logps_KP2[:, torch.tensor(order, device=hidden_K[0].device, dtype=torch.long).argsort()]
 
-    def _run_body(self, reference: Reference, batches: list[PairBatch], forwards: int) -> Tensor:
-        """Hidden states [T, D] of the window's response positions, pair after pair."""
-        # A rank that is through with its own rows still takes part in the gathers of its group.
-        padded = [*batches, *[None] * (forwards - len(batches))]
-        return torch.cat([reference.model.response_hidden(batch) for batch in padded])
-
-    def _batches(self, reference: Reference, pairs: Sequence[PairTokens]) -> list[PairBatch]:
-        shared = reference.model.shared_prompt
-        return [
-            collate_pairs(pairs[part], shared_prompt=shared, pad_token_id=reference.pad_token_id).to(self.device)
-            for part in _cuts(pairs, shared, self.tokens_per_forward)
-        ]
-
-    def _forwards(self, batches_K: list[list[PairBatch]]) -> list[int]:
+    def _forwards(self, references: Sequence[Reference], batches_K: Sequence[list[PairBatch]]) -> list[int]:
         """Forwards per reference that the busiest rank of the group needs; all ranks run that many."""
-        counts_K = torch.tensor([len(batches) for batches in batches_K], device=self.device)
-        if self.group is not None:
-            dist.all_reduce(counts_K, dist.ReduceOp.MAX, group=self.group)
-        return counts_K.tolist()
+        model = references[0].model
+        counts = agree_on_most([len(batches) for batches in batches_K], model.group, model.device)
+        if max(counts) > self._most_forwards:
+            self._most_forwards = max(counts)
+            logger.info(
+                "a window is larger than ref_tokens_per_forward: %d, so a reference takes %d forwards, each of which gathers it",
+                self.tokens_per_forward,
+                self._most_forwards,
+            )
+        return counts
+
+
+class PartitionScorer:
+    """References that lie on different ranks. Collective over the world.
+
+    Args:
+        held: {k: reference} of which this rank holds a part.
+    """
+
+    def __init__(
+        self, held: Mapping[int, Reference], placement: Placement, device: torch.device, *, tokens_per_forward: int
+    ) -> None:
+        self.references, self.placement, self.device = dict(held), placement, device
+        self.tokens_per_forward = tokens_per_forward
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int]) -> Tensor:
+        """As :meth:`SpreadScorer.score`; all ranks score rows of the same ``pairs``, from which the rows of others are read."""
+        own = np.array([example.row for example in examples], dtype=np.int64)
+        rows = self._everybodys_rows(own)
+        scores_KU2 = torch.zeros(len(which), len(rows), 2, device=self.device)
+        for i, k in enumerate(which):
+            if k in self.references:
+                ranks = self.placement.ranks(k)
+                lengths = pairs.lengths[rows, self.references[k].view].sum(-1)
+                # Dealt out longest first, so that every rank gets the like.
+                mine = np.argsort(-lengths, kind="stable")[ranks.index(self.rank) :: len(ranks)]
+                tokens = [pairs.tokens(int(row))[self.references[k].view] for row in rows[mine]]
+                scores_KU2[i, mine] = score_in_step(self.references[k], tokens, self.tokens_per_forward)
+        if dist.is_initialized():
+            dist.all_reduce(scores_KU2)  # one rank wrote each entry, the others add zeros: exact
+        return scores_KU2[:, np.searchsorted(rows, own)]
+
+    def _everybodys_rows(self, own: np.ndarray) -> np.ndarray:
+        """Row numbers of all ranks' examples, each once, ascending. Ranks may have different numbers of examples."""
+        if not dist.is_initialized():
+            return np.unique(own)
+        (most,) = agree_on_most([len(own)], world_group(), self.device)
+        padded = torch.full((most,), -1, dtype=torch.long, device=self.device)
+        padded[: len(own)] = torch.from_numpy(own)
+        everybody = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+        dist.all_gather(everybody, padded)
+        rows = np.unique(torch.cat(everybody).cpu().numpy())
+        return rows[rows >= 0]
+
+
+@torch.no_grad()
+def score_in_step(reference: Reference, pairs: Sequence[PairTokens], tokens_per_forward: int) -> Tensor:
+    """Log-probs [n, 2] of n >= 0 pairs, longest first, in as many forwards as the busiest rank of the group needs.
+
+    Collective over the reference's shard group.
+    """
+    batches = reference.batches(pairs, tokens_per_forward)
+    model = reference.model
+    (forwards,) = agree_on_most([len(batches)], model.group, model.device)
+    return torch.cat(
+        [
+            torch.zeros(0, 2, device=model.device),
+            *(model.score(batch) for batch in [*batches, *[None] * (forwards - len(batches))]),
+        ]
+    )
+
+
+def _run_body(reference: Reference, batches: Sequence[PairBatch], forwards: int) -> Tensor:
+    """Hidden states [T, D] of the window's response positions, pair after pair."""
+    # A rank that is through with its own rows still takes part in the gathers of its group.
+    padded = [*batches, *[None] * (max(forwards, 1) - len(batches))]
+    return torch.cat([reference.model.response_hidden(batch) for batch in padded])
 
 
 def _length(pair: PairTokens) -> int:
@@ -110,6 +199,8 @@ def _length(pair: PairTokens) -> int:
 
 def _cuts(pairs: Sequence[PairTokens], shared_prompt: bool, tokens_per_forward: int) -> list[slice]:
     """Consecutive parts of ``pairs``, each of at most ``tokens_per_forward`` padded tokens or of one pair."""
+    if not pairs:
+        return []
     starts, tokens, widest = [0], 0, 0
     for i, pair in enumerate(pairs):
         length = segment_length(pair, shared_prompt)
@@ -123,7 +214,13 @@ def _cuts(pairs: Sequence[PairTokens], shared_prompt: bool, tokens_per_forward: 
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(pairs)], strict=True)]
 
 
-def _joined_seqlens(batches: Sequence[PairBatch]) -> Tensor:
+def _joined_labels(batches: Sequence[PairBatch], hidden_TD: Tensor) -> Tensor:
+    """[T] labels of all responses, batch after batch."""
+    return torch.cat([torch.zeros(0, dtype=torch.long, device=hidden_TD.device), *(b.labels_T for b in batches)])
+
+
+def _joined_seqlens(batches: Sequence[PairBatch], hidden_TD: Tensor) -> Tensor:
     """[2P+1] boundaries of all responses, batch after batch."""
-    lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches])
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0).to(lengths.dtype)])
+    start = torch.zeros(1, dtype=torch.int32, device=hidden_TD.device)
+    lengths = torch.cat([start, *(batch.cu_seqlens.diff() for batch in batches)])
+    return lengths.cumsum(0).to(torch.int32)

@@ -8,7 +8,6 @@ layer at a time; afterwards every weight is a shard again, the embedding and the
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from accelerate.big_modeling import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -32,7 +31,8 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import PairBatch, collate_pairs
-from mrpo_scale.references.source import ReferenceSource, check_source, one_line, snapshot, some, weight_files
+from mrpo_scale.ranks import fail_together
+from mrpo_scale.references.source import ReferenceSource, check_source, local_folder, one_line, some, weight_files
 from mrpo_scale.sequence_logps import (
     FusedHead,
     check_pair_scoring,
@@ -56,6 +56,8 @@ class ShardedReference:
         group: the shard group of this rank; None or a group of one rank holds the whole model here.
         device: of the weights and the computation.
         shared_prompt: ``auto``, ``true`` or ``false``; see :func:`~mrpo_scale.sequence_logps.choose_shared_prompt`.
+        offload: keep the shards in host memory and stream each layer to the device for its forward. Needs a process group, of one
+            rank at least.
 
     Attributes:
         shared_prompt: the layout that batches for this reference must have.
@@ -74,13 +76,19 @@ class ShardedReference:
         device: torch.device,
         *,
         shared_prompt: str = "auto",
+        offload: bool = False,
     ) -> None:
-        self.source, self.name = source, source.name
-        self.group = group if group is not None and group.size() > 1 else None
+        if offload and group is None:
+            raise ConfigError(
+                "`ref_offload: true` needs a process group, which a single process without a launcher does not have: start with "
+                "`accelerate launch`, or hold the references on the device."
+            )
+        self.source, self.name, self.offload = source, source.name, offload
+        self.group = group if group is not None and (group.size() > 1 or offload) else None
         self.device = device
         self.gathers = 0
-        folder = self._resolve()
-        with _fail_together(self.group):
+        folder = local_folder(source, self.group)
+        with fail_together(self.group):
             self.model = _build(source, check_source(source))
             self.shared_prompt = choose_shared_prompt(shared_prompt, self.config, source.name)
             self._load(weight_files(folder, source.name))
@@ -132,17 +140,6 @@ class ShardedReference:
             if isinstance(unit, FSDPModule):
                 unit.reshard()
 
-    def _resolve(self) -> Path:
-        """The folder of the weights. A hub id is downloaded by one rank of each node, while the group waits."""
-        if Path(self.source.path).is_dir():
-            return Path(self.source.path)
-        downloads = self.group is None or self.group.rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
-        with _fail_together(self.group):
-            if downloads:
-                snapshot(self.source, local_files_only=False)
-        with _fail_together(self.group):
-            return snapshot(self.source, local_files_only=True)
-
     def _load(self, files: list[Path]) -> None:
         stored = _stored_tensors(self.model, files, self.name)
         plan = _match_names(self.model, stored, self.name)
@@ -150,7 +147,7 @@ class ShardedReference:
         mesh = None
         if self.group is not None:
             mesh = DeviceMesh.from_group(self.group, self.device.type)
-            _shard(self.model, mesh, self.name)
+            _shard(self.model, mesh, self.name, offload=self.offload)
         for file in files:
             with _open(file, self.name) as tensors:
                 for name, names in plan.items():
@@ -162,26 +159,6 @@ class ShardedReference:
         state = [*self.model.named_parameters(), *self.model.named_buffers()]
         if on_meta := [name for name, tensor in state if tensor.is_meta]:
             raise RuntimeError(f"{self.name}: after loading, nothing was put in {some(on_meta)}")
-
-
-@contextmanager
-def _fail_together(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """An error on one rank of the group becomes an error on all: the others would wait for it in their next collective."""
-    try:
-        yield
-    except Exception as error:
-        _reports(f"{type(error).__name__}: {one_line(error)}", group)
-        raise
-    for rank, report in enumerate(_reports(None, group)):
-        if report is not None:
-            raise ConfigError(f"rank {rank} of this shard group failed: {report}")
-
-
-def _reports(report: str | None, group: dist.ProcessGroup | None) -> list[str | None]:
-    reports: list[str | None] = [report] * (1 if group is None else group.size())
-    if group is not None:
-        dist.all_gather_object(reports, report, group=group)
-    return reports
 
 
 @contextmanager
@@ -235,7 +212,7 @@ def _gathers_off_the_heap(group: dist.ProcessGroup | None, device: torch.device)
         mallopt(trim_threshold, 64 << 20)
 
 
-def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str) -> None:
+def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str, *, offload: bool) -> None:
     """FSDP2 over each decoder layer, over an untied embedding and head, and over the rest."""
     classes = set(model._no_split_modules or ())
     units: list[nn.Module] = [module for module in model.modules() if type(module).__name__ in classes]
@@ -247,9 +224,10 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is not head.weight:  # then the two large matrices need not be whole at the same time
         units += [embedding, head]
+    policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for unit in [*reversed(units), model]:
         # Said for the root too: by default it stays gathered after a forward, in the belief that a backward follows.
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
 
 
 def _open(file: Path, name: str) -> Any:
@@ -354,14 +332,20 @@ def _fill(
         start = min(mesh.get_local_rank() * rows, shape[0])
         stop = min(start + rows, shape[0])
         local = on_disk[start:stop] if start < stop else torch.empty(0, *shape[1:])
-        weight = DTensor.from_local(
-            local.to(reference.device, dtype, copy=True),
-            mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=target.shape,
-            stride=target.stride(),
-        )
+        if (
+            reference.offload
+        ):  # a shard in host memory of a parameter that computes on the device: only empty_like makes one
+            weight = torch.empty_like(target, dtype=dtype, device="cpu")
+            _local(weight).copy_(local)
+        else:
+            weight = DTensor.from_local(
+                local.to(reference.device, dtype, copy=True),
+                mesh,
+                [Shard(0)],
+                run_check=False,
+                shape=target.shape,
+                stride=target.stride(),
+            )
     parameter = nn.Parameter(weight, requires_grad=False)
     for tied_name in names:
         owner, _, leaf = tied_name.rpartition(".")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -16,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.ranks import fail_together
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -87,6 +92,18 @@ def _folder_at_hand(source: ReferenceSource) -> Path | None:
     return None
 
 
+def local_folder(source: ReferenceSource, group: dist.ProcessGroup | None) -> Path:
+    """The folder of the weights. A hub id is downloaded by one rank of each node, while the group waits. Collective."""
+    if Path(source.path).is_dir():
+        return Path(source.path)
+    downloads = group is None or group.rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
+    with fail_together(group):
+        if downloads:
+            snapshot(source, local_files_only=False)
+    with fail_together(group):
+        return snapshot(source, local_files_only=True)
+
+
 def snapshot(source: ReferenceSource, *, local_files_only: bool) -> Path:
     try:
         return Path(
@@ -129,6 +146,15 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         + (f" (found {some(others)})" if others else "")
         + f"; write them once with AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)."
     )
+
+
+def num_parameters(folder: Path, name: str) -> int:
+    """Elements of all tensors on disk, from the headers of the safetensors files."""
+    total = 0
+    for file in weight_files(folder, name):
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 (no mapping)
+    return total
 
 
 def some(names: list[str]) -> str:

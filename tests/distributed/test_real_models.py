@@ -20,10 +20,10 @@ from mrpo_scale.config import MRPOConfig
 from mrpo_scale.data import find_layout, load_rows
 from mrpo_scale.models import plan_models
 from mrpo_scale.pair_batch import collate_pairs
-from mrpo_scale.references.placement import shard_groups
 from mrpo_scale.references.sharding import ShardedReference
 from mrpo_scale.tokenization import prepare_pairs
 from mrpo_scale.window import WindowSampler
+from tests.distributed.groups import shard_group
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(os.environ.get("MRPO_REAL_MODELS", "/nowhere"))
@@ -65,7 +65,7 @@ def plain_logps(folder, prompt, response, end):
 def sharded_scores(tmp_path):
     """Both references on a group of two ranks: log-probs [K, 4, 2] of the first window."""
     plan, pairs, rows = first_window(tmp_path)
-    group = shard_groups(dist.get_world_size())
+    group = shard_group(dist.get_world_size())
     scores = []
     for reference in plan.references:
         model = ShardedReference(reference.source, group, torch.device("cpu"))

@@ -14,6 +14,7 @@ from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.recipe import resource
 from mrpo_scale.trainer import MRPOTrainer
+from tests.distributed.groups import shard_group
 from tests.tiny import pair_dataset, write_models
 
 ROWS = 19  # a last window of 4 that holds 3
@@ -28,14 +29,14 @@ class Recorder(MRPOTrainer):
     """Keeps which rows were trained with weight, and what the references said of them."""
 
     def __init__(self, *args, **kwargs):
-        self.rows, self.scores, self.poison = [], {}, None
+        self.rows, self.seen, self.poison = [], {}, None
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, **kwargs):
         for i, (row, weight) in enumerate(zip(inputs.rows, inputs.weight_P.tolist(), strict=True)):
             if weight:
                 self.rows.append((self.state.global_step, row))
-                self.scores[row] = inputs.ref_logps_KP2[:, i]
+                self.seen[row] = inputs.ref_logps_KP2[:, i]
                 if row == self.poison:
                     inputs.ref_logps_KP2[0, i, 0] = torch.nan
         return super().compute_loss(model, inputs, **kwargs)
@@ -84,7 +85,7 @@ def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, pois
         AcceleratorState._reset_state()
         gc.collect()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    scores = {row: value.tolist() for row, value in trainer.scores.items()}
+    scores = {row: value.tolist() for row, value in trainer.seen.items()}
     stage = config.deepspeed_plugin.zero_stage if config.deepspeed_plugin else None
     return {"log": log, "rows": trainer.rows, "scores": scores, "held_out": held_out, "stage": stage}
 
@@ -155,31 +156,28 @@ def test_a_poisoned_row_is_named_in_one_process(folders, tmp_path):
 
 def pair_scoring_in_unequal_batches(folders):
     """Scoring when ranks need different numbers of forwards: rank 1 has one short pair, rank 0 several long ones."""
-    from datetime import timedelta
-
     from mrpo_scale.objective import Objective
     from mrpo_scale.pair_batch import collate_pairs
-    from mrpo_scale.references.placement import shard_groups
-    from mrpo_scale.references.scoring import Reference, ReferenceScorer
+    from mrpo_scale.references.scoring import Reference, SpreadScorer
     from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
     from mrpo_scale.tokenization import PairTokens
     from mrpo_scale.window import PairExample
 
     rank = dist.get_rank()
     device = torch.device("cpu")
-    group = shard_groups(2, timeout=timedelta(seconds=60))
+    group = shard_group(2)
     model = ShardedReference(ReferenceSource("anchor", folders["llama"]), group, device)
     lengths = [(3, 9, 4), (5, 2, 30), (8, 8, 8), (2, 3, 4)] if rank == 0 else [(1, 1, 2)]
     pairs = [PairTokens([9] * a, [10] * b, [11] * c) for a, b, c in lengths]
     examples = [PairExample(i, 1.0, (pair,)) for i, pair in enumerate(pairs)]
     before = model.gathers
-    references, objective = [Reference("anchor", model, 0, 0)], Objective()
-    many = ReferenceScorer(references, objective, tokens_per_forward=20, group=group, device=device)
-    scores_KP2 = many.score(examples)
+    references, objective = {0: Reference("anchor", model, 0, 0)}, Objective()
+    many = SpreadScorer(references, objective, tokens_per_forward=20)
+    scores_KP2 = many.score(examples, None, [0])
     forwards = model.gathers - before
-    one = ReferenceScorer(references, objective, tokens_per_forward=10**6, group=group, device=device)
+    one = SpreadScorer(references, objective, tokens_per_forward=10**6)
     before = model.gathers
-    together_KP2 = one.score(examples)
+    together_KP2 = one.score(examples, None, [0])
     assert model.gathers - before == 1, "a window is one forward, so one gather, unless memory asks for more"
     single = torch.cat(
         [model.score(collate_pairs([pairs[min(i, len(pairs) - 1)]], shared_prompt=True)) for i in range(4)]
@@ -191,12 +189,9 @@ def pair_scoring_in_unequal_batches(folders):
 
 def live_step_of_three(folders, shard_size):
     """One window scored by K=3: (calls of virtual_reference, gathers per reference, scores, scores one by one)."""
-    from datetime import timedelta
-
     from mrpo_scale.objective import Objective
     from mrpo_scale.pair_batch import collate_pairs
     from mrpo_scale.references import scoring
-    from mrpo_scale.references.placement import shard_groups
     from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
     from mrpo_scale.tokenization import PairTokens
     from mrpo_scale.window import PairExample
@@ -208,7 +203,7 @@ def live_step_of_three(folders, shard_size):
         calls.append(1)
         return fused(*args, **kwargs)
 
-    device, group = torch.device("cpu"), shard_groups(shard_size, timeout=timedelta(seconds=60))
+    device, group = torch.device("cpu"), shard_group(shard_size)
     references = [
         scoring.Reference(name, ShardedReference(ReferenceSource(name, folder), group, device), view, 0)
         for view, (name, folder) in enumerate(folders.items())
@@ -219,11 +214,11 @@ def live_step_of_three(folders, shard_size):
         PairExample(i, 1.0, tuple(PairTokens([9 + v] * a, [10] * (b + v), [11] * (c + 2 * v)) for v in range(3)))
         for i, (a, b, c) in enumerate(lengths)
     ]
-    scorer = scoring.ReferenceScorer(references, Objective(), tokens_per_forward=10**6, group=group, device=device)
+    scorer = scoring.SpreadScorer(dict(enumerate(references)), Objective(), tokens_per_forward=10**6)
     scoring.virtual_reference = counted
     try:
         before = [r.model.gathers for r in references]
-        scores_KP2 = scorer.score(examples)
+        scores_KP2 = scorer.score(examples, None, [0, 1, 2])
         gathers = [r.model.gathers - b for r, b in zip(references, before, strict=True)]
     finally:
         scoring.virtual_reference = fused

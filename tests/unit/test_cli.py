@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mrpo_scale.references.scoring
 import mrpo_scale.trainer
 from mrpo_scale.cli import train_main
 from tests.tiny import pair_rows, write_models
@@ -61,7 +62,7 @@ def no_weights(monkeypatch):
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(mrpo_scale.trainer, "load_policy", fail)
-    monkeypatch.setattr(mrpo_scale.trainer, "ShardedReference", fail)
+    monkeypatch.setattr(mrpo_scale.references.scoring, "ShardedReference", fail)
 
 
 def with_bad_rows(tmp_path, bad):

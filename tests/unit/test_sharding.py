@@ -1,7 +1,6 @@
 """One reference on one rank: what is refused before weights load, and that streamed weights score as from_pretrained's do."""
 
 import json
-from datetime import timedelta
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import collate_pairs
-from mrpo_scale.references.placement import placement_table, shard_groups, tile_world
 from mrpo_scale.references.sharding import ReferenceSource, ShardedReference, check_source
 from mrpo_scale.sequence_logps import enable_pair_scoring, score_pairs
 from mrpo_scale.tokenization import PairTokens
@@ -303,42 +301,3 @@ def test_tied_weights_that_differ_on_disk_are_refused(tmp_path):
     edit_config(tmp_path, tie_word_embeddings=True)
     with pytest.raises(ConfigError, match=r"ties .*embed_tokens.weight.* two different tensors"):
         load(tmp_path)
-
-
-# ----------------------------------------------------------------------------------------------------------------- placement
-
-
-def test_groups_tile_the_world():
-    assert tile_world(4, 2) == [[0, 1], [2, 3]]
-    assert tile_world(5, 2) == [[0, 1], [2, 3], [4]]
-    assert tile_world(3, 3) == [[0, 1, 2]]
-
-
-@pytest.mark.parametrize("size", [0, -1, 5])
-def test_shard_size_that_does_not_fit(size):
-    with pytest.raises(ConfigError, match=f"`ref_shard_size: {size}` .* run of 4 process"):
-        tile_world(4, size)
-
-
-def test_without_processes_there_is_no_group():
-    assert shard_groups(None) is None
-    assert shard_groups(1, timeout=timedelta(seconds=5)) is None
-    with pytest.raises(ConfigError, match="`ref_shard_size: 2`"):
-        shard_groups(2)
-
-
-def test_placement_table(tmp_path):
-    lines = placement_table([load(write_model(tmp_path))]).splitlines()
-    assert lines[0].split() == [
-        "reference",
-        "model",
-        "type",
-        "ranks",
-        "GiB",
-        "per",
-        "rank",
-        "attention",
-        "over",
-        "pairs",
-    ]
-    assert lines[1].split() == ["ref", "llama", "1", "of", "1", "0.000", "shared", "prompt"]

@@ -107,7 +107,7 @@ def test_a_foreign_anchor(folders, tmp_path):
         train_dataset=pair_dataset(8),
     )
     trainer.train()
-    assert trainer.scorer.references[0].model.config.model_type == "gpt_neox"
+    assert trainer.scores.references[0].model.config.model_type == "gpt_neox"
     assert losses(trainer)[0] != pytest.approx(math.log(2), rel=1e-3)
 
 

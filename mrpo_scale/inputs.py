@@ -1,0 +1,89 @@
+"""From a recipe to what a run works on: the rows it names, and their tokens for every model. No weights load here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import datasets
+
+from mrpo_scale.config import MRPOConfig, ScriptArguments
+from mrpo_scale.data import find_layout, load_rows
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.models import RunPlan
+from mrpo_scale.tokenization import PairDataset, prepare_pairs
+from mrpo_scale.toyworld import resolve
+
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def read_rows(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
+    """The training and the held-out rows (None where there are none); the first rank of each host reads them first.
+
+    Raises:
+        ConfigError: no model or no data set is named, or it cannot be read.
+    """
+    for key in ("model_name_or_path", "dataset_name"):
+        if not getattr(script, key):
+            raise ConfigError(f"`{key}` is missing; name it in the recipe or as --{key}.")
+    with config.main_process_first(local=True, desc="reading the data set"):
+        _make_toy_world(script)
+        return _load_data(script, config)
+
+
+def prepare_sets(
+    plan: RunPlan,
+    args: MRPOConfig,
+    train: datasets.Dataset | None,
+    evals: datasets.Dataset | dict[str, datasets.Dataset] | None,
+) -> dict[str, PairDataset]:
+    """Tokenize every set for every text view; the first rank of each host does the work, the others read its files."""
+    sets = {"train": train, **(evals if isinstance(evals, dict) else {"eval": evals})}
+    prepared = {}
+    for split, rows in sets.items():
+        if rows is None:
+            continue
+        if len(rows) == 0:
+            raise ConfigError(f"the {split} set has no rows; check `dataset_name` and the split keys.")
+        with args.main_process_first(local=True, desc=f"tokenizing {split}"):
+            prepared[split] = prepare_pairs(
+                rows,
+                find_layout(rows, args.dataset_layout),
+                plan.texts,
+                max_length=args.max_length,
+                on_bad_row=args.on_bad_row,
+                max_bad_rows=args.max_bad_rows,
+                bad_rows_file=args.folder / f"bad_rows_{split}.jsonl",
+                split=split,
+                num_proc=args.dataset_num_proc,
+                write=args.process_index == 0,
+            )
+    return prepared
+
+
+def _make_toy_world(script: ScriptArguments) -> None:
+    """Make the quickstart's world where a recipe names it, in a process of its own: in this one a live ZeRO-3 configuration
+    would partition the little models over ranks that are not making any."""
+    names = [script.model_name_or_path, script.dataset_name, *script.ref_models]
+    if any(str(name).startswith("toy:") for name in names):
+        alone = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("ACCELERATE_", "OMP_NUM_THREADS")) and k not in RANKS
+        }
+        subprocess.run(
+            [sys.executable, "-c", "from mrpo_scale.toyworld import make_world; make_world()"], env=alone, check=True
+        )
+
+
+def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
+    return load_rows(
+        resolve(str(script.dataset_name)),
+        config=script.dataset_config,
+        train_split=script.dataset_train_split,
+        test_split=script.dataset_test_split,
+        held_out=script.held_out,
+        seed=config.seed,
+    )

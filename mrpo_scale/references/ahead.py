@@ -1,0 +1,139 @@
+"""Score whole data sets into the cache, one reference in memory at a time: `ref_scoring: precompute` and `mrpo score`.
+
+Rows are sorted by length and cut into chunks, so that a forward holds pairs of like length. A job visits the chunks in an order
+of its own and leaves out what the cache has by then, so that any number of jobs fill one cache together.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+
+from mrpo_scale.config import MRPOConfig
+from mrpo_scale.models import RunPlan
+from mrpo_scale.ranks import fail_together, from_first, world_group
+from mrpo_scale.references.cache import PartWriter, ReferenceStore
+from mrpo_scale.references.placement import find_nodes, process_groups, spread
+from mrpo_scale.references.scoring import Reference, load_reference, score_in_step
+from mrpo_scale.tokenization import PairDataset
+
+logger = logging.getLogger(__name__)
+
+FORWARDS_PER_CHUNK = 4  #: of each rank: enough to even out the ranks, little enough to meet another job's rows soon
+SECONDS_PER_PART = 60.0  #: what a killed job loses at most
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Distinct rows of several sets, longest first for one view of the text."""
+
+    pairs: Sequence[PairDataset]
+    set_N: np.ndarray  #: which of ``pairs``
+    row_N: np.ndarray
+    key_N: np.ndarray
+    length_N: np.ndarray  #: tokens of prompt, chosen and rejected
+    view: int
+
+    @classmethod
+    def of(cls, pair_sets: Mapping[str, PairDataset], view: int) -> _Rows:
+        pairs = list(pair_sets.values())
+        set_N = np.repeat(np.arange(len(pairs)), [len(p) for p in pairs])
+        row_N = np.concatenate([np.arange(len(p)) for p in pairs])
+        length_N = np.concatenate([p.lengths[:, view].sum(-1) for p in pairs])
+        key_N, first = np.unique(np.concatenate([p.row_keys for p in pairs]), return_index=True)
+        first, key_N = first[order := np.argsort(-length_N[first], kind="stable")], key_N[order]
+        return cls(pairs, set_N[first], row_N[first], key_N, length_N[first], view)
+
+    def chunks(self, tokens: int) -> list[np.ndarray]:
+        """Consecutive rows of about ``tokens`` tokens, as indices."""
+        ends = np.cumsum(self.length_N)
+        starts = np.flatnonzero(np.diff(ends // max(tokens, 1), prepend=-1))
+        return np.split(np.arange(len(ends)), starts[1:])
+
+    def tokens(self, i: int):
+        return self.pairs[self.set_N[i]].tokens(int(self.row_N[i]))[self.view]
+
+    def token_counts(self, chosen: np.ndarray) -> np.ndarray:
+        """[n, 2] response tokens."""
+        counts = [self.pairs[self.set_N[i]].lengths[self.row_N[i], self.view, 1:] for i in chosen]
+        return np.array(counts, dtype=np.int32).reshape(-1, 2)
+
+
+def score_ahead(
+    plan: RunPlan,
+    stores: Sequence[ReferenceStore],
+    which: Sequence[int],
+    pair_sets: Mapping[str, PairDataset],
+    args: MRPOConfig,
+) -> None:
+    """Give the references ``which`` a score for every row, each spread over the world's shard groups. Collective over the world.
+
+    Raises:
+        ConfigError: a cache that cannot be written, a reference that cannot be loaded.
+        TrainingError: a part that could not be written.
+    """
+    with fail_together(world_group()):
+        for k in which:
+            stores[k].prepare_to_write()
+    placement = spread(which, find_nodes(), args.ref_shard_size)
+    groups = process_groups(placement, timedelta(seconds=args.ddp_timeout), of_one=args.ref_offload)
+    for k in which:
+        ranks = placement.group_of(k, args.process_index)
+        assert ranks is not None
+        reference = load_reference(plan.references[k], groups.get(ranks), args)
+        fill(reference, stores[k], pair_sets, args)
+        del reference
+        gc.collect()
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, PairDataset], args: MRPOConfig) -> None:
+    """Score every row that ``store`` lacks. Collective over the world."""
+    rows = _Rows.of(pair_sets, reference.view)
+    rank, world_size = args.process_index, args.world_size
+    chunks = rows.chunks(FORWARDS_PER_CHUNK * args.ref_tokens_per_forward * world_size)
+    # Another job's order is another one, so that the two rarely work on the same rows.
+    random.Random(from_first(time.time_ns(), world_group())).shuffle(chunks)
+    missing = int(from_first(store.missing(rows.key_N).sum(), world_group()))
+    started, scored = time.perf_counter(), 0
+    with (
+        PartWriter(store, seconds=SECONDS_PER_PART) as writer,
+        tqdm(
+            total=missing, desc=f"Scoring with {reference.name}", unit="row", disable=args.disable_tqdm or rank != 0
+        ) as bar,
+    ):
+        for chunk in chunks:
+            todo = chunk[_still_missing(store, rows.key_N[chunk])]
+            mine = todo[rank::world_size]
+            logps_N2 = score_in_step(reference, [rows.tokens(i) for i in mine], args.ref_tokens_per_forward)
+            writer.add(rows.key_N[mine], logps_N2.cpu().numpy(), rows.token_counts(mine))
+            scored += len(todo)
+            bar.update(len(todo))
+    if dist.is_initialized():
+        dist.barrier()
+    store.refresh()
+    seconds = time.perf_counter() - started
+    elsewhere = f", {missing - scored} came from another job" if missing > scored else ""
+    logger.info(
+        "%s: scored %d rows in %.1f s, %.1f rows/s%s", reference.name, scored, seconds, scored / seconds, elsewhere
+    )
+
+
+def _still_missing(store: ReferenceStore, keys: np.ndarray) -> np.ndarray:
+    """[n] bool, the same on all ranks: as the first rank sees the folder now."""
+    mask = np.zeros(0, dtype=bool)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        store.refresh()
+        mask = store.missing(keys)
+    return from_first(mask, world_group())

@@ -1,0 +1,269 @@
+"""Where a run's reference scores come from: read where the cache has them, scored by live references where it has not.
+
+A window is read whole or scored whole, for each reference: the same row beside other rows differs in the last bits, so only then
+does a run that was killed and resumed see the numbers that it saw before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mrpo_scale.config import MRPOConfig
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.models import RunPlan
+from mrpo_scale.ranks import agree_on_most, all_say, fail_together, world_group
+from mrpo_scale.references.ahead import score_ahead
+from mrpo_scale.references.cache import PartWriter, ReferenceStore
+from mrpo_scale.references.identity import ReferenceIdentity, identify
+from mrpo_scale.references.placement import (
+    Placement,
+    Share,
+    find_nodes,
+    partition,
+    placement_table,
+    process_groups,
+    spread,
+)
+from mrpo_scale.references.scoring import PartitionScorer, Reference, SpreadScorer, load_reference
+from mrpo_scale.references.source import local_folder, num_parameters
+from mrpo_scale.tokenization import PairDataset
+from mrpo_scale.window import PairExample, TokenizedPairs
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 5.0  #: between two looks at the cache while `follow` waits
+
+
+class ReferenceScores:
+    """The scores of a run's K references. Collective over the world: opening, :meth:`score` and :meth:`flush`.
+
+    Args:
+        pair_sets: every set that will be scored.
+
+    Attributes:
+        references: {k: reference} as far as this rank holds a part; none of those whose scores are all cached.
+
+    Raises:
+        ConfigError: a cache that cannot be read or, where something is missing, written; `follow` that waited in vain; a reference
+            that cannot be loaded.
+    """
+
+    def __init__(self, plan: RunPlan, args: MRPOConfig, pair_sets: Mapping[str, PairDataset]) -> None:
+        self.names, self.device = plan.names, args.device
+        self.stores = open_stores(plan, args, pair_sets)
+        everything = distinct_rows(pair_sets)
+        if self.stores and args.ref_scoring == "follow":
+            wait_for_scores(self.stores, everything, args)
+        missing = (
+            count_missing(self.stores, everything, self.device) if self.stores else [len(everything)] * len(plan.names)
+        )
+        if args.ref_scoring == "precompute":
+            score_ahead(plan, self.stores, [k for k, count in enumerate(missing) if count], pair_sets, args)
+            missing = [0] * len(missing)
+        self.live = [k for k, count in enumerate(missing) if count]
+        self._writers: dict[int, PartWriter] = {}
+        self.references: dict[int, Reference] = {}
+        if self.stores:
+            _report_cache(self.stores, missing, len(everything))
+            with fail_together(world_group()):
+                for k in self.live:
+                    self.stores[k].prepare_to_write()
+            self._writers = {k: PartWriter(self.stores[k]) for k in self.live}
+        if self.live:
+            self._load(plan, args, pair_sets)
+
+    def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs) -> Tensor:
+        """Raw log-probs [K, P, 2] float32 of this rank's examples, all rows of ``pairs``, in their order."""
+        if not self.stores:
+            return self._scorer.score(examples, pairs, self.live)
+        rows = np.array([example.row for example in examples], dtype=np.int64)
+        stored = [store.lookup(pairs.row_keys[rows]) for store in self.stores]
+        incomplete = [int(not stored[k].found_N.all()) for k in self.live]
+        if self.live:
+            incomplete = agree_on_most(incomplete, world_group(), self.device)
+        which = [k for k, some in zip(self.live, incomplete, strict=True) if some]
+        scores_KP2 = torch.stack([torch.from_numpy(s.logps_N2) for s in stored]).to(self.device)
+        if which:
+            scores_KP2[which] = self._scorer.score(examples, pairs, which)
+            self._keep(which, examples, rows, pairs, {k: stored[k].found_N for k in which}, scores_KP2)
+        return scores_KP2
+
+    def flush(self, *, refresh: bool = False) -> None:
+        """Write the rows that wait in memory. ``refresh``: then also read what the other ranks wrote, for the next epoch."""
+        for writer in self._writers.values():
+            writer.flush()
+        if refresh and self._writers:
+            if dist.is_initialized():
+                dist.barrier()
+            for k in self._writers:
+                self.stores[k].refresh()
+
+    def _keep(
+        self,
+        which: Sequence[int],
+        examples: Sequence[PairExample],
+        rows: np.ndarray,
+        pairs: TokenizedPairs,
+        found: Mapping[int, np.ndarray],
+        scores_KP2: Tensor,
+    ) -> None:
+        real = np.array([example.weight > 0 for example in examples], dtype=bool)
+        for k in which:
+            new = real & ~found[k]
+            tokens_N2 = pairs.lengths[rows[new], self._views[k], 1:]
+            self._writers[k].add(pairs.row_keys[rows[new]], scores_KP2[k].cpu().numpy()[new], tokens_N2)
+
+    def _load(self, plan: RunPlan, args: MRPOConfig, pair_sets: Mapping[str, PairDataset]) -> None:
+        """The references that are needed live, one after the other, and a table of what went where."""
+        self._views = {k: reference.view for k, reference in enumerate(plan.references)}
+        window = args.train_batch_size * args.gradient_accumulation_steps
+        lengths = {k: _mean_length(pair_sets, self._views[k]) for k in self.live}
+        placement = _place(plan, args, self.live, lengths)
+        timeout = timedelta(seconds=args.ddp_timeout)
+        groups = process_groups(placement, timeout, of_one=args.ref_offload)
+        progress = tqdm(
+            self.live, desc="Loading references", disable=args.disable_tqdm or args.local_process_index != 0
+        )
+        for k in progress:
+            ranks = placement.group_of(k, args.process_index)
+            if ranks is not None:
+                self.references[k] = load_reference(plan.references[k], groups.get(ranks), args)
+        shares = {k: share for some in all_say(self._shares(), world_group()) for k, share in some.items()}
+        forwards = {}
+        for k in self.live:
+            sharing = args.world_size if args.ref_placement == "spread" else len(placement.ranks(k))
+            tokens = window * args.world_size / sharing * lengths[k]
+            forwards[k] = max(1, math.ceil(tokens / args.ref_tokens_per_forward))
+        if args.process_index == 0:
+            logger.info("references:\n%s", placement_table(self.names, placement, shares, forwards))
+        per_forward = args.ref_tokens_per_forward
+        if args.ref_placement == "partition":
+            self._scorer: PartitionScorer | SpreadScorer = PartitionScorer(
+                self.references, placement, self.device, tokens_per_forward=per_forward
+            )
+        else:
+            self._scorer = SpreadScorer(
+                self.references, args.build_objective(), tokens_per_forward=per_forward, impl=args.head_impl
+            )
+
+    def _shares(self) -> dict[int, Share]:
+        return {
+            k: Share(
+                model_type=r.model.config.model_type,
+                bytes_per_rank=r.model.bytes_per_rank,
+                group_size=r.model.group_size,
+                shared_prompt=r.model.shared_prompt,
+                offload=r.model.offload,
+            )
+            for k, r in self.references.items()
+        }
+
+
+def distinct_rows(pair_sets: Mapping[str, PairDataset]) -> np.ndarray:
+    """[N] keys of the rows of all sets, each once: a text that stands in two sets is scored once."""
+    return np.unique(np.concatenate([pairs.row_keys for pairs in pair_sets.values()]))
+
+
+def open_stores(
+    plan: RunPlan, args: MRPOConfig, pair_sets: Mapping[str, PairDataset], *, read: bool = True
+) -> list[ReferenceStore]:
+    """The store of each reference, ``read`` or not yet; none without a cache folder. Collective over the world."""
+    root = args.ref_cache_folder
+    if root is None:
+        return []
+    wanted = distinct_rows(pair_sets)
+    stores = [ReferenceStore(root, identity, wanted) for identity in _identities(plan, args, root)]
+    with fail_together(world_group()):
+        for store in stores if read else ():
+            store.refresh()
+    return stores
+
+
+def _identities(plan: RunPlan, args: MRPOConfig, root: Path) -> list[ReferenceIdentity]:
+    """Of all references; one process of each node reads its files, and all nodes must have the same."""
+    folders = [local_folder(reference.source, world_group()) for reference in plan.references]
+    mine: list[ReferenceIdentity] | None = None
+    with fail_together(world_group()):
+        if args.local_process_index == 0:
+            mine = [
+                identify(reference.source, folder, plan.texts[reference.view], root)
+                for reference, folder in zip(plan.references, folders, strict=True)
+            ]
+    everybody = all_say(mine, world_group())
+    first = everybody[0]
+    assert first is not None
+    for rank, identities in enumerate(everybody):
+        for ours, theirs in zip(first, identities or first, strict=True):
+            if ours.key != theirs.key:
+                raise ConfigError(
+                    f"reference {ours.name}: its files on rank {rank}'s node are not those on rank 0's ({theirs.key} and "
+                    f"{ours.key}); copy the folder again, or put it on a file system that all nodes share."
+                )
+    return first
+
+
+def count_missing(stores: Sequence[ReferenceStore], keys: np.ndarray, device: torch.device) -> list[int]:
+    """Rows of ``keys`` that each store has no score for, as the rank that sees least of them counts. Collective."""
+    return agree_on_most([int(store.missing(keys).sum()) for store in stores], world_group(), device)
+
+
+def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MRPOConfig) -> None:
+    """Return when every store has every row; another job writes them.
+
+    Raises:
+        ConfigError: no row came for ``ref_follow_timeout`` minutes.
+    """
+    total = len(keys) * len(stores)
+    have, last_news = -1, time.monotonic()
+    with tqdm(
+        total=total, desc="Waiting for scores", unit="row", disable=args.disable_tqdm or args.process_index != 0
+    ) as bar:
+        while True:
+            for store in stores:
+                store.refresh()
+            missing = [int(store.missing(keys).sum()) for store in stores]
+            if total - sum(missing) > have:
+                have, last_news = total - sum(missing), time.monotonic()
+                bar.update(have - bar.n)
+            if not any(missing):
+                return
+            if time.monotonic() - last_news > 60 * args.ref_follow_timeout:
+                lacking = ", ".join(f"{store.identity.name} {n}" for store, n in zip(stores, missing, strict=True) if n)
+                raise ConfigError(
+                    f"`ref_scoring: follow`: no new score came into {args.ref_cache_folder} for {args.ref_follow_timeout:g} "
+                    f"minutes (`ref_follow_timeout`); of {len(keys)} rows these are missing: {lacking}. Start `mrpo score` with "
+                    "this recipe, or set `ref_scoring: precompute`."
+                )
+            time.sleep(min(POLL_SECONDS, 60 * args.ref_follow_timeout))
+
+
+def _place(plan: RunPlan, args: MRPOConfig, live: Sequence[int], lengths: Mapping[int, float]) -> Placement:
+    nodes = find_nodes()
+    if args.ref_placement == "spread":
+        return spread(live, nodes, args.ref_shard_size)
+    costs = {}
+    for k in live:
+        source = plan.references[k].source
+        costs[k] = num_parameters(local_folder(source, world_group()), source.name) * lengths[k]
+    return partition(costs, nodes, args.ref_shard_size)
+
+
+def _mean_length(pair_sets: Mapping[str, PairDataset], view: int) -> float:
+    """Tokens of a pair in a view: prompt, chosen and rejected."""
+    return float(np.concatenate([pairs.lengths[:, view].sum(-1) for pairs in pair_sets.values()]).mean())
+
+
+def _report_cache(stores: Sequence[ReferenceStore], missing: Sequence[int], total: int) -> None:
+    for store, count in zip(stores, missing, strict=True):
+        logger.info("score cache: %s: %d of %d rows (%s)", store.identity.name, total - count, total, store.folder)

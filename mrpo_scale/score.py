@@ -1,0 +1,124 @@
+"""`mrpo score`: fill the score cache of a recipe, say what is in it, check every part of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from mrpo_scale.config import MRPOConfig, ScriptArguments
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.inputs import prepare_sets, read_rows
+from mrpo_scale.models import RunPlan, plan_models
+from mrpo_scale.recipe import parse
+from mrpo_scale.references.ahead import score_ahead
+from mrpo_scale.references.cache import ReferenceStore, list_cache
+from mrpo_scale.references.scores import count_missing, distinct_rows, open_stores
+from mrpo_scale.report import aligned
+from mrpo_scale.tokenization import PairDataset
+from mrpo_scale.toyworld import resolve
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as far as scoring needs it: no policy, no optimizer."""
+
+    script: ScriptArguments
+    config: MRPOConfig
+    plan: RunPlan
+    pair_sets: dict[str, PairDataset]
+
+    @classmethod
+    def open(cls, words: Sequence[str]) -> Recipe:
+        """Read and check what the words of a command line name. Collective over the world.
+
+        Raises:
+            ConfigError: as training with them would, or no ``ref_cache_dir``.
+        """
+        script, config = parse(words)
+        if config.ref_cache_folder is None:
+            raise ConfigError(
+                "`ref_cache_dir` is missing; name the folder of the scores in the recipe or as --ref_cache_dir."
+            )
+        train, held_out = read_rows(script, config)
+        references = [resolve(reference) for reference in script.ref_models]
+        plan = plan_models(resolve(str(script.model_name_or_path)), references, config, None)
+        return cls(script, config, plan, prepare_sets(plan, config, train, held_out))
+
+
+def score(words: Sequence[str]) -> int:
+    """Run the command; returns the exit status: 1 where ``--verify`` found a bad part.
+
+    Raises:
+        ConfigError, TrainingError: see errors.py.
+    """
+    flags, rest = _flags().parse_known_args(list(words))
+    recipe = Recipe.open(rest)
+    unknown = set(flags.reference) - set(recipe.plan.names)
+    if unknown:
+        raise ConfigError(f"`--reference {min(unknown)}`: the recipe's references are {', '.join(recipe.plan.names)}.")
+    stores = open_stores(recipe.plan, recipe.config, recipe.pair_sets, read=not flags.verify)
+    chosen = [k for k, name in enumerate(recipe.plan.names) if not flags.reference or name in flags.reference]
+    if flags.verify:
+        return _verify([stores[k] for k in chosen], recipe.config)
+    keys = distinct_rows(recipe.pair_sets)
+    missing = count_missing(stores, keys, recipe.config.device)
+    if not flags.list:
+        score_ahead(recipe.plan, stores, [k for k in chosen if missing[k]], recipe.pair_sets, recipe.config)
+    if recipe.config.process_index == 0:
+        print(f"\n{_overview(recipe, stores, len(keys))}\n", flush=True)
+    return 0
+
+
+def _flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mrpo score", add_help=False, allow_abbrev=False)
+    parser.add_argument("--reference", nargs="+", default=[])
+    parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    return parser
+
+
+def _verify(stores: Sequence[ReferenceStore], config: MRPOConfig) -> int:
+    """Every part of the references, read in full by rank 0. Returns 1 if one of them is bad."""
+    bad = 0
+    if config.process_index == 0:
+        for store in stores:
+            reports = store.verify()
+            wrong = [report for report in reports if report.problem]
+            rows = sum(report.rows for report in reports if not report.problem)
+            print(f"{store.identity.name}: {len(reports) - len(wrong)} of {len(reports)} parts are whole, {rows} rows")
+            for report in wrong:
+                print(f"  {store.folder / report.name} {report.problem}")
+            bad += len(wrong)
+    if dist.is_initialized():
+        dist.barrier()
+    return int(bad > 0)
+
+
+def _overview(recipe: Recipe, stores: Sequence[ReferenceStore], total: int) -> str:
+    """One line per reference of the recipe, then one per reference that only others use."""
+    root = recipe.config.ref_cache_folder
+    assert root is not None
+    entries = {entry.key: entry for entry in list_cache(root)}
+    rows = [("reference", "key", "this recipe's rows", "all rows", "parts", "MiB", "")]
+    keys = distinct_rows(recipe.pair_sets)
+    for store in stores:
+        entry = entries.pop(store.identity.key, None)
+        have = total - int(store.missing(keys).sum())
+        sizes = (str(entry.rows), str(entry.parts), f"{entry.bytes / 2**20:.1f}") if entry else ("0", "0", "0.0")
+        state = "complete" if have == total else f"{total - have} to score"
+        rows.append((store.identity.name, store.identity.key, f"{have} of {total}", *sizes, state))
+    for entry in entries.values():
+        sizes = (str(entry.rows), str(entry.parts), f"{entry.bytes / 2**20:.1f}")
+        rows.append(
+            (
+                f"({entry.description.get('name', '?')})",
+                entry.key,
+                "not in this recipe",
+                *sizes,
+                "; ".join(entry.problems),
+            )
+        )
+    return f"{root}\n{aligned(rows)}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import re
 import secrets
 import stat
@@ -129,7 +130,9 @@ def read_part(path: Path, reference_key: str) -> Rows:
             )
         if info.st_size <= 8:
             raise PartError(f"has {info.st_size} bytes, so it is not a whole part")
-        header = _verify_bytes(np.memmap(path, np.uint8, mode="r"), reference_key)
+        with open(path, "rb") as file:
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        header = _verify_bytes(mapped, reference_key)
         rows = _read_tensors(path, header)
     except FileNotFoundError:
         raise
@@ -148,12 +151,12 @@ def _stamp(name: str) -> int:
     return int(match[1], 16)
 
 
-def _verify_bytes(data_B: np.ndarray, reference_key: str) -> dict[str, Any]:
+def _verify_bytes(data: memoryview, reference_key: str) -> dict[str, Any]:
     """The header, once the checksum says that it is what was written."""
-    length = int.from_bytes(data_B[:8].tobytes(), "little")
-    if not 2 <= length <= min(len(data_B) - 8, _MAX_HEADER):
-        raise PartError(f"says that its header has {length} bytes, which no part of {len(data_B)} bytes has")
-    head = data_B[: 8 + length].tobytes()
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(len(data) - 8, _MAX_HEADER):
+        raise PartError(f"says that its header has {length} bytes, which no part of {len(data)} bytes has")
+    head = data[: 8 + length].tobytes()
     try:
         header = json.loads(head[8:])
         metadata = header.pop("__metadata__")
@@ -166,9 +169,9 @@ def _verify_bytes(data_B: np.ndarray, reference_key: str) -> dict[str, Any]:
             f"is of format {written_format!r}, and this version reads format {FORMAT}",
             "update mrpo_scale, or, if no newer version wrote it, delete the file, and its rows are scored again",
         )
-    digest = hashlib.sha256(memoryview(data_B[:at]))
+    digest = hashlib.sha256(data[:at])
     digest.update(_BLANK)
-    digest.update(memoryview(data_B[at + len(_BLANK) :]))
+    digest.update(data[at + len(_BLANK) :])
     if head[at : at + len(_BLANK)] != digest.hexdigest().encode() or checksum != digest.hexdigest():
         raise PartError("does not have the bytes that were written: its sha256 differs")
     if reference != reference_key:

@@ -116,10 +116,15 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
         for chunk in chunks:
             todo = chunk[_still_missing(store, rows.key_N[chunk])]
             mine = todo[rank::world_size]
-            logps_N2 = score_in_step(reference, [rows.tokens(i) for i in mine], args.ref_tokens_per_forward)
+            logps_N2 = score_in_step(
+                reference,
+                [rows.tokens(i) for i in mine],
+                args.ref_tokens_per_forward,
+                progress=lambda pairs: bar.update(pairs * world_size),  # the other ranks are about as far
+            )
             writer.add(rows.key_N[mine], logps_N2.cpu().numpy(), rows.token_counts(mine))
             scored += len(todo)
-            bar.update(len(todo))
+            bar.update(scored - bar.n)
     if dist.is_initialized():
         dist.barrier()
     store.refresh()

@@ -9,7 +9,7 @@ numbers go out and scores come back, nothing else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -170,20 +170,24 @@ class PartitionScorer:
 
 
 @torch.no_grad()
-def score_in_step(reference: Reference, pairs: Sequence[PairTokens], tokens_per_forward: int) -> Tensor:
+def score_in_step(
+    reference: Reference,
+    pairs: Sequence[PairTokens],
+    tokens_per_forward: int,
+    progress: Callable[[int], object] = lambda pairs: None,
+) -> Tensor:
     """Log-probs [n, 2] of n >= 0 pairs, longest first, in as many forwards as the busiest rank of the group needs.
 
-    Collective over the reference's shard group.
+    Collective over the reference's shard group. ``progress`` is told the number of pairs of each forward.
     """
     batches = reference.batches(pairs, tokens_per_forward)
     model = reference.model
     (forwards,) = agree_on_most([len(batches)], model.group, model.device)
-    return torch.cat(
-        [
-            torch.zeros(0, 2, device=model.device),
-            *(model.score(batch) for batch in [*batches, *[None] * (forwards - len(batches))]),
-        ]
-    )
+    logps = [torch.zeros(0, 2, device=model.device)]
+    for batch in [*batches, *[None] * (forwards - len(batches))]:
+        logps.append(model.score(batch))
+        progress(len(logps[-1]))
+    return torch.cat(logps)
 
 
 def _run_body(reference: Reference, batches: Sequence[PairBatch], forwards: int) -> Tensor:

@@ -3,6 +3,7 @@
 Needs the folders `smollm2` and `gemma3` that shared/tools/real_models.py makes: MRPO_REAL_MODELS=FOLDER; about ten minutes.
 """
 
+import gc
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from mrpo_scale.references.sharding import ShardedReference
 from mrpo_scale.tokenization import prepare_pairs
 from mrpo_scale.window import WindowSampler
 from tests.distributed.groups import shard_group
+from tests.distributed.pool import Pool
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(os.environ.get("MRPO_REAL_MODELS", "/nowhere"))
@@ -127,3 +129,45 @@ def test_the_recipe_runs_through_the_launcher(tmp_path):
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :])
     print(text)
     assert "Paris" in text
+
+
+def rss_anon():
+    """Resident anonymous bytes of this process: what it holds itself, mapped files left out."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
+
+
+def memory_of_gemma(tmp_path):
+    """Growth of RssAnon by loading, and by loading and one pass; the shard, the largest decoder layer and the tokens of the pass."""
+    plan, pairs, rows = first_window(tmp_path)
+    planned = plan.references[1]
+    group = shard_group(dist.get_world_size())
+    tiny_matmul = torch.ones(8, 8) @ torch.ones(8, 8)  # thread pools and buffers of the first product are not the model's
+    assert tiny_matmul.sum() == 512
+    gc.collect()
+    before = rss_anon()
+    model = ShardedReference(planned.source, group, torch.device("cpu"))
+    loaded = rss_anon() - before
+    batch = collate_pairs([pairs.tokens(r)[planned.view] for r in rows], shared_prompt=model.shared_prompt)
+    model.score(batch)
+    scored = rss_anon() - before
+    layer = max(sum(p.numel() for p in m.parameters()) * 4 for m in model.model.model.layers)
+    return {"loaded": loaded, "scored": scored, "shard": model.bytes_per_rank, "layer": layer, "tokens": batch.num_tokens}
+
+
+def test_memory_of_a_sharded_reference(tmp_path):
+    """Gemma 3 270M in float32 on two ranks, fresh processes: the half of each and little else, before and after a pass.
+
+    Issue 4: at most half + 150 MB after loading; half + one layer + activations after the first scoring pass and reshard. The
+    activations of a layer: a few [tokens, intermediate] and [tokens, hidden] float32 tensors, which the allocator may keep.
+    """
+    pool = Pool(2)
+    try:
+        ranks = pool.run(memory_of_gemma, tmp_path, timeout=590)
+    finally:
+        pool.close()
+    for rank in ranks:
+        print({key: f"{value / 1e6:.1f} MB" if key != "tokens" else value for key, value in rank.items()})
+        activations = 4 * rank["tokens"] * (3 * 2048 + 6 * 640)
+        assert rank["loaded"] <= rank["shard"] + 150e6
+        assert rank["scored"] <= rank["shard"] + rank["layer"] + activations

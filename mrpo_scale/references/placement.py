@@ -51,8 +51,9 @@ def spread(which: Sequence[int], nodes: Sequence[Sequence[int]], shard_size: int
 def partition(costs: Mapping[int, float], nodes: Sequence[Sequence[int]], shard_size: int | None) -> Placement:
     """Divide the ranks among the references in proportion to ``costs`` (FLOPs of a pair, in any unit).
 
-    Each reference gets at least one rank. Its ranks form groups of at most ``shard_size``; None lets a group fill its node but
-    never cross it. With fewer ranks than references, a rank holds several, the costliest dealt first.
+    Where there are nodes enough, whole nodes are divided, else ranks; each reference gets at least one. Its ranks form groups of
+    at most ``shard_size``; None lets a group fill its node but never cross it. With fewer ranks than references, a rank holds
+    several, the costliest dealt first.
 
     Raises:
         ConfigError: as :func:`spread`.
@@ -63,8 +64,9 @@ def partition(costs: Mapping[int, float], nodes: Sequence[Sequence[int]], shard_
         return Placement({k: ((rank,),) for k, rank in _deal(costs, world).items()})
     groups: dict[int, tuple[Ranks, ...]] = {}
     start = 0
-    for k, count in _apportion(costs, len(world)).items():
-        own = world[start : start + count]
+    seats = nodes if len(nodes) >= len(costs) else [[rank] for rank in world]
+    for k, count in _apportion(costs, len(seats)).items():
+        own = [rank for seat in seats[start : start + count] for rank in seat]
         start += count
         per_node = [[rank for rank in node if rank in set(own)] for node in nodes]
         groups[k] = _tile(own, shard_size) if shard_size else tuple(tuple(part) for part in per_node if part)

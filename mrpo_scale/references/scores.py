@@ -139,7 +139,8 @@ class ReferenceScores:
             ranks = placement.group_of(k, args.process_index)
             if ranks is not None:
                 self.references[k] = load_reference(plan.references[k], groups.get(ranks), args)
-        shares = {k: share for some in all_say(self._shares(), world_group()) for k, share in some.items()}
+        everybody = [entry for some in all_say(self._shares(), world_group()) for entry in some.items()]
+        shares = dict(sorted(everybody, key=lambda entry: entry[1].bytes_per_rank))  # the rank that holds most is shown
         forwards = {}
         for k in self.live:
             sharing = args.world_size if args.ref_placement == "spread" else len(placement.ranks(k))

@@ -142,7 +142,9 @@ def memory_of_gemma(tmp_path):
     plan, pairs, rows = first_window(tmp_path)
     planned = plan.references[1]
     group = shard_group(dist.get_world_size())
-    tiny_matmul = torch.ones(8, 8) @ torch.ones(8, 8)  # thread pools and buffers of the first product are not the model's
+    tiny_matmul = torch.ones(8, 8) @ torch.ones(
+        8, 8
+    )  # thread pools and buffers of the first product are not the model's
     assert tiny_matmul.sum() == 512
     gc.collect()
     before = rss_anon()
@@ -152,7 +154,13 @@ def memory_of_gemma(tmp_path):
     model.score(batch)
     scored = rss_anon() - before
     layer = max(sum(p.numel() for p in m.parameters()) * 4 for m in model.model.model.layers)
-    return {"loaded": loaded, "scored": scored, "shard": model.bytes_per_rank, "layer": layer, "tokens": batch.num_tokens}
+    return {
+        "loaded": loaded,
+        "scored": scored,
+        "shard": model.bytes_per_rank,
+        "layer": layer,
+        "tokens": batch.num_tokens,
+    }
 
 
 def test_memory_of_a_sharded_reference(tmp_path):

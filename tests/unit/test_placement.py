@@ -19,15 +19,26 @@ def test_spread_fills_nodes_unless_told():
 
 def test_partition_follows_cost():
     """A reference of twice the cost gets twice the ranks, and one that costs next to nothing still gets one."""
-    placement = partition({0: 2.0, 1: 1.0, 2: 1.0}, TWO_NODES, None)
+    node = [list(range(8))]
+    placement = partition({0: 2.0, 1: 1.0, 2: 1.0}, node, None)
     assert [len(placement.ranks(k)) for k in range(3)] == [4, 2, 2]
-    assert [len(partition({0: 1e9, 1: 1.0, 2: 1.0}, TWO_NODES, None).ranks(k)) for k in range(3)] == [6, 1, 1]
+    assert [len(partition({0: 1e9, 1: 1.0, 2: 1.0}, node, None).ranks(k)) for k in range(3)] == [6, 1, 1]
+
+
+def test_partition_divides_nodes_where_they_suffice():
+    """Eight nodes of eight for 70B, 72B and 32B: three, three and two nodes, each group a node."""
+    nodes = [list(range(n, n + 8)) for n in range(0, 64, 8)]
+    groups = partition({0: 70.0, 1: 72.0, 2: 32.0}, nodes, None).groups
+    assert [len(groups[k]) for k in range(3)] == [3, 3, 2]
+    assert [group for k in range(3) for group in groups[k]] == [tuple(node) for node in nodes]
 
 
 def test_partition_groups_stay_on_their_node():
-    groups = partition({0: 6.0, 1: 2.0}, TWO_NODES, None).groups
-    assert groups == {0: ((0, 1, 2, 3), (4, 5)), 1: ((6, 7),)}
-    assert partition({0: 6.0, 1: 2.0}, TWO_NODES, 2).groups[0] == ((0, 1), (2, 3), (4, 5))
+    """Three references on two nodes: ranks are divided, and a reference that lies on both nodes has a group on each."""
+    groups = partition({0: 4.0, 1: 2.0, 2: 2.0}, TWO_NODES, None).groups
+    assert groups == {0: ((0, 1, 2, 3),), 1: ((4, 5),), 2: ((6, 7),)}
+    assert partition({0: 5.0, 1: 1.0, 2: 1.0}, TWO_NODES, None).groups[0] == ((0, 1, 2, 3), (4, 5))
+    assert partition({0: 5.0, 1: 1.0, 2: 1.0}, TWO_NODES, 2).groups[0] == ((0, 1), (2, 3), (4, 5))
 
 
 SIZES = [

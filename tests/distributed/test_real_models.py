@@ -138,7 +138,7 @@ def rss_anon():
 
 
 def memory_of_gemma(tmp_path):
-    """Growth of RssAnon by loading, and by loading and one pass; the shard, the largest decoder layer and the tokens of the pass."""
+    """Growth of RssAnon by loading, and by loading and one pass; the shard, the largest layer and the tokens of the pass."""
     plan, pairs, rows = first_window(tmp_path)
     planned = plan.references[1]
     group = shard_group(dist.get_world_size())

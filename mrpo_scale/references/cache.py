@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _DESCRIPTION = "reference.json"
 _KEY = re.compile(r"[0-9a-f]{32}")
 _DAY = 86400.0
+_TOGETHER = 256  # parts
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class ReferenceStore:
             raise ConfigError(
                 f"`ref_cache_dir`: {self.folder} cannot be read ({error.strerror}); correct its permissions or name another folder."
             ) from error
-        pieces, read = [], []
+        pieces: list[Rows] = []
+        read: list[str] = []
         for name in names:
             try:
                 pieces.append(self._of_interest(read_part(self.folder / name, self.identity.key)))
@@ -119,6 +121,9 @@ class ReferenceStore:
             except PartError as error:
                 raise ConfigError(f"`ref_cache_dir`: {self.folder / name} {error}.") from error
             read.append(name)
+            if len(read) % _TOGETHER == 0:
+                # Freed one by one at the end, thousands of small arrays leave holes in the heap as large as the rows themselves.
+                pieces[-_TOGETHER:] = [sorted_rows(pieces[-_TOGETHER:])]
         self._names.update(read)
         return self._add(pieces)
 
@@ -137,7 +142,10 @@ class ReferenceStore:
 
     def missing(self, keys_N: np.ndarray) -> np.ndarray:
         """Bool [N]: rows that have no scores here."""
-        return ~self.lookup(keys_N).found_N
+        found_N = np.zeros(len(keys_N), dtype=bool)
+        for run in self._runs:
+            found_N |= _find(run.keys_N, keys_N)[1]
+        return ~found_N
 
     def prepare_to_write(self) -> None:
         """Make the folder, describe the reference in it, and try a write, before any model is loaded for it.

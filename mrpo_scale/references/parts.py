@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import re
 import secrets
 import stat
@@ -52,13 +53,17 @@ class PartError(Exception):
 
 def part_names(folder: Path) -> list[str]:
     """The parts of a folder, the oldest first; none if there is no such folder."""
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return sorted((name for name in names if PART_NAME.fullmatch(name)), key=lambda name: (_stamp(name), name))
+    if not folder.exists():
+        return []
+    with os.scandir(folder) as entries:
+        found = [match for match in (PART_NAME.fullmatch(entry.name) for entry in entries) if match]
+    return [name for _, name in sorted((int(match[1], 16), match[0]) for match in found)]
 
 
 def next_part_name(folder: Path) -> str:
     """A name later than that of every part there is, whatever the clocks of the machines that wrote them said."""
-    newest = max((_stamp(name) for name in part_names(folder)), default=0)
+    names = part_names(folder)
+    newest = int(names[-1].split("-")[1], 16) if names else 0
     return f"part-{max(time.time_ns(), newest + 1):016x}-{secrets.token_hex(4)}.safetensors"
 
 
@@ -143,12 +148,6 @@ def read_part(path: Path, reference_key: str) -> Rows:
     if faults := int(faulty_scores(rows).sum()):
         raise PartError(f"has {faults} rows with log-probs that are not finite or above 0, or without tokens")
     return rows
-
-
-def _stamp(name: str) -> int:
-    match = PART_NAME.fullmatch(name)
-    assert match is not None
-    return int(match[1], 16)
 
 
 def _verify_bytes(data: memoryview, reference_key: str) -> dict[str, Any]:

@@ -60,10 +60,10 @@ def memory(field: str) -> float:
 def open_store(root: Path, wanted: np.ndarray | None = None) -> tuple[ReferenceStore, dict[str, float]]:
     before = memory("RssAnon")
     store = ReferenceStore(root, IDENTITY, wanted)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     store.refresh()
-    seconds = time.perf_counter() - start
-    return store, {"rows": len(store), "seconds": seconds, "anonymous_mib": memory("RssAnon") - before}
+    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    return store, {"rows": len(store), **spent, "anonymous_mib": memory("RssAnon") - before}
 
 
 def time_lookups(store: ReferenceStore, count: int, batch: int, repeats: int) -> dict[str, float]:
@@ -114,7 +114,12 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), args.rows, args.batch)
-    machine = {"platform": platform.platform(), "cores": os.cpu_count(), "numpy": np.__version__}
+    machine = {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "numpy": np.__version__,
+    }
     report = {"machine": machine, "rows": args.rows, **figures}
     text = json.dumps(report, indent=2)
     print(text)

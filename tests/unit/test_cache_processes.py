@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 
 from mrpo_scale.errors import ConfigError, TrainingError
-from mrpo_scale.references.cache import PartWriter, ReferenceStore, list_cache
-from mrpo_scale.references.identity import ReferenceIdentity
+from mrpo_scale.references.cache import PartWriter, list_cache
+from tests.scored_rows import IDENTITY, assert_holds, new_store, opened, rows
 
-IDENTITY = ReferenceIdentity("calm", {"dtype": "float32", "weights": {"model.safetensors": "ab" * 32}})
+ROOT = str(Path(__file__).parents[2])
+
 # Writes parts of `rows` rows from row `start` on, and says after each which rows are on the disk.
 WRITER = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_cache_processes import IDENTITY, rows
+sys.path.insert(0, {ROOT!r})
+from tests.scored_rows import IDENTITY, rows
 from mrpo_scale.references.cache import ReferenceStore
 root, start, count, per_part, shift = Path(sys.argv[1]), *map(int, sys.argv[2:5]), float(sys.argv[5])
 store = ReferenceStore(root, IDENTITY)
@@ -35,35 +36,6 @@ for at in range(start, start + count, per_part):
     store.write_part(*rows(at, at + per_part, shift))
     print(at, at + per_part, flush=True)
 """
-
-
-def rows(start, stop, shift=0.0):
-    i = np.arange(start, stop)
-    scattered = i.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # a bijection, so keys are distinct and in no order
-    keys = np.stack([scattered, i.astype(np.uint64)], axis=1)
-    logps = -np.stack([1 + i + shift, 2 + 2 * i + shift], axis=1).astype(np.float32)
-    tokens = np.stack([1 + i % 7, 2 + i % 5], axis=1).astype(np.int32)
-    return keys.view("S16").ravel(), logps, tokens
-
-
-def opened(root):
-    store = ReferenceStore(root, IDENTITY)
-    store.refresh()
-    return store
-
-
-def new_store(root):
-    store = ReferenceStore(root, IDENTITY)
-    store.prepare_to_write()
-    return store
-
-
-def assert_holds(store, start, stop):
-    keys, logps, tokens = rows(start, stop)
-    got = store.lookup(keys)
-    assert got.found_N.all()
-    np.testing.assert_array_equal(got.logps_N2, logps)
-    np.testing.assert_array_equal(got.tokens_N2, tokens)
 
 
 @contextmanager
@@ -208,8 +180,8 @@ def test_a_read_only_disk(small_disk):
 LIMITED = f"""
 import resource, sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_cache_processes import IDENTITY, rows
+sys.path.insert(0, {ROOT!r})
+from tests.scored_rows import IDENTITY, rows
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.references.cache import ReferenceStore
 store = ReferenceStore(Path(sys.argv[1]), IDENTITY)

@@ -7,25 +7,21 @@ part that is still to come, so that a resumed run reads the bits it read before.
 from __future__ import annotations
 
 import json
-import logging
-import re
 import secrets
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.references.atomic import remove_abandoned, write_whole
 from mrpo_scale.references.identity import ReferenceIdentity, canonical_json
+from mrpo_scale.references.listing import DESCRIPTION, CacheEntry, PartReport, examine, list_cache, read_description
 from mrpo_scale.references.parts import (
-    PART_NAME,
     PartError,
     Rows,
     encode_part,
@@ -37,11 +33,10 @@ from mrpo_scale.references.parts import (
     sorted_rows,
 )
 
-logger = logging.getLogger(__name__)
+__all__ = ["CacheEntry", "PartReport", "PartWriter", "ReferenceStore", "StoredScores", "list_cache"]
 
-_DESCRIPTION = "reference.json"
-_KEY = re.compile(r"[0-9a-f]{32}")
 _DAY = 86400.0
+_TOGETHER = 256  # parts
 
 
 @dataclass(frozen=True)
@@ -51,28 +46,6 @@ class StoredScores:
     found_N: np.ndarray
     logps_N2: np.ndarray
     tokens_N2: np.ndarray
-
-
-@dataclass(frozen=True)
-class PartReport:
-    """One file of a store. ``problem`` is None if every byte of it is right; otherwise ``rows`` is 0."""
-
-    name: str
-    rows: int
-    bytes: int
-    problem: str | None
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """One reference in a cache. ``rows`` counts each row once, however many parts hold it."""
-
-    key: str
-    description: dict[str, Any]  #: reference.json; empty if it is missing or damaged
-    rows: int
-    bytes: int
-    parts: int
-    problems: list[str] = field(default_factory=list)
 
 
 class ReferenceStore:
@@ -110,7 +83,8 @@ class ReferenceStore:
             raise ConfigError(
                 f"`ref_cache_dir`: {self.folder} cannot be read ({error.strerror}); correct its permissions or name another folder."
             ) from error
-        pieces, read = [], []
+        pieces: list[Rows] = []
+        read: list[str] = []
         for name in names:
             try:
                 pieces.append(self._of_interest(read_part(self.folder / name, self.identity.key)))
@@ -119,6 +93,9 @@ class ReferenceStore:
             except PartError as error:
                 raise ConfigError(f"`ref_cache_dir`: {self.folder / name} {error}.") from error
             read.append(name)
+            if len(read) % _TOGETHER == 0:
+                # Freed one by one at the end, thousands of small arrays leave holes in the heap as large as the rows themselves.
+                pieces[-_TOGETHER:] = [sorted_rows(pieces[-_TOGETHER:])]
         self._names.update(read)
         return self._add(pieces)
 
@@ -137,7 +114,10 @@ class ReferenceStore:
 
     def missing(self, keys_N: np.ndarray) -> np.ndarray:
         """Bool [N]: rows that have no scores here."""
-        return ~self.lookup(keys_N).found_N
+        found_N = np.zeros(len(keys_N), dtype=bool)
+        for run in self._runs:
+            found_N |= _find(run.keys_N, keys_N)[1]
+        return ~found_N
 
     def prepare_to_write(self) -> None:
         """Make the folder, describe the reference in it, and try a write, before any model is loaded for it.
@@ -195,7 +175,7 @@ class ReferenceStore:
 
     def verify(self) -> list[PartReport]:
         """Read every byte of every part, and say what is wrong, if anything. Also names files that look like parts and are not."""
-        return [report for report, _ in _examine(self.folder, self.identity.key)]
+        return [report for report, _ in examine(self.folder, self.identity.key)]
 
     def _of_interest(self, rows: Rows) -> Rows:
         return rows if self._wanted is None else rows.take(_find(self._wanted, rows.keys_N)[1])
@@ -208,6 +188,8 @@ class ReferenceStore:
         known_N = ~self.missing(rows.keys_N)
         if known_N.any():
             rows = rows.take(~known_N)
+        if not len(rows.keys_N):
+            return 0
         self._runs.append(rows)
         while len(self._runs) > 1 and len(self._runs[-2].keys_N) < 2 * len(self._runs[-1].keys_N):
             self._runs[-2:] = [sorted_rows(self._runs[-2:])]
@@ -215,9 +197,9 @@ class ReferenceStore:
 
     def _check_description(self) -> bool:
         """Whether ``reference.json`` is there."""
-        path = self.folder / _DESCRIPTION
+        path = self.folder / DESCRIPTION
         try:
-            description = _read_description(path)
+            description = read_description(path)
         except FileNotFoundError:
             return False
         except PartError as error:
@@ -239,7 +221,7 @@ class ReferenceStore:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
-            write_whole(self.folder, lambda: _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+            write_whole(self.folder, lambda: DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
         except FileExistsError:
             self._check_description()  # another job was first
 
@@ -295,75 +277,6 @@ class PartWriter:
         self.store.write_part(*waiting.take(slice(self.rows)))
         self._waiting = waiting.take(slice(self.rows, None)) if len(waiting.keys_N) > self.rows else None
         self._since = time.monotonic()
-
-
-def list_cache(root: Path) -> list[CacheEntry]:
-    """What a cache holds, every part verified; empty if there is no such folder."""
-    if not root.is_dir():
-        return []
-    return [_entry(folder) for folder in sorted(root.iterdir()) if _KEY.fullmatch(folder.name) and folder.is_dir()]
-
-
-def _entry(folder: Path) -> CacheEntry:
-    examined = list(_examine(folder, folder.name))
-    try:
-        description = _read_description(folder / _DESCRIPTION)
-    except (FileNotFoundError, PartError):  # which the reports name
-        description = {}
-    pieces = [rows for _, rows in examined if rows is not None]
-    return CacheEntry(
-        key=folder.name,
-        description=description,
-        rows=len(np.unique(np.concatenate([rows.keys_N for rows in pieces]))) if pieces else 0,
-        bytes=sum(report.bytes for report, _ in examined),
-        parts=sum(PART_NAME.fullmatch(report.name) is not None for report, _ in examined),
-        problems=[f"{report.name} {report.problem}" for report, _ in examined if report.problem],
-    )
-
-
-def _examine(folder: Path, key: str) -> Iterator[tuple[PartReport, Rows | None]]:
-    """Every part, with its rows if it is sound, and whatever else a user should know of."""
-    if not folder.is_dir():
-        return
-    try:
-        _read_description(folder / _DESCRIPTION)
-    except FileNotFoundError:
-        yield PartReport(_DESCRIPTION, 0, 0, "is missing; the next run that scores writes it"), None
-    except PartError as error:
-        yield PartReport(_DESCRIPTION, 0, (folder / _DESCRIPTION).lstat().st_size, str(error)), None
-    for path in sorted(folder.glob("*.safetensors")):
-        if PART_NAME.fullmatch(path.name) is None:
-            yield (
-                PartReport(path.name, 0, path.lstat().st_size, "does not have the name of a part and is not read"),
-                None,
-            )
-    for name in part_names(folder):
-        path = folder / name
-        try:
-            size = path.lstat().st_size
-            rows = read_part(path, key)
-        except FileNotFoundError:
-            continue
-        except PartError as error:
-            yield PartReport(name, 0, size, str(error)), None
-        else:
-            yield PartReport(name, len(rows.keys_N), size, None), rows
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, or PartError where it is damaged."""
-    remedy = "delete the file, and it is written again"
-    try:
-        description = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise PartError(f"is not JSON ({error})", remedy) from error
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise PartError(f"cannot be read: {error.strerror}", "make it readable, or delete it") from error
-    if not isinstance(description, dict) or not isinstance(description.get("parts"), dict):
-        raise PartError("does not describe a reference", remedy)
-    return description
 
 
 def _find(sorted_keys: np.ndarray, keys_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

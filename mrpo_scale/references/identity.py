@@ -18,14 +18,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from mrpo_scale.data.model_text import ModelText
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.references.atomic import write_whole
-from mrpo_scale.references.source import ReferenceSource, weight_files
+
+if TYPE_CHECKING:
+    from mrpo_scale.data.model_text import ModelText
+    from mrpo_scale.references.source import ReferenceSource
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ def identify(source: ReferenceSource, folder: Path, text: ModelText, memo_dir: P
     Raises:
         ConfigError: a file that is missing, cannot be read or changes meanwhile; see also :func:`weight_files`.
     """
+    from mrpo_scale.references.source import weight_files  # brings transformers, which reading a cache does not need
+
     files = weight_files(folder, source.name)
     try:
         config = (folder / "config.json").read_bytes()

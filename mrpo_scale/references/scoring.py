@@ -93,7 +93,7 @@ class ReferenceScorer:
         shared = reference.model.shared_prompt
         return [
             collate_pairs(pairs[part], shared_prompt=shared, pad_token_id=reference.pad_token_id).to(self.device)
-            for part in _cuts(pairs, shared, self.tokens_per_forward)
+            for part in cut_by_tokens(pairs, shared, self.tokens_per_forward)
         ]
 
     def _forwards(self, batches_K: list[list[PairBatch]]) -> list[int]:
@@ -108,7 +108,7 @@ def _length(pair: PairTokens) -> int:
     return segment_length(pair, shared_prompt=True)
 
 
-def _cuts(pairs: Sequence[PairTokens], shared_prompt: bool, tokens_per_forward: int) -> list[slice]:
+def cut_by_tokens(pairs: Sequence[PairTokens], shared_prompt: bool, tokens_per_forward: int) -> list[slice]:
     """Consecutive parts of ``pairs``, each of at most ``tokens_per_forward`` padded tokens or of one pair."""
     starts, tokens, widest = [0], 0, 0
     for i, pair in enumerate(pairs):

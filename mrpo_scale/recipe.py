@@ -146,11 +146,11 @@ def parse_keys(keys: type[T], words: Sequence[str], prog: str) -> T:
     """
     parser = _Parser([keys], allow_abbrev=False, prog=prog)  # type: ignore[list-item]
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    parsed, rest = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+    _, rest = parser.parse_known_args(list(words))  # before the dataclass makes its own complaints
     if rest:
         key = next((word for word in rest if word.startswith("--")), rest[0])
         raise ConfigError(_unknown(key.lstrip("-").split("=")[0], known, prog))
-    return parsed
+    return parser.parse_args_into_dataclasses(list(words))[0]
 
 
 def _without_trl(values: dict[str, Any]) -> dict[str, Any]:

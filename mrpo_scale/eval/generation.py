@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mrpo_scale.data.pairs import PreferencePair
-from mrpo_scale.errors import ConfigError
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
 from mrpo_scale.eval.records import RecordFile, read_records
@@ -106,11 +105,8 @@ class _Generator:
 
     def _room(self, prompt_length: int) -> int:
         context = self.model.text.max_context
+        # A pair whose prompt leaves no room for a response is a bad row, so at least one token is left.
         room = self.max_new_tokens if context is None else min(self.max_new_tokens, context - prompt_length)
-        if room < 1:
-            raise ConfigError(
-                f"{self.model.name}: a prompt of {prompt_length} tokens fills its context of {context}; set a lower `max_length`."
-            )
         if room < self.max_new_tokens:
             logger.info("%s: %d new tokens at most after a prompt of %d", self.model.name, room, prompt_length)
         return room

@@ -42,6 +42,11 @@ class ChatServer:
             def do_POST(self) -> None:
                 server._serve(self)
 
+            def do_GET(self) -> None:
+                """What a followed redirect would become."""
+                server.keys.append(self.headers["Authorization"])
+                self.send_error(405)
+
             def log_message(self, *args: Any) -> None:
                 pass
 

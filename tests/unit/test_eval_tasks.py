@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mrpo_scale.cli import train_main
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.tasks import find_tasks
-from tests.tiny import WORDS, write_models
+from tests.tiny import WORDS, pair_rows, write_models
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'mrpo-scale[eval]'")
 
@@ -79,20 +80,35 @@ def evaluate_offline(tmp_path, *words):
     )
 
 
+def trained(folders, tmp_path):
+    """A folder as `mrpo train` leaves it, after two steps."""
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pair_rows(8)))
+    train_main(
+        [
+            *("--model_name_or_path", folders["llama"], "--ref_models", folders["qwen2"], "--use_cpu", "true"),
+            *("--dataset_name", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "trained")),
+            *("--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no", "--report_to", "none"),
+        ]
+    )
+    return str(tmp_path / "trained")
+
+
+@pytest.mark.slow
 def test_the_harness_says_what_a_hand_computation_says(tmp_path):
-    """Two architectures in one call, 40 documents."""
+    """A folder that `mrpo train` saved and one of another architecture, 40 documents."""
     folders, docs = write_models(tmp_path), documents(40)
+    folders["trained"] = trained(folders, tmp_path)
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local.yaml").write_text(TASK.format(data=tmp_path / "docs.jsonl"))
     words = ["--include_path", "tasks", "--output", "out.json", "--task_batch_size", "7"]
     done = evaluate_offline(
-        tmp_path, "--model", folders["llama"], folders["gpt_neox"], "--tasks", "local_choice", *words
+        tmp_path, "--model", folders["trained"], folders["gpt_neox"], "--tasks", "local_choice", *words
     )
     assert done.returncode == 0, done.stderr
     assert "local_choice acc_norm" in done.stdout
     results = json.loads((tmp_path / "out.json").read_text())["tasks"]
-    for name in ("llama", "gpt_neox"):
+    for name in ("trained", "gpt_neox"):
         accuracy, per_character = by_hand(folders[name], docs)
         assert accuracy != per_character, "the two metrics must be told apart"
         assert results[name]["local_choice"]["acc"] == pytest.approx(accuracy, abs=1e-12)

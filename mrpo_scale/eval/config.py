@@ -9,11 +9,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from mrpo_scale.config import DTYPES
 from mrpo_scale.data.model_text import PLAIN_TEMPLATE
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.eval.judge import check_url
 
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"
 LEAST = {
@@ -147,6 +147,7 @@ class EvalConfig:
                 f"`judge_price: {' '.join(map(str, self.judge_price))}` must be two numbers: the price of a million prompt "
                 "tokens and of a million completion tokens."
             )
+        check_url(self.judge_url)
         self.request_options()
         self.api_key()
 
@@ -176,7 +177,7 @@ class EvalConfig:
             return None
         if not re.fullmatch(r"[!-~]+", key):
             raise ConfigError(f"the environment variable {name} holds blanks or non-ASCII characters; export the key.")
-        parts = urlsplit(self.judge_url or "")
+        parts = check_url(str(self.judge_url))
         if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise ConfigError(
                 f"`judge_url` at {parts.hostname} is plain http, which would send the key in {name} readable to all; use https, "

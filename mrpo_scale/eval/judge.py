@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from mrpo_scale.errors import ConfigError
 
@@ -48,6 +48,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None  # urllib then raises the 3xx as an HTTPError
 
 
+def check_url(url: str) -> SplitResult:
+    """The parts of an http(s) address without credentials. Raises ConfigError on anything else."""
+    if "@" in url:
+        raise ConfigError("`judge_url` carries a user or password; take it out and put the key into the environment.")
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = SplitResult("", "", "", "", "")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"`judge_url: {url}` is no http(s) address, such as https://api.openai.com/v1.")
+    return parts
+
+
 @dataclass(frozen=True)
 class Judge:
     """Where and how to ask.
@@ -75,13 +88,7 @@ class Judge:
     longest_retry_after: float = 600.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.username is not None or parts.password is not None:
-            raise ConfigError(
-                "`judge_url` carries a user or password; take it out and put the key into the environment."
-            )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"`judge_url: {self.url}` is no http(s) address, such as https://api.openai.com/v1.")
+        check_url(self.url)
 
     @property
     def endpoint(self) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.eval.judge import INSTRUCTIONS, CallRefusedError, Judge, Verdict, parse_verdict, question
+from mrpo_scale.eval.judge import INSTRUCTIONS, CallRefusedError, Judge, StoppedError, Verdict, parse_verdict, question
 from mrpo_scale.eval.records import RecordFile
 
 ASK_AT_MOST = 2  #: a judge that answers nonsense is asked once more
@@ -68,29 +68,37 @@ class Verdicts:
         progress = tqdm(total=len(todo), desc=f"Judging with {self.judge.model}", disable=not todo)
         pool = ThreadPoolExecutor(concurrency)
         try:
-            for future in as_completed([pool.submit(self._settle, call, stop) for call in todo]):
-                nonsense = future.result()
+            for future in as_completed([pool.submit(self._settle, call, calls, stop) for call in todo]):
+                if not isinstance(future.exception(), StoppedError):  # the call that stopped it is among the futures
+                    future.result()
                 progress.update()
-                if nonsense is not None:
-                    self._check_invalid(calls, nonsense)
         finally:
             # Calls under way are answered, and kept; the others are never sent.
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             progress.close()
 
-    def _settle(self, call: Call, stop: threading.Event) -> str | None:
-        """Ask until settled, recording each answer; returns the last words where they stay nonsense."""
-        key, words = call.key(self.judge), ""
-        while not self.is_settled(call):
-            try:
-                words = self.judge.ask(question(call.prompt, call.a, call.b), stop)
-                verdict = parse_verdict(words)
-            except CallRefusedError as refused:
-                words, verdict = f"(refused) {refused}", None
-            self._file.append({"key": key, "judge": self.judge.model, "verdict": verdict, "answer": words[:2000]})
-            self._answers.setdefault(key, []).append(verdict)
-        return words if self._answers[key][-1] is None else None
+    def _settle(self, call: Call, calls: Sequence[Call], stop: threading.Event) -> None:
+        """Ask until settled, recording each answer. In the worker, so that an error stops the others before they send again."""
+        try:
+            while not self.is_settled(call):
+                words = self._ask(call, stop)
+            if self.of(call) is None:
+                self._check_invalid(calls, words)
+        except BaseException:
+            stop.set()
+            raise
+
+    def _ask(self, call: Call, stop: threading.Event) -> str:
+        try:
+            words = self.judge.ask(question(call.prompt, call.a, call.b), stop)
+            verdict = parse_verdict(words)
+        except CallRefusedError as refused:
+            words, verdict = f"(refused) {refused}", None
+        key = call.key(self.judge)
+        self._file.append({"key": key, "judge": self.judge.model, "verdict": verdict, "answer": words[:2000]})
+        self._answers.setdefault(key, []).append(verdict)
+        return words
 
     def _check_invalid(self, calls: Sequence[Call], words: str) -> None:
         """Stop as soon as too many are invalid, whatever the others will say."""

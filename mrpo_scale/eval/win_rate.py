@@ -45,7 +45,7 @@ class WinRate:
         disagreements: the orders contradict each other, counted as ties.
         followed_position: of those, where the judge took the same position twice.
         rate, low, high: the win rate and Wilson's 95% interval, each prompt one trial.
-        rate_shown_first, rate_shown_second: of one order alone, ties half; identical responses not counted.
+        rate_shown_first, rate_shown_second: of one order alone, ties half; identical responses not counted, None where all are.
     """
 
     prompts: int
@@ -59,8 +59,8 @@ class WinRate:
     rate: float
     low: float
     high: float
-    rate_shown_first: float
-    rate_shown_second: float
+    rate_shown_first: float | None
+    rate_shown_second: float | None
 
     @property
     def judged(self) -> int:
@@ -68,7 +68,7 @@ class WinRate:
 
 
 def win_rate(comparisons: Sequence[Comparison], verdicts: Verdicts) -> WinRate:
-    """The outcome of settled calls."""
+    """The outcome of settled calls, at least one of which is valid."""
     counts: Counter[str] = Counter()
     shown_first, shown_second = [], []
     for comparison in comparisons:
@@ -99,11 +99,11 @@ def win_rate(comparisons: Sequence[Comparison], verdicts: Verdicts) -> WinRate:
         disagreements=counts["disagreements"],
         followed_position=counts["followed_position"],
         invalid=counts["invalid"],
-        rate=points / prompts if prompts else math.nan,
+        rate=points / prompts,
         low=low,
         high=high,
-        rate_shown_first=sum(shown_first) / len(shown_first) if shown_first else math.nan,
-        rate_shown_second=sum(shown_second) / len(shown_second) if shown_second else math.nan,
+        rate_shown_first=sum(shown_first) / len(shown_first) if shown_first else None,
+        rate_shown_second=sum(shown_second) / len(shown_second) if shown_second else None,
     )
 
 

@@ -3,6 +3,7 @@
 import email.utils
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,7 +190,9 @@ def test_the_key_is_not_in_a_judges_repr_and_the_query_not_in_what_is_shown():
     assert judge.shown_url == "https://host/v1/chat/completions"
 
 
-@pytest.mark.parametrize("url", ["https://user:sesame@host/v1", "ftp://host/v1", "host/v1"])
+@pytest.mark.parametrize(
+    "url", ["https://user:sesame@host/v1", "user:sesame@host/v1", "ftp://host/v1", "host/v1", "http://[::1/v1"]
+)
 def test_addresses_that_are_none_or_carry_secrets_are_refused(url):
     with pytest.raises(ConfigError, match="judge_url") as stop:
         judge_at(url)
@@ -273,6 +276,14 @@ def test_ties_disagreements_and_equal_responses_count_half(tmp_path):
     assert result.rate == 0.5 and result.rate_shown_first == 2.5 / 4 and result.rate_shown_second == 2 / 4
 
 
+def test_models_that_say_the_same_cost_nothing(tmp_path):
+    match = comparisons(3, ours="good", theirs="good")
+    with RecordFile(tmp_path / "verdicts.jsonl") as file:
+        result = win_rate(match, Verdicts(judge_at("https://host/v1"), file))
+    assert (result.rate, result.identical, result.rate_shown_first) == (0.5, 3, None)
+    assert "50.0%" in win_rate_table({"x": result})
+
+
 def nonsense_on(prompts):
     def respond(text, n):
         return completion("As an AI ...") if any(f"\nprompt {i}\n" in text for i in prompts) else prefers_good(text, n)
@@ -305,8 +316,9 @@ def test_a_judge_that_answers_nonsense_is_an_error_long_before_all_is_paid(tmp_p
     match = comparisons(50)
     with ChatServer(lambda text, n: reply) as server, pytest.raises(ConfigError) as stop:
         judged(server, tmp_path, match, concurrency=2)
-    assert "gave no verdict in 11 of 100 calls" in str(stop.value) and "judge_options" in str(stop.value)
-    assert server.asked.total() <= 2 * (11 + 2)  # those on their way when the eleventh came
+    # The eleventh is one too many; the other worker may have had its twelfth in hand.
+    assert re.search("gave no verdict in 1[12] of 100 calls", str(stop.value)) and "judge_options" in str(stop.value)
+    assert server.asked.total() <= 2 * (11 + 1)  # the other worker had one call under way when the eleventh came
     assert len(read_records(tmp_path / "verdicts.jsonl")) == server.asked.total()
 
 
@@ -355,8 +367,9 @@ def test_a_killed_run_resumes_without_paying_twice(tmp_path):
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
         )
+        patience = time.monotonic() + 120  # for the child's imports
         while server.waiting < 3:
-            assert child.poll() is None
+            assert child.poll() is None and time.monotonic() < patience
             time.sleep(0.02)
         child.send_signal(signal.SIGKILL)
         child.wait()

@@ -14,6 +14,7 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
   train    finetune the policy; without a recipe, the quickstart
   score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...]; --list says what is there, --verify checks it
   inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
+  eval     measure saved models: --model FOLDER ... [--dataset_name SET] [--tasks NAME,NAME] [--judge_model NAME --judge_url URL]
 
 RECIPE is a YAML file or the name of a recipe of the package. `mrpo train --help` lists all keys; every command takes them.
 Under a launcher: accelerate launch --config_file launch/accelerate/cpu_zero3.yaml launch/train.py --config RECIPE
@@ -24,6 +25,7 @@ COMMANDS = {
     "train": "mrpo_scale.run:run",
     "score": "mrpo_scale.score:score",
     "inspect": "mrpo_scale.inspection:inspect",
+    "eval": "mrpo_scale.eval.run:run",
 }
 
 
@@ -41,7 +43,7 @@ def run_command(command: str, argv: Sequence[str] | None = None) -> None:
     from mrpo_scale.errors import ConfigError, TrainingError
 
     words = list(sys.argv[1:] if argv is None else argv)
-    if command != "train" and words and words[0] in ("-h", "--help"):
+    if command in ("score", "inspect") and words and words[0] in ("-h", "--help"):
         print(USAGE)
         return
     module, _, function = COMMANDS[command].partition(":")

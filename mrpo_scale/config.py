@@ -273,8 +273,8 @@ class ModelSpec:
     attn_implementation: str | None = None
 
 
-def parse_ref_models(ref_models: list[str | Mapping[str, Any]]) -> list[ModelSpec]:
-    """``ref_models`` as typed: paths, hub ids, mappings, or mappings as JSON text (how the command line carries them).
+def parse_ref_models(ref_models: list[str | Mapping[str, Any]], key: str = "ref_models") -> list[ModelSpec]:
+    """Models as typed under ``key``: paths, hub ids, mappings, or mappings as JSON text (how the command line carries them).
 
     Raises:
         ConfigError: an unknown key of a mapping, or a mapping without ``model``.
@@ -287,16 +287,16 @@ def parse_ref_models(ref_models: list[str | Mapping[str, Any]]) -> list[ModelSpe
             try:
                 values = json.loads(entry) if entry.lstrip().startswith("{") else {"model": entry}
             except json.JSONDecodeError as error:
-                raise ConfigError(f"`ref_models: {entry}` is not a model name nor a JSON mapping: {error}.") from None
+                raise ConfigError(f"`{key}: {entry}` is not a model name nor a JSON mapping: {error}.") from None
         if not isinstance(values, Mapping):
-            raise ConfigError(f"`ref_models: {entry}` must be a model name or a mapping, got {type(entry).__name__}.")
+            raise ConfigError(f"`{key}: {entry}` must be a model name or a mapping, got {type(entry).__name__}.")
         unknown = set(values) - known
         if unknown or "model" not in values:
             problem = f"unknown key `{min(unknown)}`" if unknown else "key `model` is missing"
-            raise ConfigError(f"`ref_models: {dict(values)}`: {problem}; known keys are {', '.join(sorted(known))}.")
+            raise ConfigError(f"`{key}: {dict(values)}`: {problem}; known keys are {', '.join(sorted(known))}.")
         spec = ModelSpec(**{k: v for k, v in values.items() if v is not None})
-        _within("ref_models.dtype", spec.dtype, DTYPES)
-        _within("ref_models.system", spec.system, ("native", "merge", "error"))
+        _within(f"{key}.dtype", spec.dtype, DTYPES)
+        _within(f"{key}.system", spec.system, ("native", "merge", "error"))
         specs.append(spec)
     return specs
 

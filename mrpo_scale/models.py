@@ -77,7 +77,7 @@ def plan_models(
         write_weights(model, Path(spec.model), is_main=args.process_index == 0)
     policy = _source(spec, args, args.policy_dtype)
     policy_config = check_source(policy)
-    tokenizer = tokenizer or _tokenizer(spec)
+    tokenizer = tokenizer or load_tokenizer(spec)
     texts = [_text(spec, args, tokenizer, policy_config)]
 
     ref_specs = parse_ref_models(list(ref_models))
@@ -87,9 +87,9 @@ def plan_models(
         source = _source(ref_spec, args, args.reference_dtype(ref_spec.dtype), name)
         config = check_source(source)
         own_text = k == 0 and not args.anchor
-        ref_tokenizer = tokenizer if own_text else _tokenizer(ref_spec, name)
-        view = _view(texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name))
-        references.append(PlannedReference(source, view, _pad_token_id(ref_tokenizer)))
+        ref_tokenizer = tokenizer if own_text else load_tokenizer(ref_spec, name)
+        view = shared_view(texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name))
+        references.append(PlannedReference(source, view, pad_token_id(ref_tokenizer)))
     args.build_objective().check_references(len(references))
     on_disk = getattr(policy_config, "dtype", None) or policy.dtype
     return RunPlan(policy, on_disk, tokenizer, texts, references)
@@ -160,7 +160,7 @@ def _names(specs: Sequence[ModelSpec]) -> list[str]:
     return names
 
 
-def _tokenizer(spec: ModelSpec, name: str = "policy") -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: ModelSpec, name: str = "policy") -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(
             spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
@@ -183,7 +183,7 @@ def _text(
     )
 
 
-def _view(texts: list[ModelText], text: ModelText) -> int:
+def shared_view(texts: list[ModelText], text: ModelText) -> int:
     """Index of ``text`` among the distinct views; models of one family read the same tokens, so they share one."""
     key = (text.fingerprint(), text.max_context)
     for i, known in enumerate(texts):
@@ -193,6 +193,6 @@ def _view(texts: list[ModelText], text: ModelText) -> int:
     return len(texts) - 1
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any valid id does: padding is masked and never scored."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -58,6 +58,7 @@ TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "bnb_4bit_quant_storage": ((None,), _FULL_FINETUNING),
 }
 RENAMED_TRL_KEYS = {"torch_dtype": "dtype", "chat_template_path": "chat_template"}
+T = TypeVar("T")
 
 
 class _Parser(HfArgumentParser):
@@ -137,6 +138,21 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, MRPOConfig]:
     return parsed[0], parsed[1]
 
 
+def parse_keys(keys: type[T], words: Sequence[str], prog: str) -> T:
+    """Words of a command line without a recipe, to a checked dataclass.
+
+    Raises:
+        ConfigError: unknown key, wrong type, contradiction.
+    """
+    parser = _Parser([keys], allow_abbrev=False, prog=prog)  # type: ignore[list-item]
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    _, rest = parser.parse_known_args(list(words))  # before the dataclass makes its own complaints
+    if rest:
+        key = next((word for word in rest if word.startswith("--")), rest[0])
+        raise ConfigError(_unknown(key.lstrip("-").split("=")[0], known, prog))
+    return parser.parse_args_into_dataclasses(list(words))[0]
+
+
 def _without_trl(values: dict[str, Any]) -> dict[str, Any]:
     """Drop TRL keys that ask for nothing, rename those with another name here, refuse those that ask for something."""
     kept = {}
@@ -169,6 +185,6 @@ def _as_word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
 
-def _unknown(key: str, known: set[str]) -> str:
+def _unknown(key: str, known: set[str], prog: str = "mrpo train") -> str:
     near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else "; see `mrpo train --help`.")
+    return f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else f"; see `{prog} --help`.")

@@ -52,35 +52,40 @@ def comparison_table(rows: Sequence[RunSummary]) -> str:
     cells = [
         (
             row.name,
-            _percent(row.ranking_accuracy),
-            _percent(row.reward_accuracy),
-            _number(row.reward_margin, "+.3f"),
-            _number(row.seconds_per_step, ".2f"),
-            _number(
+            percent(row.ranking_accuracy),
+            percent(row.reward_accuracy),
+            number(row.reward_margin, "+.3f"),
+            number(row.seconds_per_step, ".2f"),
+            number(
                 max(row.peak_memory_gib_per_rank, default=None) if row.peak_memory_gib_per_rank else None, ".2f", " GiB"
             ),
         )
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in (header, *cells)) for i in range(len(header))]
+    return f"{aligned_table(header, cells)}\n\n{_TABLE_LEGEND}"
+
+
+def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text: the first column to the left, all others to the right, a rule under the header."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in (header, *cells)
+        for line in (header, *rows)
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", _TABLE_LEGEND])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as plain text, each column as wide as its widest cell."""
+    """Plain text, every column to the left."""
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _percent(value: float | None) -> str:
-    return _number(None if value is None else 100 * value, ".1f", "%")
+def percent(value: float | None) -> str:
+    return number(None if value is None else 100 * value, ".1f", "%")
 
 
-def _number(value: float | None, spec: str, unit: str = "") -> str:
+def number(value: float | None, spec: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{spec}}{unit}"
 
 

@@ -103,6 +103,16 @@ def process_groups(
     }
 
 
+def shard_group(
+    shard_size: int | None, timeout: timedelta | None = None, *, of_one: bool = False
+) -> dist.ProcessGroup | None:
+    """This rank's group for a single model, spread as :func:`spread` does; None where it is alone. Collective over the world."""
+    placement = spread([0], find_nodes(), shard_size)
+    groups = process_groups(placement, timeout, of_one=of_one)
+    ranks = placement.group_of(0, dist.get_rank() if dist.is_initialized() else 0)
+    return None if ranks is None else groups.get(ranks)
+
+
 @dataclass(frozen=True)
 class Share:
     """What one rank holds of a reference, for the table."""

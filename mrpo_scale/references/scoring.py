@@ -46,7 +46,7 @@ class Reference:
         shared = self.model.shared_prompt
         return [
             collate_pairs(pairs[part], shared_prompt=shared, pad_token_id=self.pad_token_id).to(self.model.device)
-            for part in _cuts(pairs, shared, tokens_per_forward)
+            for part in cut_by_tokens(pairs, shared, tokens_per_forward)
         ]
 
 
@@ -201,7 +201,7 @@ def _length(pair: PairTokens) -> int:
     return segment_length(pair, shared_prompt=True)
 
 
-def _cuts(pairs: Sequence[PairTokens], shared_prompt: bool, tokens_per_forward: int) -> list[slice]:
+def cut_by_tokens(pairs: Sequence[PairTokens], shared_prompt: bool, tokens_per_forward: int) -> list[slice]:
     """Consecutive parts of ``pairs``, each of at most ``tokens_per_forward`` padded tokens or of one pair."""
     if not pairs:
         return []

@@ -21,10 +21,10 @@ from mrpo_scale.config import MRPOConfig
 from mrpo_scale.data import find_layout, load_rows
 from mrpo_scale.models import plan_models
 from mrpo_scale.pair_batch import collate_pairs
+from mrpo_scale.references.placement import shard_group
 from mrpo_scale.references.sharding import ShardedReference
 from mrpo_scale.tokenization import prepare_pairs
 from mrpo_scale.window import WindowSampler
-from tests.distributed.groups import shard_group
 from tests.distributed.pool import Pool
 
 ROOT = Path(__file__).parents[2]

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import collate_pairs
+from mrpo_scale.references.placement import shard_group
 from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
 from mrpo_scale.sequence_logps import enable_pair_scoring, score_pairs
 from mrpo_scale.tokenization import PairTokens
-from tests.distributed.groups import shard_group
 from tests.distributed.pool import Pool, WorkerError
 
 CPU = torch.device("cpu")

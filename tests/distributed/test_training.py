@@ -13,8 +13,8 @@ from transformers import PrinterCallback
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.recipe import resource
+from mrpo_scale.references.placement import shard_group
 from mrpo_scale.trainer import MRPOTrainer
-from tests.distributed.groups import shard_group
 from tests.tiny import pair_dataset, write_models
 
 ROWS = 19  # a last window of 4 that holds 3

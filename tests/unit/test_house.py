@@ -56,6 +56,7 @@ def test_data_flows_one_way():
         "references",
         "trainer",
         "run",
+        "eval",
         "cli",
     ]
     for path in ROOT.glob("mrpo_scale/**/*.py"):

@@ -1,0 +1,186 @@
+"""The keys of `mrpo eval`, checked before anything loads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mrpo_scale.config import DTYPES
+from mrpo_scale.data.model_text import PLAIN_TEMPLATE
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.eval.judge import check_url
+
+DEFAULT_KEY_ENV = "OPENAI_API_KEY"
+LEAST = {
+    "max_length": 2,
+    "max_pairs": 0,
+    "shard_size": 1,
+    "tokens_per_forward": 1,
+    "num_fewshot": 0,
+    "task_limit": 1,
+    "judge_concurrency": 1,
+    "judge_retries": 0,
+    "judge_timeout": 0.001,
+    "max_prompts": 1,
+    "max_new_tokens": 1,
+    "generation_batch_size": 1,
+}
+
+
+def _key(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class EvalConfig:
+    """What to evaluate and how. Which parts run follows from the keys: ``dataset_name``, ``tasks``, ``judge_model``.
+
+    Raises:
+        ConfigError: a value out of range or a combination without meaning; names the key, the value and the remedy.
+    """
+
+    model: list[str] = _key(
+        [],
+        "Saved models: folders, hub ids, or mappings {model, revision, dtype, chat_template, system, name, ...}.",
+    )
+    reference: str | None = _key(None, "Reference model for the implicit reward beta * (model - reference).")
+    beta: float = _key(0.1, "Scale of the implicit reward.")
+
+    # Data: the keys of `mrpo train`
+    dataset_name: str | None = _key(None, "Hub id, or a local json, jsonl, parquet, arrow or csv file or folder.")
+    dataset_config: str | None = _key(None, "Configuration name of a hub data set.")
+    dataset_train_split: str = _key("train", "Split to score where the data set has no test split.")
+    dataset_test_split: str = _key("test", "Split to score, where the data set has it.")
+    held_out: float | None = _key(
+        None, "Score what `mrpo train` with this value and the same seed held out of the train split."
+    )
+    seed: int = _key(42, "Of the choice of held-out rows.")
+    dataset_layout: str = _key("auto", "Layout of the rows, recognised by inspection unless named.")
+    dataset_num_proc: int | None = _key(None, "Processes for tokenizing.")
+    max_length: int | None = _key(1024, "Most tokens of prompt + response, in the first model's tokens.")
+    on_bad_row: Literal["skip", "error"] = _key("skip", "What to do with a pair that cannot be scored by every model.")
+    max_bad_rows: float = _key(0.1, "Largest fraction of such pairs before the run stops.")
+    max_pairs: int | None = _key(None, "Score the first this many pairs; 0 for none, when only a win rate is wanted.")
+
+    # Models
+    dtype: str = _key("auto", "Weights: auto (as saved on a GPU, float32 on a CPU), float32, bfloat16 or float16.")
+    attn_implementation: str | None = _key(None, "sdpa, eager, flash_attention_2, ...: default is the model's.")
+    plain_template: str = _key(PLAIN_TEMPLATE, "Jinja chat template for models that have none.")
+    shared_prompt: Literal["auto", "true", "false"] = _key("auto", "One forward over prompt, chosen and rejected.")
+    shard_size: int = _key(1, "Ranks that share one copy of a model while pairs are scored.")
+    tokens_per_forward: int = _key(16384, "Padded tokens in one scoring forward.")
+
+    # Tasks
+    tasks: list[str] = _key(
+        [], "Tasks of lm-evaluation-harness, e.g. gsm8k,truthfulqa_mc2,hellaswag,mmlu,arc_easy,winogrande."
+    )
+    include_path: str | None = _key(None, "Folder with task files of your own.")
+    num_fewshot: int | None = _key(None, "Worked examples in the prompt; default is each task's.")
+    task_limit: int | None = _key(None, "First this many documents of each task, for a trial.")
+    task_batch_size: str = _key("8", "Batch size of the tasks, or auto.")
+    apply_chat_template: bool = _key(False, "Put the tasks' prompts into the model's chat template.")
+
+    # Win rate
+    judge_model: str | None = _key(None, "Model that judges responses; sets the win rate off.")
+    judge_url: str | None = _key(None, "OpenAI-compatible endpoint, such as https://api.openai.com/v1.")
+    judge_key_env: str | None = _key(
+        None, f"Environment variable that holds the API key; default {DEFAULT_KEY_ENV}, where it is set."
+    )
+    judge_price: list[float] = _key([], "Price of a million prompt tokens and of a million completion tokens.")
+    judge_options: str = _key(
+        '{"temperature": 0, "max_tokens": 16}', "JSON merged into every request to the judge; replaces this default."
+    )
+    judge_concurrency: int = _key(8, "Calls to the judge at the same time.")
+    judge_retries: int = _key(5, "Repetitions of a call that failed with 408, 429, 5xx or no answer.")
+    judge_timeout: float = _key(120, "Seconds without a byte from the judge after which a call has failed.")
+    max_prompts: int = _key(300, "First this many different prompts of the data set.")
+    max_new_tokens: int = _key(200, "Most tokens of a response.")
+    generation_batch_size: int = _key(16, "Prompts in one batch of generation.")
+    yes: bool = _key(False, "Pay for the judge without asking.")
+
+    # Output
+    output: str | None = _key(None, "JSON file for the results.")
+    output_dir: str = _key(
+        str(Path("runs") / "eval"), "Folder of responses and verdicts, which the next run reads again."
+    )
+
+    def __post_init__(self) -> None:
+        self.tasks = [name for word in self.tasks for name in word.split(",") if name]
+        self._check()
+        if self.judge_model is not None:
+            self._check_judge()
+
+    def _check(self) -> None:
+        if not self.model:
+            raise ConfigError("`model` is missing; name one or more model folders as --model FOLDER.")
+        if not (self.dataset_name or self.tasks):
+            raise ConfigError("nothing to evaluate on: name a data set as --dataset_name or tasks as --tasks.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"`dtype: {self.dtype}` is not known; choose one of {', '.join(DTYPES)}.")
+        if not 0 <= self.max_bad_rows <= 1:
+            raise ConfigError(f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1.")
+        for key, least in LEAST.items():
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ConfigError(f"`{key}: {value}` must be at least {least}.")
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ConfigError(f"`beta: {self.beta}` must be above 0.")
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise ConfigError(f"`include_path: {self.include_path}` is not a folder; name the one with the task files.")
+        if not (self.task_batch_size == "auto" or self.task_batch_size.isdigit()):
+            raise ConfigError(f"`task_batch_size: {self.task_batch_size}` is neither a number nor auto.")
+
+    def _check_judge(self) -> None:
+        if not self.dataset_name:
+            raise ConfigError("`judge_model` needs prompts: name a data set as --dataset_name.")
+        if not self.judge_url:
+            raise ConfigError("`judge_url` is missing: name the endpoint, such as https://api.openai.com/v1.")
+        if self.judge_price and len(self.judge_price) != 2:
+            raise ConfigError(
+                f"`judge_price: {' '.join(map(str, self.judge_price))}` must be two numbers: the price of a million prompt "
+                "tokens and of a million completion tokens."
+            )
+        check_url(self.judge_url)
+        self.request_options()
+        self.api_key()
+
+    def request_options(self) -> dict[str, Any]:
+        """What ``judge_options`` adds to a request. Raises ConfigError where it is no JSON object."""
+        try:
+            options = json.loads(self.judge_options)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"`judge_options: {self.judge_options}` is not JSON: {error}.") from None
+        if not isinstance(options, dict) or {"model", "messages", "stream"} & set(options):
+            raise ConfigError(
+                f"`judge_options: {self.judge_options}` must be a JSON object without model, messages or stream."
+            )
+        return options
+
+    def api_key(self) -> str | None:
+        """The key from the environment. No error of it shows a value, which may be a key put in the wrong place."""
+        name = DEFAULT_KEY_ENV if self.judge_key_env is None else self.judge_key_env
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ConfigError(
+                "`judge_key_env` must be the name of an environment variable; what it got is not shown, as it may be the key."
+            )
+        key = os.environ.get(name, "").strip()
+        if not key:
+            if self.judge_key_env is not None:
+                raise ConfigError(f"`judge_key_env: {name}`: this environment variable is not set; export the key.")
+            return None
+        if not re.fullmatch(r"[!-~]+", key):
+            raise ConfigError(f"the environment variable {name} holds blanks or non-ASCII characters; export the key.")
+        parts = check_url(str(self.judge_url))
+        if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+            raise ConfigError(
+                f"`judge_url` at {parts.hostname} is plain http, which would send the key in {name} readable to all; use https, "
+                f"or unset {name} if that endpoint needs no key."
+            )
+        return key

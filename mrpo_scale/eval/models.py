@@ -1,0 +1,105 @@
+"""The models to evaluate, before any weights load: where they lie, how they read text, which of them share a view of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from mrpo_scale.config import ModelSpec, parse_ref_models
+from mrpo_scale.eval.config import EvalConfig
+from mrpo_scale.models import load_tokenizer, pad_token_id, shared_view
+from mrpo_scale.references.sharding import ReferenceSource, check_source
+from mrpo_scale.tokenization import ModelText
+from mrpo_scale.toyworld import resolve
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """One model to evaluate. ``view`` is its place among the distinct texts of the run."""
+
+    source: ReferenceSource
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    text: ModelText
+    view: int
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def pad_token_id(self) -> int:
+        return pad_token_id(self.tokenizer)
+
+    def fingerprint(self) -> str:
+        """Hex digest of what decides a response of this model: its weights (a local folder's by size and time of change, a hub
+        snapshot's by commit), its text and its dtype."""
+        folder = Path(self.source.path)
+        if folder.is_dir():
+            files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+            weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        else:
+            weights = [[self.source.path, getattr(self.config, "_commit_hash", None)]]
+        parts = [weights, self.text.fingerprint(), str(self.source.dtype), self.source.attn_implementation]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def plan_models(args: EvalConfig, device: torch.device) -> tuple[list[EvalModel], EvalModel | None, list[ModelText]]:
+    """(the models, the reference, the distinct views of the text, the first model's first).
+
+    Raises:
+        ConfigError: a model that is missing, has no safetensors, wants remote code, or has no fast tokenizer.
+    """
+    specs = parse_ref_models(list(args.model), "model")
+    reference = parse_ref_models([args.reference], "reference") if args.reference else []
+    texts: list[ModelText] = []
+    models = [
+        _plan(spec, name, args, device, texts)
+        for spec, name in zip([*specs, *reference], [*_names(specs), *["reference"] * len(reference)], strict=True)
+    ]
+    return models[: len(specs)], models[-1] if reference else None, texts
+
+
+def _plan(spec: ModelSpec, name: str, args: EvalConfig, device: torch.device, texts: list[ModelText]) -> EvalModel:
+    dtype = spec.dtype if spec.dtype != "auto" else args.dtype
+    source = ReferenceSource(
+        name=name,
+        path=resolve(spec.model),
+        revision=spec.revision,
+        dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
+        trust_remote_code=spec.trust_remote_code,
+        attn_implementation=spec.attn_implementation or args.attn_implementation,
+    )
+    config = check_source(source)
+    if dtype == "auto" and device.type != "cpu":
+        source = replace(source, dtype=getattr(config, "dtype", None) or torch.float32)
+    tokenizer = load_tokenizer(replace(spec, model=source.path), name)
+    text = ModelText(
+        tokenizer,
+        name=name,
+        max_context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        chat_template=spec.chat_template,
+        plain_template=args.plain_template,
+        system=spec.system,
+    )
+    return EvalModel(source, config, tokenizer, text, shared_view(texts, text))
+
+
+def _names(specs: Sequence[ModelSpec]) -> list[str]:
+    """Each model's own name or its path's last part; where two are alike the whole path, and a number at the last."""
+    short = [spec.name or Path(spec.model).name for spec in specs]
+    names: list[str] = []
+    for spec, name in zip(specs, short, strict=True):
+        base = name if short.count(name) == 1 else spec.name or spec.model
+        n, name = 1, base
+        while name in names:
+            n += 1
+            name = f"{base}-{n}"
+        names.append(name)
+    return names

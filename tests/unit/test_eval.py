@@ -263,7 +263,7 @@ def test_mistakes_are_one_line(case, folders, capsys):
     words, expected = CASES[case]
     write_pairs(pair_rows(3))
     with pytest.raises(SystemExit) as stop:
-        eval_main(words(folders["llama"]))
+        run_command("eval", words(folders["llama"]))
     assert stop.value.code == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and all(word in error[0] for word in expected), error
@@ -272,5 +272,5 @@ def test_mistakes_are_one_line(case, folders, capsys):
 def test_without_the_harness_the_extra_is_named(folders, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(SystemExit):
-        eval_main(["--model", folders["llama"], "--tasks", "arc_easy"])
+        run_command("eval", ["--model", folders["llama"], "--tasks", "arc_easy"])
     assert "pip install 'mrpo-scale[eval]'" in capsys.readouterr().err

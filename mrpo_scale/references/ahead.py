@@ -116,13 +116,10 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
         for chunk in chunks:
             todo = chunk[_still_missing(store, rows.key_N[chunk])]
             mine = todo[rank::world_size]
-            logps_N2 = score_in_step(
-                reference,
-                [rows.tokens(i) for i in mine],
-                args.ref_tokens_per_forward,
-                progress=lambda pairs: bar.update(pairs * world_size),  # the other ranks are about as far
-            )
-            writer.add(rows.key_N[mine], logps_N2.cpu().numpy(), rows.token_counts(mine))
+            tokens = [rows.tokens(i) for i in mine]
+            for part, logps_P2 in score_in_step(reference, tokens, args.ref_tokens_per_forward):
+                writer.add(rows.key_N[mine[part]], logps_P2.cpu().numpy(), rows.token_counts(mine[part]))
+                bar.update(len(logps_P2) * world_size)  # the other ranks are about as far
             scored += len(todo)
             bar.update(scored - bar.n)
     if dist.is_initialized():

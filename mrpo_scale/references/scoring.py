@@ -9,7 +9,7 @@ numbers go out and scores come back, nothing else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -41,13 +41,13 @@ class Reference:
     view: int  #: which of an example's token views is this model's
     pad_token_id: int
 
+    def batch(self, pairs: Sequence[PairTokens]) -> PairBatch:
+        shared = self.model.shared_prompt
+        return collate_pairs(pairs, shared_prompt=shared, pad_token_id=self.pad_token_id).to(self.model.device)
+
     def batches(self, pairs: Sequence[PairTokens], tokens_per_forward: int) -> list[PairBatch]:
         """``pairs``, in their order, as batches of at most ``tokens_per_forward`` padded tokens or of one pair."""
-        shared = self.model.shared_prompt
-        return [
-            collate_pairs(pairs[part], shared_prompt=shared, pad_token_id=self.pad_token_id).to(self.model.device)
-            for part in cut_by_tokens(pairs, shared, tokens_per_forward)
-        ]
+        return [self.batch(pairs[part]) for part in cut_by_tokens(pairs, self.model.shared_prompt, tokens_per_forward)]
 
 
 def load_reference(planned: PlannedReference, group: dist.ProcessGroup | None, args: MRPOConfig) -> Reference:
@@ -151,7 +151,8 @@ class PartitionScorer:
                 # Dealt out longest first, so that every rank gets the like.
                 mine = np.argsort(-lengths, kind="stable")[ranks.index(self.rank) :: len(ranks)]
                 tokens = [pairs.tokens(int(row))[self.references[k].view] for row in rows[mine]]
-                scores_KU2[i, mine] = score_in_step(self.references[k], tokens, self.tokens_per_forward)
+                for part, logps_P2 in score_in_step(self.references[k], tokens, self.tokens_per_forward):
+                    scores_KU2[i, mine[part]] = logps_P2
         if dist.is_initialized():
             dist.all_reduce(scores_KU2)  # one rank wrote each entry, the others add zeros: exact
         return scores_KU2[:, np.searchsorted(rows, own)]
@@ -171,23 +172,19 @@ class PartitionScorer:
 
 @torch.no_grad()
 def score_in_step(
-    reference: Reference,
-    pairs: Sequence[PairTokens],
-    tokens_per_forward: int,
-    progress: Callable[[int], object] = lambda pairs: None,
-) -> Tensor:
-    """Log-probs [n, 2] of n >= 0 pairs, longest first, in as many forwards as the busiest rank of the group needs.
+    reference: Reference, pairs: Sequence[PairTokens], tokens_per_forward: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Forward by forward: which of the n >= 0 pairs, and their log-probs [.., 2]. Longest first, to pad little.
 
-    Collective over the reference's shard group. ``progress`` is told the number of pairs of each forward.
+    Collective over the reference's shard group: as many forwards as its busiest rank needs.
     """
-    batches = reference.batches(pairs, tokens_per_forward)
     model = reference.model
-    (forwards,) = agree_on_most([len(batches)], model.group, model.device)
-    logps = [torch.zeros(0, 2, device=model.device)]
-    for batch in [*batches, *[None] * (forwards - len(batches))]:
-        logps.append(model.score(batch))
-        progress(len(logps[-1]))
-    return torch.cat(logps)
+    parts = cut_by_tokens(pairs, model.shared_prompt, tokens_per_forward)
+    (forwards,) = agree_on_most([len(parts)], model.group, model.device)
+    for part in [*parts, *[None] * (forwards - len(parts))]:
+        logps_P2 = model.score(None if part is None else reference.batch(pairs[part]))
+        if part is not None:
+            yield part, logps_P2
 
 
 def _run_body(reference: Reference, batches: Sequence[PairBatch], forwards: int) -> Tensor:

@@ -245,10 +245,11 @@ class ReferenceStore:
 
 
 class PartWriter:
-    """Collects rows and writes them as parts. Leaving its block writes what is left, also after an error.
+    """Collects rows and writes all that wait as one part: what a killed process loses. Leaving its block writes what is left, also
+    after an error.
 
     Args:
-        rows: most rows of a part.
+        rows: as soon as so many wait, they are written.
         seconds: after this time since the first waiting row, the next :meth:`add` writes whatever waits.
     """
 
@@ -266,15 +267,14 @@ class PartWriter:
             self._waiting, self._since = rows, time.monotonic()
         else:
             self._waiting = Rows(*(np.concatenate(columns) for columns in zip(self._waiting, rows, strict=True)))
-        while self._waiting is not None and len(self._waiting.keys_N) >= self.rows:
-            self._write()
-        if self._waiting is not None and time.monotonic() - self._since >= self.seconds:
-            self._write()
+        if len(self._waiting.keys_N) >= self.rows or time.monotonic() - self._since >= self.seconds:
+            self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
-        while self._waiting is not None:
-            self._write()
+        """Write what waits; it goes on waiting where that fails."""
+        if self._waiting is not None:
+            self.store.write_part(*self._waiting)
+            self._waiting = None
 
     def __enter__(self) -> PartWriter:
         return self
@@ -288,13 +288,6 @@ class PartWriter:
             if error is None:
                 raise
             error.add_note(f"Afterwards, rows that were scored could not be stored: {failure}")
-
-    def _write(self) -> None:
-        waiting = self._waiting
-        assert waiting is not None
-        self.store.write_part(*waiting.take(slice(self.rows)))
-        self._waiting = waiting.take(slice(self.rows, None)) if len(waiting.keys_N) > self.rows else None
-        self._since = time.monotonic()
 
 
 def list_cache(root: Path) -> list[CacheEntry]:

@@ -106,7 +106,7 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
     # Another job's order is another one, so that the two rarely work on the same rows.
     random.Random(from_first(time.time_ns(), world_group())).shuffle(chunks)
     missing = int(from_first(store.missing(rows.key_N).sum(), world_group()))
-    started, scored = time.perf_counter(), 0
+    started, scored, repeats = time.perf_counter(), 0, store.repeats
     with (
         PartWriter(store, seconds=SECONDS_PER_PART) as writer,
         tqdm(
@@ -117,16 +117,19 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
             todo = chunk[_still_missing(store, rows.key_N[chunk])]
             mine = todo[rank::world_size]
             logps_N2 = score_in_step(reference, [rows.tokens(i) for i in mine], args.ref_tokens_per_forward)
-            writer.add(rows.key_N[mine], logps_N2.cpu().numpy(), rows.token_counts(mine))
+            with fail_together(world_group()):
+                writer.add(rows.key_N[mine], logps_N2.cpu().numpy(), rows.token_counts(mine))
             scored += len(todo)
             bar.update(len(todo))
-    if dist.is_initialized():
-        dist.barrier()
+        with fail_together(world_group()):
+            writer.flush()
     store.refresh()
     seconds = time.perf_counter() - started
-    elsewhere = f", {missing - scored} came from another job" if missing > scored else ""
+    others = f", {missing - scored} came from another job" if missing > scored else ""
+    if store.repeats > repeats:
+        others += f", {store.repeats - repeats} were scored by both"
     logger.info(
-        "%s: scored %d rows in %.1f s, %.1f rows/s%s", reference.name, scored, seconds, scored / seconds, elsewhere
+        "%s: scored %d rows in %.1f s, %.1f rows/s%s", reference.name, scored, seconds, scored / seconds, others
     )
 
 

@@ -83,6 +83,9 @@ class ReferenceStore:
     Args:
         root: ``ref_cache_dir``.
         wanted_keys: ``S16`` array; rows of other keys are not kept in memory. None keeps all, 32 bytes each.
+
+    Attributes:
+        repeats: rows that were read and not needed, because an older part has them: jobs at work at once scored them twice.
     """
 
     def __init__(self, root: Path, identity: ReferenceIdentity, wanted_keys: np.ndarray | None = None) -> None:
@@ -93,6 +96,7 @@ class ReferenceStore:
         # Sorted and without a key in common, each at least twice as long as the next: a lookup searches few of them, and adding
         # a part merges short ones only.
         self._runs: list[Rows] = []
+        self.repeats = 0
 
     def __len__(self) -> int:
         return sum(len(run.keys_N) for run in self._runs)
@@ -208,6 +212,7 @@ class ReferenceStore:
         known_N = ~self.missing(rows.keys_N)
         if known_N.any():
             rows = rows.take(~known_N)
+        self.repeats += sum(len(piece.keys_N) for piece in pieces) - len(rows.keys_N)
         self._runs.append(rows)
         while len(self._runs) > 1 and len(self._runs[-2].keys_N) < 2 * len(self._runs[-1].keys_N):
             self._runs[-2:] = [sorted_rows(self._runs[-2:])]

@@ -6,6 +6,7 @@
 import json
 import os
 import random
+import re
 import signal
 import stat
 import sys
@@ -89,14 +90,14 @@ class Recorder:
             self.die_before({"open": "open", "os.link": "link", "os.remove": "unlink"}[event])
 
 
-def record(folder, die_at=None):
+def record(folder, die_at=None, part_rows=PART_ROWS):
     """Small parts, a record of them, and a death in the middle of one if asked for. Called in each rank before the command."""
     recorder = Recorder(folder, die_at)
     write_part, fsync = ReferenceStore.write_part, os.fsync
 
     class SmallParts(PartWriter):
         def __init__(self, store, seconds):
-            super().__init__(store, PART_ROWS, seconds)
+            super().__init__(store, part_rows, seconds)
 
         def add(self, *rows):
             recorder.append("scored", self.store, *rows)
@@ -266,3 +267,37 @@ def test_killed_jobs_lose_no_row_and_score_none_again(jobs, words, undisturbed, 
             f"rows that a rank had scored and not stored: {most_unstored}"
         )
     assert most_unstored < PART_ROWS + MOST_ROWS_OF_A_CHUNK
+
+
+def test_two_jobs_at_once_fill_one_cache(jobs, words, undisturbed, tmp_path, capsys):
+    """Two jobs of two ranks, all references: each ends with a whole cache, and what both have scored is little."""
+    identities, expected, _ = undisturbed
+    cache, logs = Cache(tmp_path / "cache", identities), [tmp_path / "logs-0", tmp_path / "logs-1"]
+    for folder in logs:
+        folder.mkdir()
+    # What a job scores while the other works on the same chunk, or has not written it yet, is scored twice: so small chunks, each
+    # written at once, as in a job whose data are many times what it scores in a minute.
+    line = [*words, cache.root, "--ref_tokens_per_forward", TOKENS_PER_FORWARD // 4]
+    both = jobs.run(*(Job(line, 2, record, (str(folder), None, 1)) for folder in logs))
+    assert [[rank.status for rank in ended] for ended in both] == [[0, 0], [0, 0]], both[0][0].err + both[1][0].err
+    found = cache.rows()
+    assert_close(found, expected)
+    twice, parts = 0, 0
+    for key, rows in found.items():
+        written = [by_key(recorded(folder, "written", key)) for folder in logs]
+        twice += len(written[0].keys() & written[1].keys())
+        for k, row in by_key(rows).items():
+            assert row in [job.get(k) for job in written], "the cache has a row with bits that neither job was told of"
+        parts += len(list((cache.root / key).glob("part-*")))
+    for ended in both:
+        assert ended[0].out.count("complete") == 3, ended[0].out
+    said = Counter()  # per reference: the job that is the last to finish it sees all parts
+    for ended in both:
+        for name, count in re.findall(r"^(\w+): scored .* (\d+) were scored by both", ended[0].err, re.MULTILINE):
+            said[name] = max(said[name], int(count))
+    with capsys.disabled():
+        print(
+            f"\ntwo jobs at once: {twice} of {3 * ROWS} rows were scored twice, {parts} parts; the jobs counted {said}"
+        )
+    # Without a look at each other's parts it is every row.
+    assert twice < 3 * ROWS / 2

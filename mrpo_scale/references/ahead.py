@@ -105,7 +105,8 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
     chunks = rows.chunks(FORWARDS_PER_CHUNK * args.ref_tokens_per_forward * world_size)
     # Another job's order is another one, so that the two rarely work on the same rows.
     random.Random(from_first(time.time_ns(), world_group())).shuffle(chunks)
-    missing = int(from_first(store.missing(rows.key_N).sum(), world_group()))
+    missing_N = from_first(store.missing(rows.key_N), world_group())
+    missing = int(missing_N.sum())
     started, scored, repeats = time.perf_counter(), 0, store.repeats
     with (
         PartWriter(store, seconds=SECONDS_PER_PART) as writer,
@@ -120,7 +121,7 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
             with fail_together(world_group()):
                 writer.add(rows.key_N[mine], logps_N2.cpu().numpy(), rows.token_counts(mine))
             scored += len(todo)
-            bar.update(len(todo))
+            bar.update(int(missing_N[chunk].sum()))  # those that another job has scored meanwhile too
         with fail_together(world_group()):
             writer.flush()
     store.refresh()

@@ -188,10 +188,18 @@ def distinct_rows(pair_sets: Mapping[str, PairDataset]) -> np.ndarray:
 def open_stores(
     plan: RunPlan, args: MRPOConfig, pair_sets: Mapping[str, PairDataset], *, read: bool = True
 ) -> list[ReferenceStore]:
-    """The store of each reference, ``read`` or not yet; none without a cache folder. Collective over the world."""
+    """The store of each reference, ``read`` or not yet; none without a cache folder. Collective over the world.
+
+    Raises:
+        ConfigError: a folder that is none, a part that cannot be used, or files of a reference that cannot be read.
+    """
     root = args.ref_cache_folder
     if root is None:
         return []
+    with fail_together(world_group()):
+        there = next(path for path in (root, *root.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigError(f"`ref_cache_dir: {root}`: {there} is a file; name another folder.")
     wanted = distinct_rows(pair_sets)
     stores = [ReferenceStore(root, identity, wanted) for identity in _identities(plan, args, root)]
     with fail_together(world_group()):

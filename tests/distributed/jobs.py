@@ -7,6 +7,7 @@ own. Run as a script, this file is the process that forks. It never starts a thr
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import os
 import signal
@@ -38,6 +39,7 @@ ENV = {
 }
 IMPORTS = [
     *("mrpo_scale.run", "mrpo_scale.score", "mrpo_scale.inspection"),
+    *("deepspeed", "matplotlib.figure", "matplotlib.backends.backend_agg"),  # imported by functions of theirs
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "gpt_neox")),  # tests/tiny.py
 ]
 
@@ -152,6 +154,7 @@ def _serve(pipe: Connection) -> None:
     for module in IMPORTS:
         importlib.import_module(module)
     get_checkpoint_conversion_mapping("llama")  # a table that takes a second to make
+    gc.freeze()  # forks need not look through all of these modules' objects again
     threads = list(Path("/proc/self/task").iterdir())
     assert len(threads) == 1, "a lock that another thread holds would stay locked in every fork"
     pipe.send("ready")

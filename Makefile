@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart test chaos lint format clean
 
 install: .venv/installed
 
@@ -16,6 +16,10 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Scoring jobs killed 50 times, and what takes minutes under the real launcher. MRPO_CHAOS_SEED=n chooses other moments.
+chaos: install
+	MRPO_CHAOS_KILLS=$${MRPO_CHAOS_KILLS:-50} $(BIN)/python -m pytest tests/distributed/test_score_chaos.py tests/distributed/test_score_jobs.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.errors import ConfigError, TrainingError
 
 T = TypeVar("T")
 
@@ -24,17 +24,18 @@ def fail_together(group: dist.ProcessGroup | None) -> Iterator[None]:
     """An error on one rank of the group becomes an error on all: the others would wait for it in their next collective.
 
     Raises:
-        ConfigError: on the ranks that had no error of their own, with that of the first that had.
+        ConfigError, TrainingError: on the ranks that had no error of their own, with that of the first that had.
     """
     try:
         yield
     except Exception as error:
-        all_say(f"{type(error).__name__}: {' '.join(str(error).split())}", group)
+        all_say((isinstance(error, TrainingError), f"{type(error).__name__}: {' '.join(str(error).split())}"), group)
         raise
     for rank, report in enumerate(all_say(None, group)):
         if report is not None:
             where = "" if group is dist.group.WORLD else " of this shard group"
-            raise ConfigError(f"rank {rank}{where} failed: {report}")
+            in_training, text = report
+            raise (TrainingError if in_training else ConfigError)(f"rank {rank}{where} failed: {text}")
 
 
 def all_say(mine: T, group: dist.ProcessGroup | None) -> list[T]:

@@ -14,7 +14,8 @@ from mrpo_scale.inputs import prepare_sets, read_rows
 from mrpo_scale.models import RunPlan, plan_models
 from mrpo_scale.recipe import parse
 from mrpo_scale.references.ahead import score_ahead
-from mrpo_scale.references.cache import ReferenceStore, list_cache
+from mrpo_scale.references.cache import CacheEntry, ReferenceStore, list_cache
+from mrpo_scale.references.parts import PART_NAME
 from mrpo_scale.references.scores import count_missing, distinct_rows, open_stores
 from mrpo_scale.report import aligned
 from mrpo_scale.tokenization import PairDataset
@@ -84,14 +85,22 @@ def _verify(stores: Sequence[ReferenceStore], config: MRPOConfig) -> int:
     """Every part of the references, read in full by rank 0. Returns 1 if one of them is bad."""
     bad = 0
     if config.process_index == 0:
+        print(f"\n{config.ref_cache_folder}")
         for store in stores:
             reports = store.verify()
+            parts = [report for report in reports if PART_NAME.fullmatch(report.name)]
             wrong = [report for report in reports if report.problem]
-            rows = sum(report.rows for report in reports if not report.problem)
-            print(f"{store.identity.name}: {len(reports) - len(wrong)} of {len(reports)} parts are whole, {rows} rows")
+            whole = [report for report in parts if not report.problem]
+            rows = sum(report.rows for report in whole)
+            print(
+                f"{store.identity.name}: {len(whole)} of {len(parts)} parts are whole, every byte of {rows} rows"
+                if parts
+                else f"{store.identity.name}: no parts yet"
+            )
             for report in wrong:
                 print(f"  {store.folder / report.name} {report.problem}")
             bad += len(wrong)
+        print(flush=True)
     if dist.is_initialized():
         dist.barrier()
     return int(bad > 0)
@@ -102,23 +111,18 @@ def _overview(recipe: Recipe, stores: Sequence[ReferenceStore], total: int) -> s
     root = recipe.config.ref_cache_folder
     assert root is not None
     entries = {entry.key: entry for entry in list_cache(root)}
-    rows = [("reference", "key", "this recipe's rows", "all rows", "parts", "MiB", "")]
+    rows: list[tuple[str, ...]] = [("reference", "key", "rows of this recipe", "rows stored", "parts", "MiB", "")]
     keys = distinct_rows(recipe.pair_sets)
     for store in stores:
-        entry = entries.pop(store.identity.key, None)
+        entry = entries.pop(store.identity.key, CacheEntry(store.identity.key, {}, 0, 0, 0))
         have = total - int(store.missing(keys).sum())
-        sizes = (str(entry.rows), str(entry.parts), f"{entry.bytes / 2**20:.1f}") if entry else ("0", "0", "0.0")
         state = "complete" if have == total else f"{total - have} to score"
-        rows.append((store.identity.name, store.identity.key, f"{have} of {total}", *sizes, state))
+        rows.append((store.identity.name, *_cells(entry, f"{have} of {total}", state)))
     for entry in entries.values():
-        sizes = (str(entry.rows), str(entry.parts), f"{entry.bytes / 2**20:.1f}")
-        rows.append(
-            (
-                f"({entry.description.get('name', '?')})",
-                entry.key,
-                "not in this recipe",
-                *sizes,
-                "; ".join(entry.problems),
-            )
-        )
+        rows.append((f"({entry.description.get('name', '?')})", *_cells(entry, "-", "not in this recipe")))
     return f"{root}\n{aligned(rows)}"
+
+
+def _cells(entry: CacheEntry, rows: str, state: str) -> tuple[str, ...]:
+    size = f"{entry.bytes / 2**20:.2f}"
+    return entry.key, rows, str(entry.rows), str(entry.parts), size, "; ".join([state, *entry.problems])

@@ -373,8 +373,16 @@ def _check_bad_rows(
             f"the {len(bad)} bad rows ({_by_reason(pairs)}) or set `on_bad_row: skip`."
         )
     if len(bad) > max_bad_rows * total or not len(pairs):
-        remedy = f"raise `max_length: {max_length}` or `max_bad_rows`" if "prompt_too_long" in pairs.counts else ""
         raise ConfigError(
             f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {_by_reason(pairs)}; "
-            f"{remedy or 'repair the data or raise `max_bad_rows`'}."
+            f"{_remedy(pairs, max_length)} or raise `max_bad_rows`."
         )
+
+
+def _remedy(pairs: PairDataset, max_length: int | None) -> str:
+    short = [reason.partition(":")[2] for reason in pairs.counts if reason.startswith("context_exceeded:")]
+    if "prompt_too_long" in pairs.counts:
+        return f"raise `max_length: {max_length}`"
+    if short:
+        return f"lower `max_length: {max_length}`, take a model with a longer context than {' and '.join(short)}"
+    return "repair the data"

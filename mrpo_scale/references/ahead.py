@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from mrpo_scale.config import MRPOConfig
+from mrpo_scale.errors import TrainingError
 from mrpo_scale.models import RunPlan
 from mrpo_scale.ranks import fail_together, from_first, world_group
 from mrpo_scale.references.cache import PartWriter, ReferenceStore
@@ -105,8 +106,9 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
     chunks = rows.chunks(FORWARDS_PER_CHUNK * args.ref_tokens_per_forward * world_size)
     # Another job's order is another one, so that the two rarely work on the same rows.
     random.Random(from_first(time.time_ns(), world_group())).shuffle(chunks)
-    missing = int(from_first(store.missing(rows.key_N).sum(), world_group()))
-    started, scored = time.perf_counter(), 0
+    missing_N = from_first(store.missing(rows.key_N), world_group())
+    missing = int(missing_N.sum())
+    started, scored, done, repeats = time.perf_counter(), 0, 0, store.repeats
     with (
         PartWriter(store, seconds=SECONDS_PER_PART) as writer,
         tqdm(
@@ -117,18 +119,28 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
             todo = chunk[_still_missing(store, rows.key_N[chunk])]
             mine = todo[rank::world_size]
             tokens = [rows.tokens(i) for i in mine]
+            failure: TrainingError | None = None
             for part, logps_P2 in score_in_step(reference, tokens, args.ref_tokens_per_forward):
-                writer.add(rows.key_N[mine[part]], logps_P2.cpu().numpy(), rows.token_counts(mine[part]))
+                try:
+                    writer.add(rows.key_N[mine[part]], logps_P2.cpu().numpy(), rows.token_counts(mine[part]))
+                except TrainingError as error:
+                    failure = error  # raised below: the group still waits for the forwards that are left
                 bar.update(len(logps_P2) * world_size)  # the other ranks are about as far
+            with fail_together(world_group()):
+                if failure is not None:
+                    raise failure
             scored += len(todo)
-            bar.update(scored - bar.n)
-    if dist.is_initialized():
-        dist.barrier()
+            done += int(missing_N[chunk].sum())  # those that another job has scored meanwhile too
+            bar.update(done - bar.n)
+        with fail_together(world_group()):
+            writer.flush()
     store.refresh()
     seconds = time.perf_counter() - started
-    elsewhere = f", {missing - scored} came from another job" if missing > scored else ""
+    others = f", {missing - scored} came from another job" if missing > scored else ""
+    if store.repeats > repeats:
+        others += f", {store.repeats - repeats} were scored by both"
     logger.info(
-        "%s: scored %d rows in %.1f s, %.1f rows/s%s", reference.name, scored, seconds, scored / seconds, elsewhere
+        "%s: scored %d rows in %.1f s, %.1f rows/s%s", reference.name, scored, seconds, scored / seconds, others
     )
 
 

@@ -56,6 +56,9 @@ class ReferenceStore:
     Args:
         root: ``ref_cache_dir``.
         wanted_keys: ``S16`` array; rows of other keys are not kept in memory. None keeps all, 32 bytes each.
+
+    Attributes:
+        repeats: rows that were read and not needed, because an older part has them: jobs at work at once scored them twice.
     """
 
     def __init__(self, root: Path, identity: ReferenceIdentity, wanted_keys: np.ndarray | None = None) -> None:
@@ -66,6 +69,7 @@ class ReferenceStore:
         # Sorted and without a key in common, each at least twice as long as the next: a lookup searches few of them, and adding
         # a part merges short ones only.
         self._runs: list[Rows] = []
+        self.repeats = 0
 
     def __len__(self) -> int:
         return sum(len(run.keys_N) for run in self._runs)
@@ -188,6 +192,7 @@ class ReferenceStore:
         known_N = ~self.missing(rows.keys_N)
         if known_N.any():
             rows = rows.take(~known_N)
+        self.repeats += sum(len(piece.keys_N) for piece in pieces) - len(rows.keys_N)
         if not len(rows.keys_N):
             return 0
         self._runs.append(rows)
@@ -227,10 +232,11 @@ class ReferenceStore:
 
 
 class PartWriter:
-    """Collects rows and writes them as parts. Leaving its block writes what is left, also after an error.
+    """Collects rows and writes all that wait as one part: what a killed process loses. Leaving its block writes what is left, also
+    after an error.
 
     Args:
-        rows: most rows of a part.
+        rows: as soon as so many wait, they are written.
         seconds: after this time since the first waiting row, the next :meth:`add` writes whatever waits.
     """
 
@@ -248,15 +254,14 @@ class PartWriter:
             self._waiting, self._since = rows, time.monotonic()
         else:
             self._waiting = Rows(*(np.concatenate(columns) for columns in zip(self._waiting, rows, strict=True)))
-        while self._waiting is not None and len(self._waiting.keys_N) >= self.rows:
-            self._write()
-        if self._waiting is not None and time.monotonic() - self._since >= self.seconds:
-            self._write()
+        if len(self._waiting.keys_N) >= self.rows or time.monotonic() - self._since >= self.seconds:
+            self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
-        while self._waiting is not None:
-            self._write()
+        """Write what waits; it goes on waiting where that fails."""
+        if self._waiting is not None:
+            self.store.write_part(*self._waiting)
+            self._waiting = None
 
     def __enter__(self) -> PartWriter:
         return self
@@ -270,13 +275,6 @@ class PartWriter:
             if error is None:
                 raise
             error.add_note(f"Afterwards, rows that were scored could not be stored: {failure}")
-
-    def _write(self) -> None:
-        waiting = self._waiting
-        assert waiting is not None
-        self.store.write_part(*waiting.take(slice(self.rows)))
-        self._waiting = waiting.take(slice(self.rows, None)) if len(waiting.keys_N) > self.rows else None
-        self._since = time.monotonic()
 
 
 def _find(sorted_keys: np.ndarray, keys_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.models import RunPlan
-from mrpo_scale.ranks import agree_on_most, all_say, fail_together, world_group
+from mrpo_scale.ranks import agree_on_most, all_say, fail_together, from_first, world_group
 from mrpo_scale.references.ahead import score_ahead
 from mrpo_scale.references.cache import PartWriter, ReferenceStore
 from mrpo_scale.references.identity import ReferenceIdentity, identify
@@ -84,7 +83,11 @@ class ReferenceScores:
             self._load(plan, args, pair_sets)
 
     def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs) -> Tensor:
-        """Raw log-probs [K, P, 2] float32 of this rank's examples, all rows of ``pairs``, in their order."""
+        """Raw log-probs [K, P, 2] float32 of this rank's examples, all rows of ``pairs``, in their order.
+
+        Raises:
+            TrainingError: on every rank if one of them cannot write what it scored.
+        """
         if not self.stores:
             return self._scorer.score(examples, pairs, self.live)
         rows = np.array([example.row for example in examples], dtype=np.int64)
@@ -96,18 +99,25 @@ class ReferenceScores:
         scores_KP2 = torch.stack([torch.from_numpy(s.logps_N2) for s in stored]).to(self.device)
         if which:
             scores_KP2[which] = self._scorer.score(examples, pairs, which)
-            self._keep(which, examples, rows, pairs, {k: stored[k].found_N for k in which}, scores_KP2)
+            with fail_together(world_group()):
+                self._keep(which, examples, rows, pairs, {k: stored[k].found_N for k in which}, scores_KP2)
         return scores_KP2
 
     def flush(self, *, refresh: bool = False) -> None:
-        """Write the rows that wait in memory. ``refresh``: then also read what the other ranks wrote, for the next epoch."""
-        for writer in self._writers.values():
-            writer.flush()
-        if refresh and self._writers:
-            if dist.is_initialized():
-                dist.barrier()
-            for k in self._writers:
-                self.stores[k].refresh()
+        """Write the rows that wait in memory. ``refresh``: then also read what the other ranks wrote, for the next epoch.
+
+        Raises:
+            TrainingError: on every rank if one of them cannot write.
+        """
+        if not self._writers:
+            return
+        with fail_together(world_group()):
+            for writer in self._writers.values():
+                writer.flush()
+        if refresh:
+            with fail_together(world_group()):
+                for k in self._writers:
+                    self.stores[k].refresh()
 
     def _keep(
         self,
@@ -179,10 +189,18 @@ def distinct_rows(pair_sets: Mapping[str, PairDataset]) -> np.ndarray:
 def open_stores(
     plan: RunPlan, args: MRPOConfig, pair_sets: Mapping[str, PairDataset], *, read: bool = True
 ) -> list[ReferenceStore]:
-    """The store of each reference, ``read`` or not yet; none without a cache folder. Collective over the world."""
+    """The store of each reference, ``read`` or not yet; none without a cache folder. Collective over the world.
+
+    Raises:
+        ConfigError: a folder that is none, a part that cannot be used, or files of a reference that cannot be read.
+    """
     root = args.ref_cache_folder
     if root is None:
         return []
+    with fail_together(world_group()):
+        there = next(path for path in (root, *root.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigError(f"`ref_cache_dir: {root}`: {there} is a file; name another folder.")
     wanted = distinct_rows(pair_sets)
     stores = [ReferenceStore(root, identity, wanted) for identity in _identities(plan, args, root)]
     with fail_together(world_group()):
@@ -220,7 +238,7 @@ def count_missing(stores: Sequence[ReferenceStore], keys: np.ndarray, device: to
 
 
 def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MRPOConfig) -> None:
-    """Return when every store has every row; another job writes them.
+    """Return when every store has every row; another job writes them. Collective over the world.
 
     Raises:
         ConfigError: no row came for ``ref_follow_timeout`` minutes.
@@ -231,15 +249,16 @@ def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MR
         total=total, desc="Waiting for scores", unit="row", disable=args.disable_tqdm or args.process_index != 0
     ) as bar:
         while True:
-            for store in stores:
-                store.refresh()
-            missing = [int(store.missing(keys).sum()) for store in stores]
+            with fail_together(world_group()):
+                for store in stores:
+                    store.refresh()
+            missing = count_missing(stores, keys, args.device)
             if total - sum(missing) > have:
                 have, last_news = total - sum(missing), time.monotonic()
                 bar.update(have - bar.n)
             if not any(missing):
                 return
-            if time.monotonic() - last_news > 60 * args.ref_follow_timeout:
+            if from_first(time.monotonic() - last_news > 60 * args.ref_follow_timeout, world_group()):
                 lacking = ", ".join(f"{store.identity.name} {n}" for store, n in zip(stores, missing, strict=True) if n)
                 raise ConfigError(
                     f"`ref_scoring: follow`: no new score came into {args.ref_cache_folder} for {args.ref_follow_timeout:g} "

@@ -1,4 +1,4 @@
-"""One pool of workers per world size for the whole session."""
+"""One pool of workers per world size, and one process that forks command lines, for the whole session."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.distributed.jobs import Jobs
 from tests.distributed.pool import Pool
 
 
@@ -21,3 +22,10 @@ def pool4() -> Iterator[Pool]:
     pool = Pool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def jobs() -> Iterator[Jobs]:
+    jobs = Jobs()
+    yield jobs
+    jobs.close()

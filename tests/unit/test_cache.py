@@ -226,11 +226,12 @@ def test_part_writer_writes_at_its_limit_and_the_rest_on_exit(tmp_path):
     with PartWriter(store, rows=10) as writer:
         for start in range(0, 27, 3):
             writer.add(*rows(start, start + 3))
-        assert part_sizes(store) == [10, 10]
-        writer.add(*rows(27, 52))
-        assert part_sizes(store) == [10] * 5
+        assert part_sizes(store) == [12, 12]  # all that wait, so that one part at most is in memory only
+        writer.add(*rows(27, 50))
+        assert part_sizes(store) == [12, 12, 26]
+        writer.add(*rows(50, 52))
         writer.add(*rows(0, 0))
-    assert part_sizes(store) == [10] * 5 + [2]
+    assert part_sizes(store) == [12, 12, 26, 2]
     assert_holds(opened(tmp_path), 0, 52)
     assert_holds(store, 0, 52)
 

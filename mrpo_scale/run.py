@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def _train(script: ScriptArguments, config: MRPOConfig) -> tuple[list[RunSummary
 def _make_toy_world(script: ScriptArguments) -> None:
     """Make the quickstart's world where a recipe names it, in a process of its own: in this one a live ZeRO-3 configuration
     would partition the little models over ranks that are not making any."""
-    names = [script.model_name_or_path, script.dataset_name, *script.ref_models]
+    names = [script.model_name_or_path, *(spec.name for spec in script.datasets), *script.ref_models]
     if any(str(name).startswith("toy:") for name in names):
         alone = {
             k: v
@@ -107,12 +108,16 @@ def _make_toy_world(script: ScriptArguments) -> None:
 
 def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
     return load_rows(
-        resolve(str(script.dataset_name)),
+        [replace(spec, name=resolve(spec.name)) for spec in script.datasets],
         config=script.dataset_config,
         train_split=script.dataset_train_split,
         test_split=script.dataset_test_split,
         held_out=script.held_out,
+        train_subset=script.train_subset,
         seed=config.seed,
+        layout=config.dataset_layout,
+        options=config.pair_options,
+        num_proc=config.dataset_num_proc,
     )
 
 
@@ -173,7 +178,7 @@ def _card(trainer: MRPOTrainer, script: ScriptArguments) -> ModelCard:
     packages = ("mrpo-scale", "torch", "transformers", "accelerate", "deepspeed", "datasets")
     return ModelCard(
         base_model=str(script.model_name_or_path),
-        dataset=str(script.dataset_name),
+        dataset=[spec.name for spec in script.datasets],
         settings={
             "objective": args.objective,
             "beta": args.beta,

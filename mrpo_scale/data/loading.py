@@ -59,14 +59,14 @@ def load_rows(
         train, test = _choose_splits(splits, spec.name, spec.split or train_split, test_split)
         read_as = spec.layout or layout
         if train_subset is not None or (held_out is not None and test is None):
-            groups = group_numbers(train, find_layout(train, read_as)) if len(train) else np.arange(0)
+            groups = group_numbers(train, _find_layout_of(train, read_as, spec.label)) if len(train) else np.arange(0)
             train, rest = _split(train, groups, None if test is not None else held_out, train_subset, seed)
             test = test if test is not None else rest
         if len(specs) == 1 and spec.layout is None:
             return train, test
         for rows, tables in ((train, trains), (test, tests)):
             if rows is not None:
-                found = find_layout(rows, read_as)
+                found = _find_layout_of(rows, read_as, spec.label)
                 tables.append(pair_table(rows, found, options, source=spec.label, num_proc=num_proc))
     return mix(trains, specs, seed), datasets.concatenate_datasets(tests) if tests else None
 
@@ -100,6 +100,13 @@ def find_layout(dataset: datasets.Dataset, name: str = "auto") -> AnyLayout:
     raise ConfigError(
         f"`dataset_layout: auto`: no layout fits; nearest is `{nearest.name}`: {reason}. {_known(dataset)}"
     )
+
+
+def _find_layout_of(rows: datasets.Dataset, name: str, label: str) -> AnyLayout:
+    try:
+        return find_layout(rows, name)
+    except ConfigError as error:
+        raise ConfigError(f"`{label}`: {error}") from None
 
 
 def _choose_splits(

@@ -1,5 +1,7 @@
 """Every layout from its fixture, rows as the real data sets have them, to the pairs that a person would write down."""
 
+import json
+import re
 from pathlib import Path
 
 import datasets
@@ -372,3 +374,21 @@ def test_ties_are_counted_but_are_no_bad_rows():
         "detail": "two answers have score 3",
     }
     assert [prepared.source(i) for i in (0, 2)] == ["rows 1 and 0", "rows 1 and 2"]
+
+
+# ---- the documentation -----------------------------------------------------------------------------------------------
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_documented_row_gives_the_documented_pair(name):
+    section = DOCUMENT.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
+    rows, pairs = (
+        [json.loads(line) for line in block.splitlines()]
+        for block in re.findall(r"```json\n(.*?)\n```", section, flags=re.DOTALL)
+    )
+    dataset = datasets.Dataset.from_list(rows)
+    layout = find_layout(dataset)
+    assert layout.name == name
+    assert read(dataset, layout) == [PreferencePair(**p) for p in pairs]

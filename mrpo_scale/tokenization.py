@@ -313,15 +313,15 @@ def _flags(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
 
 def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: int) -> None:
     if pairs.counts:
-        logger.info("%s: skipped %d of %d pairs: %s", split, num_rows - len(pairs), num_rows, _by_reason(pairs))
+        logger.info("%s: skipped %d of %d pairs: %s", split, num_rows - len(pairs), num_rows, _by_reason(pairs.counts))
     if pairs.truncated:
         logger.info("%s: cut responses of %d pairs to max_length %s", split, pairs.truncated, max_length)
     for name, n in pairs.merged.items():
         logger.info("%s: merged turns of %d prompts for %s", split, n, name)
 
 
-def _by_reason(pairs: PairDataset) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in pairs.counts.items())
+def _by_reason(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items())
 
 
 def _check_bad_rows(
@@ -334,15 +334,20 @@ def _check_bad_rows(
 ) -> None:
     bad = [row for row in bad if row["reason"] not in NO_PAIR]
     total = len(pairs) + len(bad)
+    if not total:
+        raise ConfigError(
+            f"the {split} set gives no pair: {_by_reason(pairs.counts)}; choose other data or `score_columns`."
+        )
+    reasons = _by_reason({reason: n for reason, n in pairs.counts.items() if reason not in NO_PAIR})
     if bad and on_bad_row == "error":
         first = bad[0]
         raise ConfigError(
             f"`on_bad_row: error`: {describe_source(first)} of the {split} set is bad: {first['reason']} ({first['detail']}); "
-            f"repair the {len(bad)} bad rows ({_by_reason(pairs)}) or set `on_bad_row: skip`."
+            f"repair the {len(bad)} bad rows ({reasons}) or set `on_bad_row: skip`."
         )
     if len(bad) > max_bad_rows * total or not len(pairs):
         remedy = f"raise `max_length: {max_length}` or `max_bad_rows`" if "prompt_too_long" in pairs.counts else ""
         raise ConfigError(
-            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {_by_reason(pairs)}; "
+            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {reasons}; "
             f"{remedy or 'repair the data or raise `max_bad_rows`'}."
         )

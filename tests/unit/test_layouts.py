@@ -376,6 +376,14 @@ def test_ties_are_counted_but_are_no_bad_rows():
     assert [prepared.source(i) for i in (0, 2)] == ["rows 1 and 0", "rows 1 and 2"]
 
 
+def test_a_set_of_ties_gives_no_pair():
+    rows = load("helpsteer").select([0, 3])
+    with pytest.raises(
+        ConfigError, match="the train set gives no pair: 1 tied_scores; choose other data or `score_col"
+    ):
+        prepare_pairs(rows, LAYOUTS["helpsteer"], [chatml()], max_length=None)
+
+
 # ---- the documentation -----------------------------------------------------------------------------------------------
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text()

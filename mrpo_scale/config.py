@@ -17,6 +17,9 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from mrpo_scale.data.mixing import DatasetSpec, parse_datasets
+from mrpo_scale.data.pairs import PairOptions
+from mrpo_scale.data.ranking import RANKED_PAIRS
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.objective import Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
@@ -42,14 +45,30 @@ class ScriptArguments:
         [],
         "References 1..K-1: hub ids, folders, or mappings {model, revision, dtype, chat_template, system, name, ...}.",
     )
-    dataset_name: str | None = _key(None, "Hub id, or a local json, jsonl, parquet, arrow or csv file or folder.")
+    dataset_name: str | list[str] = _key(
+        [],
+        "Hub id, or a local json, jsonl, parquet, arrow or csv file or folder; or several, as names or mappings {name, config, "
+        "split, weight, layout}.",
+    )
     dataset_config: str | None = _key(None, "Configuration name of a hub data set.")
     dataset_train_split: str = _key("train", "Split to train on.")
     dataset_test_split: str = _key("test", "Split to evaluate on, where the data set has it.")
     held_out: float | None = _key(
         None, "Without a test split: fraction (below 1) or number of pairs to hold out, seeded."
     )
+    train_subset: float | None = _key(
+        None, "Train on this fraction (below 1) or number of pairs, seeded; without a test split the rest is held out."
+    )
     baselines: list[str] = _key([], "Objectives to train first, for the table at the end, e.g. `dpo`.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:
+            self.dataset_name = self.dataset_name[0]
+
+    @property
+    def datasets(self) -> list[DatasetSpec]:
+        """The data sets that ``dataset_name`` names; raises ConfigError where it does not make sense."""
+        return parse_datasets(self.dataset_name)
 
 
 @dataclass
@@ -103,6 +122,10 @@ class MRPOConfig(TrainingArguments):
     # Data
     dataset_layout: str = _key("auto", "Layout of the rows, recognised by inspection unless named.")
     dataset_num_proc: int | None = _key(None, "Processes for tokenizing.")
+    ranked_pairs: Literal["all", "best_vs_random", "best_vs_worst"] = _key(
+        "all", "Pairs made of ranked or scored answers to one prompt."
+    )
+    score_columns: list[str] = _key(["helpfulness"], "Layout helpsteer: the columns whose sum scores an answer.")
     max_length: int | None = _key(
         1024, "Most tokens of prompt + response, in the policy's tokens; longer responses are cut."
     )
@@ -147,6 +170,8 @@ class MRPOConfig(TrainingArguments):
             self.ref_weights = [self.ref_weights]
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if isinstance(self.score_columns, str):
+            self.score_columns = [self.score_columns]
         self.shared_prompt = str(self.shared_prompt).lower()  # type: ignore[assignment]
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
@@ -213,6 +238,7 @@ class MRPOConfig(TrainingArguments):
         _within("ref_placement", self.ref_placement, ("spread", "partition"))
         if self.ref_scoring == "follow" and not self.ref_cache_dir:
             raise ConfigError("`ref_scoring: follow` needs `ref_cache_dir`, the folder that `mrpo score` fills.")
+        _within("ranked_pairs", self.ranked_pairs, RANKED_PAIRS)
         if not 0 <= self.max_bad_rows <= 1:
             raise ConfigError(f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1.")
         for key, least in (
@@ -244,6 +270,11 @@ class MRPOConfig(TrainingArguments):
         """``head_backward: auto`` is what was measured faster: in the forward on a CPU (benchmarks/results). On a GPU neither was
         measured yet, so it stays with the one that holds no float32 weight gradient through the body's backward."""
         return self.head_backward == "in_forward" or (self.head_backward == "auto" and self.device.type == "cpu")
+
+    @property
+    def pair_options(self) -> PairOptions:
+        """How ranked or scored answers become pairs."""
+        return PairOptions(self.ranked_pairs, tuple(self.score_columns), self.seed)
 
     @property
     def policy_dtype(self) -> torch.dtype:

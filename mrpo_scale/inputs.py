@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -53,6 +54,7 @@ def prepare_sets(
                 find_layout(rows, args.dataset_layout),
                 plan.texts,
                 max_length=args.max_length,
+                options=args.pair_options,
                 on_bad_row=args.on_bad_row,
                 max_bad_rows=args.max_bad_rows,
                 bad_rows_file=args.folder / f"bad_rows_{split}.jsonl",
@@ -66,7 +68,7 @@ def prepare_sets(
 def _make_toy_world(script: ScriptArguments) -> None:
     """Make the quickstart's world where a recipe names it, in a process of its own: in this one a live ZeRO-3 configuration
     would partition the little models over ranks that are not making any."""
-    names = [script.model_name_or_path, script.dataset_name, *script.ref_models]
+    names = [script.model_name_or_path, *(spec.name for spec in script.datasets), *script.ref_models]
     if any(str(name).startswith("toy:") for name in names):
         alone = {
             k: v
@@ -80,10 +82,14 @@ def _make_toy_world(script: ScriptArguments) -> None:
 
 def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
     return load_rows(
-        resolve(str(script.dataset_name)),
+        [replace(spec, name=resolve(spec.name)) for spec in script.datasets],
         config=script.dataset_config,
         train_split=script.dataset_train_split,
         test_split=script.dataset_test_split,
         held_out=script.held_out,
+        train_subset=script.train_subset,
         seed=config.seed,
+        layout=config.dataset_layout,
+        options=config.pair_options,
+        num_proc=config.dataset_num_proc,
     )

@@ -228,7 +228,7 @@ class ModelCard:
 
     Args:
         base_model: the policy's hub id or folder. Of a folder only the last part is named, and not in the front matter.
-        dataset: hub id or path, treated alike.
+        dataset: hub id or path, treated alike; or several of them.
         settings: method settings in the order to show: objective, beta, epsilon_max, clip, ref_weights, aggregate, ...
         references: (name, hub id or path, revision), the anchor first.
         data: split -> {"pairs": pairs used, reason: pairs skipped, ...}.
@@ -238,7 +238,7 @@ class ModelCard:
     """
 
     base_model: str
-    dataset: str
+    dataset: str | Sequence[str]
     settings: Mapping[str, Any]
     references: Sequence[tuple[str, str, str | None]]
     data: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -250,14 +250,18 @@ class ModelCard:
         """Markdown with a YAML front matter as the Hugging Face hub reads it."""
         return "\n\n".join([self._front_matter(), *self._method(), *self._data(), *self._outcome()]) + "\n"
 
+    @property
+    def _datasets(self) -> Sequence[str]:
+        return [self.dataset] if isinstance(self.dataset, str) else self.dataset
+
     def _front_matter(self) -> str:
         import yaml
 
         values: dict[str, Any] = {"library_name": "transformers", "tags": ["mrpo", "preference-optimization"]}
         if is_hub_id(self.base_model):
             values["base_model"] = self.base_model
-        if is_hub_id(self.dataset):
-            values["datasets"] = [self.dataset]
+        if on_hub := [name for name in self._datasets if is_hub_id(name)]:
+            values["datasets"] = on_hub
         return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
     def _method(self) -> list[str]:
@@ -285,7 +289,7 @@ class ModelCard:
             rows.append((split, str(counts["pairs"]), ", ".join(skipped) or "none"))
         return [
             "## Data",
-            f"{_source(self.dataset)}.",
+            f"{', '.join(_source(name) for name in self._datasets)}.",
             *([_table(("split", "pairs used", "skipped"), rows)] if rows else []),
         ]
 

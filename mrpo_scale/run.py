@@ -136,7 +136,7 @@ def _card(trainer: MRPOTrainer, script: ScriptArguments) -> ModelCard:
     packages = ("mrpo-scale", "torch", "transformers", "accelerate", "deepspeed", "datasets")
     return ModelCard(
         base_model=str(script.model_name_or_path),
-        dataset=str(script.dataset_name),
+        dataset=[spec.name for spec in script.datasets],
         settings={
             "objective": args.objective,
             "beta": args.beta,

@@ -200,13 +200,13 @@ class MRPOTrainer(Trainer):
         if not self._sum_over_ranks(bad_P.any().float()):
             return
         mine = [
-            self.pair_sets["train"].source_row(row) for row, bad in zip(inputs.rows, bad_P.tolist(), strict=True) if bad
+            self.pair_sets["train"].source(row) for row, bad in zip(inputs.rows, bad_P.tolist(), strict=True) if bad
         ]
-        everyone: list[list[int]] = [mine]
+        everyone: list[list[str]] = [mine]
         if dist.is_initialized():
             everyone = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(everyone, mine)
-        where = "; ".join(f"rank {rank}: rows {rows}" for rank, rows in enumerate(everyone) if rows)
+        where = "; ".join(f"rank {rank}: {', '.join(rows)}" for rank, rows in enumerate(everyone) if rows)
         raise TrainingError(
             f"the loss of step {self.state.global_step + 1} is not finite for training pairs of {where} (row numbers of the "
             f"data set). All ranks stop; the last checkpoint in {self.args.output_dir} is as it was. Look at those rows and at "

@@ -144,13 +144,13 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(folders, tmp_path, pool2, alo
     step = next(step for step, row in alone["rows"] if row == 11)
     messages = pool2.run(train_expecting_a_stop, folders, tmp_path, timeout=300)
     assert messages[0] == messages[1] and messages[0] is not None
-    assert f"step {step + 1} " in messages[0] and "rows [11]" in messages[0] and str(tmp_path) in messages[0]
+    assert f"step {step + 1} " in messages[0] and ": row 11 " in messages[0] and str(tmp_path) in messages[0]
     # The last good checkpoint is there and none of the bad step's.
     assert sorted(int(p.name.split("-")[1]) for p in Path(tmp_path).glob("checkpoint-*")) == list(range(1, step + 1))
 
 
 def test_a_poisoned_row_is_named_in_one_process(folders, tmp_path):
-    with pytest.raises(TrainingError, match=r"rows \[11\]"):
+    with pytest.raises(TrainingError, match="rank 0: row 11 "):
         train(folders, tmp_path, batch_size=4, accumulation=1, poison=11, deepspeed=False)
 
 

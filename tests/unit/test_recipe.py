@@ -204,3 +204,11 @@ def test_every_deepspeed_config_is_read_by_deepspeed(path):
     if path.stem == "zero3_cpu":
         assert config.get_value("zero_force_ds_cpu_optimizer") is False
         assert config.get_value("zero_allow_untested_optimizer") is True
+
+
+def test_streaming_is_an_error_that_says_what_happens_instead(recipe):
+    with pytest.raises(
+        ConfigError, match=r"dataset_streaming: True.*Arrow files once and memory-mapped.*Remove the key"
+    ):
+        parse(["--config", recipe("dataset_streaming: true\n")])
+    parse(["--config", recipe("dataset_streaming: false\n")])

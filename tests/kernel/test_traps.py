@@ -117,8 +117,8 @@ def test_a_running_maximum_starts_below_every_logit(implementation):
 
 @pytest.mark.parametrize("vocabulary", [33, 63])
 def test_softcap_is_applied_before_the_mask(implementation, vocabulary):
-    """Applied after it, -inf becomes -softcap. All words are at -softcap here, so each masked column counts as much as a word."""
-    tensors, labels_T, cu_seqlens = inputs(vocabulary=vocabulary, bias=BIAS_FAR_BELOW)
+    """Applied after it, -inf becomes -softcap, -40. The words lie between -31 and -39, so each masked column adds some percent."""
+    tensors, labels_T, cu_seqlens = inputs(vocabulary=vocabulary, bias=-60.0)
     check(implementation, tensors, labels_T, cu_seqlens, softcap=40.0)
 
 

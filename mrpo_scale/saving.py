@@ -1,4 +1,4 @@
-"""A trained policy as an ordinary Hugging Face folder that loads as its source loads: the source's key names, dtypes and small files.
+"""A trained policy as an ordinary Hugging Face folder that loads as its source does: the source's key names, dtypes, small files.
 
 transformers rewrites what it saves in the manner of its own version (``torch_dtype`` becomes ``dtype``, tokenizer classes get new
 names), which other versions and other programs may not read. So the small files are the source's own, byte for byte.
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def folder_of(source: ReferenceSource) -> Path:
-    """Where the files are that the policy was loaded from: of a hub id the snapshot on this machine, whatever the hub has by now."""
+    """Where the files are that the policy was loaded from: of a hub id the snapshot on this machine, not what the hub has now."""
     return Path(source.path) if Path(source.path).is_dir() else snapshot(source, local_files_only=True)
 
 

@@ -14,8 +14,10 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
   train    finetune the policy; without a recipe, the quickstart
   score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...]; --list says what is there, --verify checks it
   inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
+  report   FOLDER [FOLDER ...] [--output FILE]: the HTML report of a run's folder again, or of several side by side; takes no recipe
 
-RECIPE is a YAML file or the name of a recipe of the package. `mrpo train --help` lists all keys; every command takes them.
+RECIPE is a YAML file or the name of a recipe of the package. `mrpo train --help` lists all keys; every command that
+takes a recipe takes them.
 Under a launcher: accelerate launch --config_file launch/accelerate/cpu_zero3.yaml launch/train.py --config RECIPE
 """
 
@@ -24,6 +26,7 @@ COMMANDS = {
     "train": "mrpo_scale.run:run",
     "score": "mrpo_scale.score:score",
     "inspect": "mrpo_scale.inspection:inspect",
+    "report": "mrpo_scale.html_report:report",
 }
 
 

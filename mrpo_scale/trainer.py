@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from mrpo_scale.artifacts import write_artifacts
 from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
-from mrpo_scale.config import MRPOConfig
+from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_flops
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
@@ -29,6 +30,7 @@ from mrpo_scale.inputs import prepare_sets
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
 from mrpo_scale.objective import preference_loss
 from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.report import RunSummary
 from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
@@ -115,6 +117,9 @@ class MRPOTrainer(Trainer):
         self._policy_checked = False
         self._save_as_source = False
         self._tokenizer_of_source = processing_class is None
+        # For the model card, where the caller knows more than the trainer: a recipe, and other runs to compare with.
+        self.script: ScriptArguments | None = None
+        self.comparison: list[RunSummary] = []
 
     # ---- which pairs make a step -------------------------------------------------------------------------------------
 
@@ -264,6 +269,16 @@ class MRPOTrainer(Trainer):
                 tokenizer=self._tokenizer_of_source,
                 chat_template=self.plan.texts[0].template if self.args.chat_template else None,
             )
+
+    def create_model_card(self, *, model_name: str | None = None, **metadata: Any) -> None:  # type: ignore[override]
+        """README.md, curves, report.html and what they are made from, in ``output_dir``. ``push_to_hub`` calls this before it
+        uploads, so that the card on the hub is this one and not transformers' draft.
+
+        Args:
+            metadata: license, language, tags, ... of the front matter; ``dataset`` names rows that came from Python.
+        """
+        if self.is_world_process_zero():
+            write_artifacts(self, metadata)
 
     # ---- what is measured --------------------------------------------------------------------------------------------
 

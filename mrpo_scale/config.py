@@ -316,13 +316,18 @@ def check_world_size(world_size: int) -> None:
         )
 
 
+#: Defaults that HfArgumentParser turns into another value on the way.
+_REWRITTEN = {"debug": None, "include_num_input_tokens_seen": False}
+
+
 def typed(arguments: Any) -> dict[str, Any]:
     """{key: value} of a dataclass where it differs from the default, tokens left out."""
     values = {}
     for f in fields(arguments):
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        if getattr(arguments, f.name) != default and not f.name.endswith("token"):
-            values[f.name] = getattr(arguments, f.name)
+        value = getattr(arguments, f.name)
+        if value not in (default, _REWRITTEN.get(f.name, default)) and not f.name.endswith("token"):
+            values[f.name] = value
     return values
 
 

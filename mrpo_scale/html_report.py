@@ -119,7 +119,8 @@ def _one(run: Run) -> dict[str, Any]:
 
 
 def _several(runs: Sequence[Run]) -> dict[str, Any]:
-    rows = [
+    rows = [RunSummary(**row) for row in runs[0].facts["rows"] if row["name"] == "base"]
+    rows += [
         RunSummary(**{**(run.facts["rows"] or [_row(run)])[-1], "name": label})
         for run, label in zip(runs, labels(runs), strict=True)
     ]
@@ -156,10 +157,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     _, seconds = points(run.history, "time/step")
     tiles = [
         ("held-out accuracy", percent(row.ranking_accuracy), accuracy),
-        ("held-out reward accuracy", percent(row.reward_accuracy), "against its own reference"),
-        ("held-out reward margin", number(row.reward_margin, "+.3f"), "chosen minus rejected"),
+        ("reward accuracy", percent(row.reward_accuracy), "held-out"),
+        ("reward margin", number(row.reward_margin, "+.3f"), "held-out"),
         ("training loss", number(losses[-1] if losses else None, ".4f"), f"{losses[0]:.4f} at first" if losses else ""),
-        ("references", str(len(run.references) or "-"), "the anchor among them"),
+        ("references", str(len(run.references) or "-"), "with the anchor"),
         ("optimizer steps", str(steps), f"{sum(seconds) / len(seconds):.2f} s each" if seconds else ""),
     ]
     return [tile for tile in tiles if tile[1] != "-"]

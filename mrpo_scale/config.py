@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,6 +158,7 @@ class MRPOConfig(TrainingArguments):
     ref_tokens_per_forward: int = _key(65536, "Padded tokens in one scoring forward; a larger window takes several.")
 
     def __post_init__(self) -> None:
+        self.typed = typed(self)  # before anything is filled in: what a model card can say of the run
         self._normalise()
         self.build_objective()
         self._check()
@@ -253,6 +254,10 @@ class MRPOConfig(TrainingArguments):
         if not math.isfinite(self.learning_rate) or self.learning_rate < 0:
             raise ConfigError(f"`learning_rate: {self.learning_rate}` must be 0 or more.")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hub token: the Trainer pickles its arguments into a file that push_to_hub uploads."""
+        return {**self.__dict__, "hub_token": None}
+
     @property
     def folder(self) -> Path:
         """``output_dir``, where everything that this run writes goes."""
@@ -340,6 +345,21 @@ def check_world_size(world_size: int) -> None:
             f"the launcher started WORLD_SIZE={launched} processes but this process sees a world of {world_size}: each would train "
             "alone. On CPU set `ddp_backend: gloo`; check `num_processes` and `distributed_type` of the accelerate config."
         )
+
+
+#: Defaults that HfArgumentParser turns into another value on the way.
+_REWRITTEN = {"debug": None, "include_num_input_tokens_seen": False}
+
+
+def typed(arguments: Any) -> dict[str, Any]:
+    """{key: value} of a dataclass where it differs from the default, tokens left out."""
+    values = {}
+    for f in fields(arguments):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        value = getattr(arguments, f.name)
+        if value not in (default, _REWRITTEN.get(f.name, default)) and not f.name.endswith("token"):
+            values[f.name] = value
+    return values
 
 
 def _within(key: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -16,11 +16,9 @@ from torch import Tensor
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.scores import distinct_rows, open_stores
-from mrpo_scale.report import PALETTE, aligned
+from mrpo_scale.report import DECIDES_NOTHING, PALETTE, aligned
 from mrpo_scale.score import Recipe
 
-#: Below this share of decided texts a reference cannot move the virtual reference.
-DECIDES_NOTHING = 0.01
 #: Above this correlation of margins a reference tells pairs apart as the anchor does.
 SAME_AS_ANCHOR = 0.98
 

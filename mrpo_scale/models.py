@@ -37,7 +37,6 @@ class RunPlan:
     """Every model of a run before any weights load. ``texts`` are the distinct views of the text, the policy's first."""
 
     policy: ReferenceSource
-    policy_dtype_on_disk: torch.dtype  #: of the source's weights: what a trained model is saved in
     tokenizer: PreTrainedTokenizerBase
     texts: list[ModelText]
     references: list[PlannedReference]
@@ -91,8 +90,7 @@ def plan_models(
         view = shared_view(texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name))
         references.append(PlannedReference(source, view, pad_token_id(ref_tokenizer)))
     args.build_objective().check_references(len(references))
-    on_disk = getattr(policy_config, "dtype", None) or policy.dtype
-    return RunPlan(policy, on_disk, tokenizer, texts, references)
+    return RunPlan(policy, tokenizer, texts, references)
 
 
 def load_policy(source: ReferenceSource) -> PreTrainedModel:

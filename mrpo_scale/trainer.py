@@ -6,7 +6,6 @@ happens: what a window is (samplers, ``get_batch_samples``), what its loss is (`
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +20,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from mrpo_scale.artifacts import write_artifacts
 from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
-from mrpo_scale.config import MRPOConfig
+from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_flops
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
@@ -30,6 +30,8 @@ from mrpo_scale.inputs import prepare_sets
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
 from mrpo_scale.objective import preference_loss
 from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.report import RunSummary
+from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
     choose_shared_prompt,
@@ -114,6 +116,10 @@ class MRPOTrainer(Trainer):
         self._eval_scores: dict[int, Tensor] = {}
         self._policy_checked = False
         self._save_as_source = False
+        self._tokenizer_of_source = processing_class is None
+        # For the model card, where the caller knows more than the trainer: a recipe, and other runs to compare with.
+        self.script: ScriptArguments | None = None
+        self.comparison: list[RunSummary] = []
 
     # ---- which pairs make a step -------------------------------------------------------------------------------------
 
@@ -240,25 +246,39 @@ class MRPOTrainer(Trainer):
     # ---- what is saved -----------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy as its source was: key names, ties, dtype. Checkpoints keep the dtype that training resumes in."""
-        self._save_as_source = not _internal_call
+        """Write the policy as its source was: key names, ties, dtypes, config, tokenizer. Checkpoints, which have a folder of
+        their own, keep the dtype that training resumes in."""
+        self._save_as_source = not _internal_call or output_dir is None
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        config, dtype = self.policy.config, self.plan.policy_dtype_on_disk
+        config = self.policy.config
         in_training = config.use_cache
         config.use_cache = self._source_use_cache  # the Trainer switches it off
-        if self._save_as_source and dtype != self.policy.dtype:
-            state_dict = self.policy.state_dict() if state_dict is None else state_dict
-            # Tied weights must stay one tensor, or they would be written twice.
-            cast = {v.data_ptr(): v.to(dtype) if v.is_floating_point() else v for v in state_dict.values()}
-            state_dict = {k: cast[v.data_ptr()] for k, v in state_dict.items()}
+        as_source = self._save_as_source and self.args.should_save
+        if as_source:
+            source = folder_of(self.plan.policy)
+            state = self.policy.state_dict() if state_dict is None else state_dict
+            state_dict = cast_as_stored(state, dtypes_on_disk(self.policy, source))
         super()._save(output_dir, state_dict)
         config.use_cache = in_training
-        if self._save_as_source and self.args.should_save:
-            file = Path(output_dir or self.args.folder) / "config.json"
-            written = json.loads(file.read_text())
-            file.write_text(json.dumps({**written, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+        if as_source:
+            copy_small_files(
+                source,
+                Path(output_dir or self.args.folder),
+                tokenizer=self._tokenizer_of_source,
+                chat_template=self.plan.texts[0].template if self.args.chat_template else None,
+            )
+
+    def create_model_card(self, *, model_name: str | None = None, **metadata: Any) -> None:  # type: ignore[override]
+        """README.md, curves, report.html and what they are made from, in ``output_dir``. ``push_to_hub`` calls this before it
+        uploads, so that the card on the hub is this one and not transformers' draft.
+
+        Args:
+            metadata: license, language, tags, ... of the front matter; ``dataset`` names rows that came from Python.
+        """
+        if self.is_world_process_zero():
+            write_artifacts(self, metadata)
 
     # ---- what is measured --------------------------------------------------------------------------------------------
 

@@ -121,6 +121,15 @@ def test_the_command_line_wins_over_the_recipe(recipe):
     assert (config.beta, config.output_dir) == (0.3, "elsewhere")
 
 
+def test_what_was_typed_is_what_the_recipe_says(recipe):
+    """Of a card's recipe: neither defaults that the parser or __post_init__ rewrites, nor a token."""
+    _, config = parse(["--config", recipe(TRL_RECIPE), "--hub_token", "hf_secret", "--use_cpu", "true"])
+    said = yaml.safe_load(TRL_RECIPE)
+    assert config.typed.keys() <= {*said, "output_dir", "use_cpu"}
+    assert config.typed["beta"] == 0.05 and config.typed["report_to"] == "none"
+    assert "loss_type" not in config.typed and "gradient_checkpointing" not in config.typed, "as the defaults are"
+
+
 def test_an_empty_key_means_none_where_none_means_something(recipe):
     assert parse(["--config", recipe("max_length: null\nmodel_name_or_path: A\n")])[1].max_length is None
 

@@ -58,6 +58,7 @@ def _keep(trained: tuple[list[RunSummary], list[dict[str, Any]]], rows: list[Run
 def _train(script: ScriptArguments, config: MRPOConfig) -> tuple[list[RunSummary], list[dict[str, Any]]]:
     """One objective: train, evaluate, save. Returns the rows `base` and its own, and the log."""
     train_rows, eval_rows = read_rows(script, config)
+    config.anchor = resolve(config.anchor) if config.anchor else None
     reset_peak_memory()
     trainer = MRPOTrainer(
         resolve(str(script.model_name_or_path)),
@@ -142,7 +143,7 @@ def _card(trainer: MRPOTrainer, script: ScriptArguments) -> ModelCard:
             "beta": args.beta,
             "epsilon_max": args.epsilon_max,
             "clip": args.clip,
-            "ref_weights": " ".join(map(str, args.ref_weights)),
+            "ref_weights": _weights(trainer),
             "aggregate": args.aggregate,
             "loss_type": " ".join(args.loss_type),
             "label_smoothing": args.label_smoothing,
@@ -157,6 +158,14 @@ def _card(trainer: MRPOTrainer, script: ScriptArguments) -> ModelCard:
         versions={name: importlib.metadata.version(name) for name in packages},
         curves="curves.png",
     )
+
+
+def _weights(trainer: MRPOTrainer) -> str:
+    """As the recipe says, and the numbers that `validation` found."""
+    word, found = " ".join(map(str, trainer.args.ref_weights)), trainer.preference_objective.ref_weights
+    if trainer.args.weights_from_validation and not isinstance(found, str):
+        return f"{word}: {' '.join(f'{weight:.3f}' for weight in found)}"
+    return word
 
 
 def _release(trainer: MRPOTrainer) -> None:

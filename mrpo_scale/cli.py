@@ -14,6 +14,9 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
   train    finetune the policy; without a recipe, the quickstart
   score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...]; --list says what is there, --verify checks it
   inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
+  compare  objectives, settings and seeds against each other and against DPO on every single reference:
+           [--objectives mrpo multi_dpo mrpo:KEY=VALUE,...] [--vary KEY=VALUE,VALUE ...] [--seeds 3] [--output FOLDER]
+           [--launch "accelerate launch --config_file X"] [--jobs 1] [--dry_run | --slurm | --report]
 
 RECIPE is a YAML file or the name of a recipe of the package. `mrpo train --help` lists all keys; every command takes them.
 Under a launcher: accelerate launch --config_file launch/accelerate/cpu_zero3.yaml launch/train.py --config RECIPE
@@ -24,6 +27,7 @@ COMMANDS = {
     "train": "mrpo_scale.run:run",
     "score": "mrpo_scale.score:score",
     "inspect": "mrpo_scale.inspection:inspect",
+    "compare": "mrpo_scale.compare.command:compare",
 }
 
 
@@ -86,3 +90,7 @@ def main() -> None:
     else:
         print(f"error: unknown command `{command}`.\n\n{USAGE}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from mrpo_scale.config import ScriptArguments
 from mrpo_scale.errors import ConfigError
 
 OBJECTIVES = ("dpo", "mrpo", "multi_dpo")
@@ -23,12 +24,11 @@ UNUSED = {
     "multi_dpo": {"aggregate"},
     "mrpo": set[str](),
 }
-#: Keys that would give the runs other rows, other references or other folders.
-FIXED = {
-    *("model_name_or_path", "model_revision", "ref_models", "anchor", "objective", "baselines", "seed", "data_seed"),
-    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_layout", "held_out"),
-    *("weights_split", "max_length", "on_bad_row", "max_bad_rows", "chat_template", "plain_template", "system"),
-    *("dtype", "bf16", "fp16", "attn_implementation", "output_dir", "ref_cache_dir", "ref_scoring"),
+#: Keys that would give the runs other models, rows or scores, or that a comparison sets itself.
+FIXED = {f.name for f in fields(ScriptArguments)} | {
+    *("model_revision", "anchor", "objective", "seed", "data_seed", "output_dir", "ref_cache_dir", "ref_scoring"),
+    *("dataset_layout", "weights_split", "max_length", "on_bad_row", "max_bad_rows", "chat_template", "plain_template"),
+    *("system", "dtype", "bf16", "fp16", "attn_implementation"),
 }
 
 

@@ -50,13 +50,10 @@ def verdict(comparison: Comparison) -> str:
         return (
             "No verdict: it takes a finished DPO run on a single reference and a finished run with several references."
         )
-    lines = []
-    best = several if several.accuracy[0] > single.accuracy[0] else single
-    tied = several.accuracy[0] == single.accuracy[0]
-    if tied:
-        lines.append(f"Best: a tie of {several.arm.name} and {single.arm.name}, both {_share(single.accuracy)}.")
-    else:
-        lines.append(f"Best: {best.arm.name}, {_share(best.accuracy)}.")
+    top = max(single.accuracy[0], several.accuracy[0])
+    best = [arm for arm in comparison.arms if arm.accuracy[0] == top]
+    names = ", ".join(arm.arm.name for arm in best)
+    lines = [f"Best: {'a tie of ' if len(best) > 1 else ''}{names}, {_share(best[0].accuracy)}."]
     difference = several.to_best_single
     assert difference is not None
     noise = "beyond noise" if difference.beyond_noise else "NOT beyond noise"

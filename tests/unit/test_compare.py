@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
+import shlex
 import statistics
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mrpo_scale.compare.command import _flags
 from mrpo_scale.compare.plan import FIXED, Arm, Run, Shared, plan_arms, plan_runs
 from mrpo_scale.compare.processes import is_complete, tail
 from mrpo_scale.compare.results import bootstrap_difference, cohens_d, compare_runs, read_run
@@ -15,6 +18,16 @@ from mrpo_scale.compare.show import as_json, plot, table, verdict
 from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.held_out import HeldOutScores
+from mrpo_scale.recipe import parse
+
+
+def compare_lines():
+    """The commands of docs/paper.md, the loop over recipes written out."""
+    page = (Path(__file__).parents[2] / "docs" / "paper.md").read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in page.splitlines() if line.strip().startswith("mrpo compare")]
+    recipes = re.search(r"for recipe in (.*); do", page)[1].split()
+    return [line.replace("$recipe", name) for line in lines for name in (recipes if "$recipe" in line else [""])]
+
 
 REFERENCES = [("anchor", None), ("B", '{"model": "B"}')]
 SHARED = Shared({"beta": 0.1}, ("--max_steps", "3"), ("--config=r.yaml",), "")
@@ -64,6 +77,18 @@ def test_what_cannot_be_planned(objectives, vary, words):
     with pytest.raises(ConfigError) as error:
         plan_arms(objectives, vary, REFERENCES)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("line", compare_lines(), ids=range(len(compare_lines())))
+def test_every_command_of_the_papers_page_can_be_planned(line):
+    """Each of its runs parses, with the recipe that it names (bf16 is switched off for machines without)."""
+    words = shlex.split(line)
+    flags, rest = _flags().parse_known_args(words[2:])
+    assert rest == [] and flags.seeds == 3
+    script, _ = parse(["--config", flags.config, "--bf16", "false"])
+    references = [("anchor", None), *((f"B{k}", model) for k, model in enumerate(script.ref_models))]
+    for arm in plan_arms(flags.objectives, flags.vary, references):
+        parse(["--config", flags.config, "--bf16", "false", *arm.words])
 
 
 def test_keys_that_may_not_differ_exist():
@@ -212,6 +237,9 @@ def test_a_single_reference_that_wins_is_named(tmp_path):
         and "points, beyond noise" in said
         and "The single reference is better here" in said
     )
+    level = [finished(tmp_path / "level", arm, 0, few) for arm in (dpo_a, mrpo)]
+    said = verdict(compare_runs([read_run(run) for run in level], level, policy_is_reference=True))
+    assert said.startswith("Best: a tie of dpo on anchor, mrpo, 12.5%.") and "NOT beyond noise" in said
     alone = compare_runs([read_run(runs[0])], runs, policy_is_reference=True)
     assert verdict(alone).startswith("No verdict")
 

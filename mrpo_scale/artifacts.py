@@ -95,7 +95,7 @@ def card_of(trainer: MRPOTrainer, metadata: Mapping[str, Any] | None = None) -> 
             "beta": args.beta,
             "epsilon_max": args.epsilon_max,
             "clip": args.clip,
-            "ref_weights": " ".join(map(str, args.ref_weights)),
+            "ref_weights": _weights(trainer),
             "aggregate": args.aggregate,
             "loss_type": " ".join(args.loss_type),
             "label_smoothing": args.label_smoothing,
@@ -114,6 +114,14 @@ def card_of(trainer: MRPOTrainer, metadata: Mapping[str, Any] | None = None) -> 
         rows=trainer.comparison,
         metadata=metadata,
     )
+
+
+def _weights(trainer: MRPOTrainer) -> str:
+    """As the recipe says, and the numbers that `validation` found."""
+    word, found = " ".join(map(str, trainer.args.ref_weights)), trainer.preference_objective.ref_weights
+    if trainer.args.weights_from_validation and not isinstance(found, str):
+        return f"{word}: {' '.join(f'{weight:.3f}' for weight in found)}"
+    return word
 
 
 def _recipe(trainer: MRPOTrainer) -> dict[str, Any]:

@@ -16,6 +16,9 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
   inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
   eval     measure saved models: --model FOLDER ... [--dataset_name SET] [--tasks NAME,NAME] [--judge_model NAME --judge_url URL]
   report   FOLDER [FOLDER ...] [--output FILE]: the HTML report of a run's folder again, or of several side by side; takes no recipe
+  compare  objectives, settings and seeds against each other and against DPO on every single reference:
+           [--objectives mrpo multi_dpo mrpo:KEY=VALUE,...] [--vary KEY=VALUE,VALUE ...] [--seeds 3] [--output FOLDER]
+           [--launch "accelerate launch --config_file X"] [--jobs 1] [--dry_run | --slurm | --report]
 
 RECIPE is a YAML file or the name of a recipe of the package. `mrpo train --help` lists all keys; every command that
 takes a recipe takes them.
@@ -29,6 +32,7 @@ COMMANDS = {
     "inspect": "mrpo_scale.inspection:inspect",
     "eval": "mrpo_scale.eval.run:run",
     "report": "mrpo_scale.html_report:report",
+    "compare": "mrpo_scale.compare.command:compare",
 }
 
 
@@ -91,3 +95,7 @@ def main() -> None:
     else:
         print(f"error: unknown command `{command}`.\n\n{USAGE}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ from mrpo_scale.data.mixing import DatasetSpec, parse_datasets
 from mrpo_scale.data.pairs import PairOptions
 from mrpo_scale.data.ranking import RANKED_PAIRS
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.objective import Objective
+from mrpo_scale.objective import REF_WEIGHTS, Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -100,7 +100,12 @@ class MRPOConfig(TrainingArguments):
         "adaptive", "Trust region per response (Eq. 9), constant, or none."
     )
     ref_weights: list[str] = _key(
-        ["confidence"], "confidence (Eq. 10), uniform, or K numbers that sum to 1, anchor first."
+        ["confidence"],
+        "confidence (Eq. 10), uniform, validation (by how often each ranks pairs of `weights_split` right), or K numbers that sum "
+        "to 1, anchor first.",
+    )
+    weights_split: float | None = _key(
+        None, "Fraction of the held-out pairs to set aside for `ref_weights: validation` (default there: 0.5)."
     )
     aggregate: Literal["harmonic", "geometric", "arithmetic", "min"] = _key("harmonic", "Mean of the K references.")
     loss_type: list[str] = _key(["sigmoid"], "Outer loss: sigmoid, ipo or hinge.")
@@ -193,12 +198,13 @@ class MRPOConfig(TrainingArguments):
                 f"`loss_type: {self.loss_type}`: one outer loss is supported; choose sigmoid, ipo or hinge."
             )
         weights: Any = self.ref_weights[0] if len(self.ref_weights) == 1 else None
-        if weights not in ("confidence", "uniform"):
+        if weights not in REF_WEIGHTS:
             try:
                 weights = [float(w) for w in self.ref_weights]
             except ValueError:
+                given = " ".join(map(str, self.ref_weights))
                 raise ConfigError(
-                    f"`ref_weights: {' '.join(map(str, self.ref_weights))}` is neither confidence, uniform nor a list of numbers."
+                    f"`ref_weights: {given}` is neither {', '.join(REF_WEIGHTS)} nor a list of numbers."
                 ) from None
         return Objective(
             name=self.objective,
@@ -240,6 +246,8 @@ class MRPOConfig(TrainingArguments):
         if self.ref_scoring == "follow" and not self.ref_cache_dir:
             raise ConfigError("`ref_scoring: follow` needs `ref_cache_dir`, the folder that `mrpo score` fills.")
         _within("ranked_pairs", self.ranked_pairs, RANKED_PAIRS)
+        if self.weights_split is not None and not 0 < self.weights_split < 1:
+            raise ConfigError(f"`weights_split: {self.weights_split}` must be a fraction between 0 and 1.")
         if not 0 <= self.max_bad_rows <= 1:
             raise ConfigError(f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1.")
         for key, least in (
@@ -262,6 +270,15 @@ class MRPOConfig(TrainingArguments):
     def folder(self) -> Path:
         """``output_dir``, where everything that this run writes goes."""
         return Path(str(self.output_dir))
+
+    @property
+    def weights_from_validation(self) -> bool:
+        return list(self.ref_weights) == ["validation"]
+
+    @property
+    def weights_fraction(self) -> float | None:
+        """Of the held-out pairs, the fraction that only `ref_weights: validation` sees; None: nothing is set aside."""
+        return self.weights_split or (0.5 if self.weights_from_validation else None)
 
     @property
     def ref_cache_folder(self) -> Path | None:

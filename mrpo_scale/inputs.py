@@ -17,6 +17,7 @@ from mrpo_scale.models import RunPlan
 from mrpo_scale.tokenization import PairDataset, prepare_pairs
 from mrpo_scale.toyworld import resolve
 
+WEIGHTS_SET = "weights_split"  #: the pairs set aside for `ref_weights: validation`
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -40,8 +41,14 @@ def prepare_sets(
     train: datasets.Dataset | None,
     evals: datasets.Dataset | dict[str, datasets.Dataset] | None,
 ) -> dict[str, PairDataset]:
-    """Tokenize every set for every text view; the first rank of each host does the work, the others read its files."""
+    """Tokenize every set for every text view; the first rank of each host does the work, the others read its files.
+
+    Raises:
+        ConfigError: an empty set, or pairs that cannot be used; with `weights_split`, no single held-out set to take it from.
+    """
     sets = {"train": train, **(evals if isinstance(evals, dict) else {"eval": evals})}
+    if args.weights_fraction is not None:
+        sets |= _set_aside(evals, args.weights_fraction, args)
     prepared = {}
     for split, rows in sets.items():
         if rows is None:
@@ -63,6 +70,20 @@ def prepare_sets(
                 write=args.process_index == 0,
             )
     return prepared
+
+
+def _set_aside(held_out: Any, fraction: float, args: MRPOConfig) -> dict[str, datasets.Dataset]:
+    """The held-out set in two: what is evaluated on, and what `ref_weights: validation` learns from. Weights that were chosen on
+    the pairs of the evaluation would have seen its labels."""
+    if not isinstance(held_out, datasets.Dataset) or len(held_out) < 2:
+        found = f"{len(held_out)}" if held_out is not None else "none"
+        raise ConfigError(
+            f"`ref_weights: {' '.join(map(str, args.ref_weights))}` with `weights_split: {fraction}` needs one held-out set of two "
+            f"pairs or more to split, got {found}; name a test split, or set `held_out`."
+        )
+    with args.main_process_first(local=True, desc="splitting the held-out set"):
+        halves = held_out.train_test_split(test_size=max(1, round(fraction * len(held_out))), seed=args.seed)
+    return {"eval": halves["train"], WEIGHTS_SET: halves["test"]}
 
 
 def _make_toy_world(script: ScriptArguments) -> None:

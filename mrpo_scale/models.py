@@ -6,7 +6,7 @@ Reference 0, the anchor, is the policy's own starting weights unless ``anchor`` 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from mrpo_scale.config import ModelSpec, MRPOConfig, parse_ref_models
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.references.sharding import ReferenceSource, check_source
 from mrpo_scale.tokenization import ModelText
+
+ANCHOR = "anchor"  #: the name of reference 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class RunPlan:
     @property
     def names(self) -> list[str]:
         return [reference.name for reference in self.references]
+
+    def anchor_alone(self) -> RunPlan:
+        """Without the other references, but with their views of the text: what ``objective: dpo`` runs with, on pairs that every
+        model of the recipe can score."""
+        return replace(self, references=self.references[:1])
 
 
 def plan_models(
@@ -147,7 +154,7 @@ def _source(spec: ModelSpec, args: MRPOConfig, dtype: torch.dtype, name: str = "
 
 def _names(specs: Sequence[ModelSpec]) -> list[str]:
     """``anchor``, then each reference's own name or its path's last part; numbered where two are alike."""
-    names = ["anchor"]
+    names = [ANCHOR]
     for spec in specs:
         name = base = spec.name or Path(spec.model).name
         n = 1

@@ -67,6 +67,7 @@ def _train(
         others: rows of the runs before this one, for the table on its card.
     """
     train_rows, eval_rows = read_rows(script, config)
+    config.anchor = resolve(config.anchor) if config.anchor else None
     reset_peak_memory()
     trainer = MRPOTrainer(
         resolve(str(script.model_name_or_path)),

@@ -26,10 +26,13 @@ from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_flops
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
-from mrpo_scale.inputs import prepare_sets
+from mrpo_scale.held_out import HeldOutScores
+from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
 from mrpo_scale.objective import preference_loss
+from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.references.validation import with_validation_weights
 from mrpo_scale.report import RunSummary
 from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of
 from mrpo_scale.sequence_logps import (
@@ -72,19 +75,21 @@ class MRPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else MRPOConfig()
-        self.preference_objective = args.build_objective()
-        if args.objective == "dpo" and ref_models:
-            logger.info(
-                "objective dpo: the anchor alone is used, the %d other references are not loaded", len(ref_models)
-            )
-            ref_models = ()
         self.plan = plan_models(model, ref_models, args, processing_class)
         self.pair_sets = prepare_sets(self.plan, args, train_dataset, eval_dataset)
+        if args.objective == "dpo" and ref_models:
+            logger.info(
+                "objective dpo: the anchor alone is used, the %d other references are not loaded; their tokenizers decide which "
+                "pairs every model can score, so that runs compare",
+                len(ref_models),
+            )
+            self.plan = self.plan.anchor_alone()
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
-        evals = {split: pairs for split, pairs in weighted.items() if split != "train"}
+        evals = {split: pairs for split, pairs in weighted.items() if split not in ("train", WEIGHTS_SET)}
 
         # Before the policy: what is scored ahead of training has the memory to itself.
         self.scores = ReferenceScores(self.plan, args, self.pair_sets)
+        self.preference_objective = with_validation_weights(args, self.scores, self.pair_sets)
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
         self._source_use_cache = policy.config.use_cache
         enable_pair_scoring(policy, "policy", args.head_impl)
@@ -114,6 +119,7 @@ class MRPOTrainer(Trainer):
         self._tokens = 0
         self._held_out_scores: dict[int, dict[int, Tensor]] = {}
         self._eval_scores: dict[int, Tensor] = {}
+        self._eval_rows: list[HeldOutScores] = []
         self._policy_checked = False
         self._save_as_source = False
         self._tokenizer_of_source = processing_class is None
@@ -307,8 +313,10 @@ class MRPOTrainer(Trainer):
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
         prefix = kwargs.get("metric_key_prefix", "eval")
         self._eval_scores = self._score_held_out(dataloader)
+        self._eval_pairs, self._eval_rows = dataloader.dataset.pairs, []
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         means = self._eval_metrics.means(self._sum_over_ranks)
+        self._keep_held_out(self.args.folder / f"{prefix}_logps.npz")
         metrics = {**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in means.items()}}
         return output._replace(metrics=metrics)
 
@@ -323,7 +331,25 @@ class MRPOTrainer(Trainer):
         loss = preference_loss(logps_P2, batch.ref_logps_KP2, self.preference_objective)
         metrics = pair_metrics(logps_P2, batch.ref_logps_KP2, loss, self.preference_objective, self.plan.names)
         self._eval_metrics.add({"loss": loss.losses_P, **metrics}, batch.weight_P)
+        self._eval_rows.append(self._held_out_rows(batch, logps_P2))
         return None, None, None
+
+    def _held_out_rows(self, batch: MicroBatch, logps_P2: Tensor) -> HeldOutScores:
+        real = (batch.weight_P > 0).cpu()
+        keys = self._eval_pairs.row_keys[list(batch.rows)]
+        return HeldOutScores(
+            self.plan.names,
+            keys[real.numpy()],
+            logps_P2.float().cpu()[real].numpy(),
+            batch.ref_logps_KP2.float().cpu()[:, real].numpy(),
+        )
+
+    def _keep_held_out(self, path: Path) -> None:
+        """What every model says of every held-out pair, beside the run's other results. Collective."""
+        everybody = [rows for some in all_say(self._eval_rows, world_group()) for rows in some]
+        self._eval_rows = []
+        if self.is_world_process_zero() and everybody:
+            HeldOutScores.joined(everybody).save(path)
 
     def _score_held_out(self, dataloader: Any) -> dict[int, Tensor]:
         """Row -> [K, 2] for this rank's rows of the set, from the references once and from memory afterwards."""

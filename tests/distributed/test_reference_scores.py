@@ -119,7 +119,7 @@ def test_all_ways_on_four_ranks(folders, tmp_path, pool4, expected, shard_size):
 TRAININGS = ["partition", "offload", "precompute", "live with a cache", "follow"]
 
 
-def compare_training(pool, folders, tmp_path, accumulation):
+def compare_training(pool, folders, tmp_path, accumulation, shard_size):
     """Six steps, so that rows of the first epoch come again in the second."""
     split = {"batch_size": 1, "accumulation": accumulation, "max_steps": 6}
     logs = {}
@@ -127,7 +127,9 @@ def compare_training(pool, folders, tmp_path, accumulation):
         keys = dict(WAYS[way])
         if keys.pop("cached", False):
             keys["ref_cache_dir"] = str(tmp_path / "precompute" if way == "follow" else tmp_path / way)
-        logs[way] = pool.run(train, folders, tmp_path / "out", **split, ref_shard_size=2, timeout=300, **keys)[0]
+        logs[way] = pool.run(train, folders, tmp_path / "out", **split, ref_shard_size=shard_size, timeout=300, **keys)[
+            0
+        ]
     for way in TRAININGS:
         for entry, live in zip(logs[way]["log"], logs["spread"]["log"], strict=True):
             for key in ("loss", "grad_norm"):
@@ -138,25 +140,44 @@ def compare_training(pool, folders, tmp_path, accumulation):
     assert len(logs["spread"]["log"]) == 6
 
 
-def test_all_ways_train_alike_on_two_ranks(folders, tmp_path, pool2):
-    compare_training(pool2, folders, tmp_path, accumulation=2)
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_all_ways_train_alike_on_two_ranks(folders, tmp_path, pool2, shard_size):
+    compare_training(pool2, folders, tmp_path, 2, shard_size)
 
 
 @pytest.mark.slow
-def test_all_ways_train_alike_on_four_ranks(folders, tmp_path, pool4):
-    compare_training(pool4, folders, tmp_path, accumulation=1)
+@pytest.mark.parametrize("shard_size", [1, 2, 4])
+def test_all_ways_train_alike_on_four_ranks(folders, tmp_path, pool4, shard_size):
+    compare_training(pool4, folders, tmp_path, 1, shard_size)
+
+
+def with_a_flipped_bit(folder, target):
+    """A model of the same shapes whose last weight differs in its last bit."""
+    shutil.copytree(folder, target)
+    weights = target / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    return str(target)
+
+
+def keys_under_zero3(folders, output_dir, cache):
+    scores, _ = open_scores(folders, output_dir, ref_cache_dir=cache)
+    return [store.identity.key for store in scores.stores]
+
+
+def test_models_of_one_shape_never_share_a_key_under_zero3(folders, tmp_path, pool2):
+    """Parameters in memory are empty under ZeRO-3, where two models once hashed alike."""
+    twin = {**folders, "qwen2": with_a_flipped_bit(folders["llama"], tmp_path / "twin")}
+    keys = pool2.run(keys_under_zero3, twin, tmp_path, str(tmp_path / "cache"))
+    assert keys[0] == keys[1] and len(set(keys[0])) == 3
 
 
 def test_a_swapped_reference_costs_that_reference(folders, tmp_path):
     """The cache of the two that stayed is read, one alone is loaded, and only rows that are new are scored."""
     cache = str(tmp_path / "cache")
     fill(folders, tmp_path, cache)
-    swapped = {**folders, "gpt_neox": str(tmp_path / "other")}
-    shutil.copytree(folders["gpt_neox"], tmp_path / "other")
-    weights = tmp_path / "other" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(bytes(data))
+    swapped = {**folders, "gpt_neox": with_a_flipped_bit(folders["gpt_neox"], tmp_path / "other")}
     scores, _ = open_scores(swapped, tmp_path, ref_cache_dir=cache)
     assert scores.live == [2] and list(scores.references) == [2]
     complete, _ = open_scores(folders, tmp_path, ref_cache_dir=cache)

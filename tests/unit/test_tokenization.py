@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mrpo_scale.data import LAYOUTS, BadRow, PreferencePair
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.tokenization import ModelText, PairTokens, prepare_pairs, tokenize_pair
+from mrpo_scale.tokenization import ModelText, PairTokens, prepare_pairs, row_key, tokenize_pair
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -488,3 +489,35 @@ def test_tokens_live_in_arrow_not_in_python(tmp_path):
     pairs = prepare(datasets.Dataset.from_list(STRING_ROWS), STRINGS, cache_dir=tmp_path)
     assert pairs._tokenized.cache_files, "memory-mapped from the cache file"
     assert pairs._tokenized.features["chosen_ids_1"] == datasets.List(datasets.Value("int32"))
+
+
+# ------------------------------------------------------------------------------------------------- keys of rows in the score cache
+
+
+def test_a_row_key_follows_the_scored_text_and_its_cuts():
+    """Lengths keep neighbours apart, and "A B" whole is not "A B C" cut to "A B": only one of them scores an end of turn."""
+    whole = PreferencePair([{"role": "user", "content": "q"}], "A B", "C")
+    others = [
+        replace(whole, prompt=[{"role": "user", "content": "Q"}]),
+        replace(whole, prompt="q"),
+        replace(whole, chosen="A"),
+        replace(whole, chosen="A BC", rejected=""),
+        replace(whole, chosen="C", rejected="A B"),
+        replace(whole, tools=[{"name": "t"}]),
+    ]
+    keys = [row_key(pair, (False, False)) for pair in [whole, *others]]
+    keys += [row_key(whole, cut) for cut in ((True, False), (False, True), (True, True))]
+    assert len(set(keys)) == len(keys) == 10 and {len(key) for key in keys} == {16}
+    assert row_key(replace(whole), (False, False)) == keys[0]
+
+
+def test_max_length_changes_the_keys_of_the_rows_that_it_cuts(tmp_path):
+    """Two rows that fit either way keep their keys, the long one does not; the keys do not depend on the models."""
+    rows = datasets.Dataset.from_list(
+        [chat_row("hello"), chat_row("hello", chosen=LONG), chat_row("how", "fine", "no")]
+    )
+    long, short = (prepare(rows, max_length=n) for n in (None, 60))
+    assert [short.cut(row) for row in range(3)] == [(False, False), (True, False), (False, False)]
+    assert (long.row_keys != short.row_keys).tolist() == [False, True, False]
+    alone = prepare(rows, texts=MODELS[:1], max_length=60)
+    assert (alone.row_keys == short.row_keys).all()

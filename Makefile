@@ -1,6 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+# DeepSpeed compiles its CPU communication op at first use. In a folder of this environment, since two environments that share one
+# compile over each other, and a lock that a killed build left behind makes every later start wait for ever.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .PHONY: install quickstart test chaos lint format clean
 

@@ -15,8 +15,13 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
   score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...]; --list says what is there, --verify checks it
   inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
   eval     measure saved models: --model FOLDER ... [--dataset_name SET] [--tasks NAME,NAME] [--judge_model NAME --judge_url URL]
+  report   FOLDER [FOLDER ...] [--output FILE]: the HTML report of a run's folder again, or of several side by side; takes no recipe
+  compare  objectives, settings and seeds against each other and against DPO on every single reference:
+           [--objectives mrpo multi_dpo mrpo:KEY=VALUE,...] [--vary KEY=VALUE,VALUE ...] [--seeds 3] [--output FOLDER]
+           [--launch "accelerate launch --config_file X"] [--jobs 1] [--dry_run | --slurm | --report]
 
-RECIPE is a YAML file or the name of a recipe of the package. `mrpo train --help` lists all keys; every command takes them.
+RECIPE is a YAML file or the name of a recipe of the package. `mrpo train --help` lists all keys; every command that
+takes a recipe takes them.
 Under a launcher: accelerate launch --config_file launch/accelerate/cpu_zero3.yaml launch/train.py --config RECIPE
 """
 
@@ -26,6 +31,8 @@ COMMANDS = {
     "score": "mrpo_scale.score:score",
     "inspect": "mrpo_scale.inspection:inspect",
     "eval": "mrpo_scale.eval.run:run",
+    "report": "mrpo_scale.html_report:report",
+    "compare": "mrpo_scale.compare.command:compare",
 }
 
 
@@ -88,3 +95,7 @@ def main() -> None:
     else:
         print(f"error: unknown command `{command}`.\n\n{USAGE}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

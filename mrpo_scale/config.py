@@ -10,15 +10,18 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
+from mrpo_scale.data.mixing import DatasetSpec, parse_datasets
+from mrpo_scale.data.pairs import PairOptions
+from mrpo_scale.data.ranking import RANKED_PAIRS
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.objective import Objective
+from mrpo_scale.objective import REF_WEIGHTS, Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,14 +45,30 @@ class ScriptArguments:
         [],
         "References 1..K-1: hub ids, folders, or mappings {model, revision, dtype, chat_template, system, name, ...}.",
     )
-    dataset_name: str | None = _key(None, "Hub id, or a local json, jsonl, parquet, arrow or csv file or folder.")
+    dataset_name: str | list[str] = _key(
+        [],
+        "Hub id, or a local json, jsonl, parquet, arrow or csv file or folder; or several, as names or mappings {name, config, "
+        "split, weight, layout}.",
+    )
     dataset_config: str | None = _key(None, "Configuration name of a hub data set.")
     dataset_train_split: str = _key("train", "Split to train on.")
     dataset_test_split: str = _key("test", "Split to evaluate on, where the data set has it.")
     held_out: float | None = _key(
         None, "Without a test split: fraction (below 1) or number of pairs to hold out, seeded."
     )
+    train_subset: float | None = _key(
+        None, "Train on this fraction (below 1) or number of pairs, seeded; without a test split the rest is held out."
+    )
     baselines: list[str] = _key([], "Objectives to train first, for the table at the end, e.g. `dpo`.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:
+            self.dataset_name = self.dataset_name[0]
+
+    @property
+    def datasets(self) -> list[DatasetSpec]:
+        """The data sets that ``dataset_name`` names; raises ConfigError where it does not make sense."""
+        return parse_datasets(self.dataset_name)
 
 
 @dataclass
@@ -81,7 +100,12 @@ class MRPOConfig(TrainingArguments):
         "adaptive", "Trust region per response (Eq. 9), constant, or none."
     )
     ref_weights: list[str] = _key(
-        ["confidence"], "confidence (Eq. 10), uniform, or K numbers that sum to 1, anchor first."
+        ["confidence"],
+        "confidence (Eq. 10), uniform, validation (by how often each ranks pairs of `weights_split` right), or K numbers that sum "
+        "to 1, anchor first.",
+    )
+    weights_split: float | None = _key(
+        None, "Fraction of the held-out pairs to set aside for `ref_weights: validation` (default there: 0.5)."
     )
     aggregate: Literal["harmonic", "geometric", "arithmetic", "min"] = _key("harmonic", "Mean of the K references.")
     loss_type: list[str] = _key(["sigmoid"], "Outer loss: sigmoid, ipo or hinge.")
@@ -103,6 +127,10 @@ class MRPOConfig(TrainingArguments):
     # Data
     dataset_layout: str = _key("auto", "Layout of the rows, recognised by inspection unless named.")
     dataset_num_proc: int | None = _key(None, "Processes for tokenizing.")
+    ranked_pairs: Literal["all", "best_vs_random", "best_vs_worst"] = _key(
+        "all", "Pairs made of ranked or scored answers to one prompt."
+    )
+    score_columns: list[str] = _key(["helpfulness"], "Layout helpsteer: the columns whose sum scores an answer.")
     max_length: int | None = _key(
         1024, "Most tokens of prompt + response, in the policy's tokens; longer responses are cut."
     )
@@ -135,6 +163,7 @@ class MRPOConfig(TrainingArguments):
     ref_tokens_per_forward: int = _key(65536, "Padded tokens in one scoring forward; a larger window takes several.")
 
     def __post_init__(self) -> None:
+        self.typed = typed(self)  # before anything is filled in: what a model card can say of the run
         self._normalise()
         self.build_objective()
         self._check()
@@ -147,6 +176,8 @@ class MRPOConfig(TrainingArguments):
             self.ref_weights = [self.ref_weights]
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if isinstance(self.score_columns, str):
+            self.score_columns = [self.score_columns]
         self.shared_prompt = str(self.shared_prompt).lower()  # type: ignore[assignment]
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
@@ -167,12 +198,13 @@ class MRPOConfig(TrainingArguments):
                 f"`loss_type: {self.loss_type}`: one outer loss is supported; choose sigmoid, ipo or hinge."
             )
         weights: Any = self.ref_weights[0] if len(self.ref_weights) == 1 else None
-        if weights not in ("confidence", "uniform"):
+        if weights not in REF_WEIGHTS:
             try:
                 weights = [float(w) for w in self.ref_weights]
             except ValueError:
+                given = " ".join(map(str, self.ref_weights))
                 raise ConfigError(
-                    f"`ref_weights: {' '.join(map(str, self.ref_weights))}` is neither confidence, uniform nor a list of numbers."
+                    f"`ref_weights: {given}` is neither {', '.join(REF_WEIGHTS)} nor a list of numbers."
                 ) from None
         return Objective(
             name=self.objective,
@@ -213,6 +245,9 @@ class MRPOConfig(TrainingArguments):
         _within("ref_placement", self.ref_placement, ("spread", "partition"))
         if self.ref_scoring == "follow" and not self.ref_cache_dir:
             raise ConfigError("`ref_scoring: follow` needs `ref_cache_dir`, the folder that `mrpo score` fills.")
+        _within("ranked_pairs", self.ranked_pairs, RANKED_PAIRS)
+        if self.weights_split is not None and not 0 < self.weights_split < 1:
+            raise ConfigError(f"`weights_split: {self.weights_split}` must be a fraction between 0 and 1.")
         if not 0 <= self.max_bad_rows <= 1:
             raise ConfigError(f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1.")
         for key, least in (
@@ -227,10 +262,23 @@ class MRPOConfig(TrainingArguments):
         if not math.isfinite(self.learning_rate) or self.learning_rate < 0:
             raise ConfigError(f"`learning_rate: {self.learning_rate}` must be 0 or more.")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hub token: the Trainer pickles its arguments into a file that push_to_hub uploads."""
+        return {**self.__dict__, "hub_token": None}
+
     @property
     def folder(self) -> Path:
         """``output_dir``, where everything that this run writes goes."""
         return Path(str(self.output_dir))
+
+    @property
+    def weights_from_validation(self) -> bool:
+        return list(self.ref_weights) == ["validation"]
+
+    @property
+    def weights_fraction(self) -> float | None:
+        """Of the held-out pairs, the fraction that only `ref_weights: validation` sees; None: nothing is set aside."""
+        return self.weights_split or (0.5 if self.weights_from_validation else None)
 
     @property
     def ref_cache_folder(self) -> Path | None:
@@ -244,6 +292,11 @@ class MRPOConfig(TrainingArguments):
         """``head_backward: auto`` is what was measured faster: in the forward on a CPU (benchmarks/results). On a GPU neither was
         measured yet, so it stays with the one that holds no float32 weight gradient through the body's backward."""
         return self.head_backward == "in_forward" or (self.head_backward == "auto" and self.device.type == "cpu")
+
+    @property
+    def pair_options(self) -> PairOptions:
+        """How ranked or scored answers become pairs."""
+        return PairOptions(self.ranked_pairs, tuple(self.score_columns), self.seed)
 
     @property
     def policy_dtype(self) -> torch.dtype:
@@ -309,6 +362,21 @@ def check_world_size(world_size: int) -> None:
             f"the launcher started WORLD_SIZE={launched} processes but this process sees a world of {world_size}: each would train "
             "alone. On CPU set `ddp_backend: gloo`; check `num_processes` and `distributed_type` of the accelerate config."
         )
+
+
+#: Defaults that HfArgumentParser turns into another value on the way.
+_REWRITTEN = {"debug": None, "include_num_input_tokens_seen": False}
+
+
+def typed(arguments: Any) -> dict[str, Any]:
+    """{key: value} of a dataclass where it differs from the default, tokens left out."""
+    values = {}
+    for f in fields(arguments):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        value = getattr(arguments, f.name)
+        if value not in (default, _REWRITTEN.get(f.name, default)) and not f.name.endswith("token"):
+            values[f.name] = value
+    return values
 
 
 def _within(key: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -16,6 +17,7 @@ from mrpo_scale.models import RunPlan
 from mrpo_scale.tokenization import PairDataset, prepare_pairs
 from mrpo_scale.toyworld import resolve
 
+WEIGHTS_SET = "weights_split"  #: the pairs set aside for `ref_weights: validation`
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -39,8 +41,14 @@ def prepare_sets(
     train: datasets.Dataset | None,
     evals: datasets.Dataset | dict[str, datasets.Dataset] | None,
 ) -> dict[str, PairDataset]:
-    """Tokenize every set for every text view; the first rank of each host does the work, the others read its files."""
+    """Tokenize every set for every text view; the first rank of each host does the work, the others read its files.
+
+    Raises:
+        ConfigError: an empty set, or pairs that cannot be used; with `weights_split`, no single held-out set to take it from.
+    """
     sets = {"train": train, **(evals if isinstance(evals, dict) else {"eval": evals})}
+    if args.weights_fraction is not None:
+        sets |= _set_aside(evals, args.weights_fraction, args)
     prepared = {}
     for split, rows in sets.items():
         if rows is None:
@@ -53,6 +61,7 @@ def prepare_sets(
                 find_layout(rows, args.dataset_layout),
                 plan.texts,
                 max_length=args.max_length,
+                options=args.pair_options,
                 on_bad_row=args.on_bad_row,
                 max_bad_rows=args.max_bad_rows,
                 bad_rows_file=args.folder / f"bad_rows_{split}.jsonl",
@@ -63,10 +72,24 @@ def prepare_sets(
     return prepared
 
 
+def _set_aside(held_out: Any, fraction: float, args: MRPOConfig) -> dict[str, datasets.Dataset]:
+    """The held-out set in two: what is evaluated on, and what `ref_weights: validation` learns from. Weights that were chosen on
+    the pairs of the evaluation would have seen its labels."""
+    if not isinstance(held_out, datasets.Dataset) or len(held_out) < 2:
+        found = f"{len(held_out)}" if held_out is not None else "none"
+        raise ConfigError(
+            f"`ref_weights: {' '.join(map(str, args.ref_weights))}` with `weights_split: {fraction}` needs one held-out set of two "
+            f"pairs or more to split, got {found}; name a test split, or set `held_out`."
+        )
+    with args.main_process_first(local=True, desc="splitting the held-out set"):
+        halves = held_out.train_test_split(test_size=max(1, round(fraction * len(held_out))), seed=args.seed)
+    return {"eval": halves["train"], WEIGHTS_SET: halves["test"]}
+
+
 def _make_toy_world(script: ScriptArguments) -> None:
     """Make the quickstart's world where a recipe names it, in a process of its own: in this one a live ZeRO-3 configuration
     would partition the little models over ranks that are not making any."""
-    names = [script.model_name_or_path, script.dataset_name, *script.ref_models]
+    names = [script.model_name_or_path, *(spec.name for spec in script.datasets), *script.ref_models]
     if any(str(name).startswith("toy:") for name in names):
         alone = {
             k: v
@@ -80,10 +103,14 @@ def _make_toy_world(script: ScriptArguments) -> None:
 
 def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
     return load_rows(
-        resolve(str(script.dataset_name)),
+        [replace(spec, name=resolve(spec.name)) for spec in script.datasets],
         config=script.dataset_config,
         train_split=script.dataset_train_split,
         test_split=script.dataset_test_split,
         held_out=script.held_out,
+        train_subset=script.train_subset,
         seed=config.seed,
+        layout=config.dataset_layout,
+        options=config.pair_options,
+        num_proc=config.dataset_num_proc,
     )

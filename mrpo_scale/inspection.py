@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,13 @@ from mrpo_kernels import combine_references
 from torch import Tensor
 
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.inputs import WEIGHTS_SET
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.scores import distinct_rows, open_stores
-from mrpo_scale.report import PALETTE, aligned
+from mrpo_scale.references.validation import validation_weights
+from mrpo_scale.report import DECIDES_NOTHING, PALETTE, aligned
 from mrpo_scale.score import Recipe
 
-#: Below this share of decided texts a reference cannot move the virtual reference.
-DECIDES_NOTHING = 0.01
 #: Above this correlation of margins a reference tells pairs apart as the anchor does.
 SAME_AS_ANCHOR = 0.98
 
@@ -99,7 +99,17 @@ def inspect(words: Sequence[str]) -> None:
         )
     ref_logps_KP2 = torch.stack([torch.from_numpy(s.logps_N2[everywhere_N]) for s in stored])
     tokens_KP2 = torch.stack([torch.from_numpy(s.tokens_N2[everywhere_N]) for s in stored])
-    found = worth_of_references(ref_logps_KP2, tokens_KP2, recipe.config.build_objective(), recipe.plan.names)
+    objective = recipe.config.build_objective()
+    if recipe.config.weights_from_validation:
+        aside = [store.lookup(recipe.pair_sets[WEIGHTS_SET].row_keys) for store in stores]
+        both_N = np.logical_and.reduce([s.found_N for s in aside])
+        objective = replace(
+            objective,
+            ref_weights=validation_weights(
+                torch.stack([torch.from_numpy(s.logps_N2[both_N]) for s in aside]), recipe.plan.names
+            ),
+        )
+    found = worth_of_references(ref_logps_KP2, tokens_KP2, objective, recipe.plan.names)
     disagree = _disagree(ref_logps_KP2)
     pairs = int(everywhere_N.sum())
     print(f"\n{worth_table(found, pairs, len(keys), disagree)}\n")

@@ -6,7 +6,7 @@ Reference 0, the anchor, is the policy's own starting weights unless ``anchor`` 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from mrpo_scale.config import ModelSpec, MRPOConfig, parse_ref_models
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.references.sharding import ReferenceSource, check_source
 from mrpo_scale.tokenization import ModelText
+
+ANCHOR = "anchor"  #: the name of reference 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,6 @@ class RunPlan:
     """Every model of a run before any weights load. ``texts`` are the distinct views of the text, the policy's first."""
 
     policy: ReferenceSource
-    policy_dtype_on_disk: torch.dtype  #: of the source's weights: what a trained model is saved in
     tokenizer: PreTrainedTokenizerBase
     texts: list[ModelText]
     references: list[PlannedReference]
@@ -45,6 +46,11 @@ class RunPlan:
     @property
     def names(self) -> list[str]:
         return [reference.name for reference in self.references]
+
+    def anchor_alone(self) -> RunPlan:
+        """Without the other references, but with their views of the text: what ``objective: dpo`` runs with, on pairs that every
+        model of the recipe can score."""
+        return replace(self, references=self.references[:1])
 
 
 def plan_models(
@@ -91,8 +97,7 @@ def plan_models(
         view = shared_view(texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name))
         references.append(PlannedReference(source, view, pad_token_id(ref_tokenizer)))
     args.build_objective().check_references(len(references))
-    on_disk = getattr(policy_config, "dtype", None) or policy.dtype
-    return RunPlan(policy, on_disk, tokenizer, texts, references)
+    return RunPlan(policy, tokenizer, texts, references)
 
 
 def load_policy(source: ReferenceSource) -> PreTrainedModel:
@@ -149,7 +154,7 @@ def _source(spec: ModelSpec, args: MRPOConfig, dtype: torch.dtype, name: str = "
 
 def _names(specs: Sequence[ModelSpec]) -> list[str]:
     """``anchor``, then each reference's own name or its path's last part; numbered where two are alike."""
-    names = ["anchor"]
+    names = [ANCHOR]
     for spec in specs:
         name = base = spec.name or Path(spec.model).name
         n = 1

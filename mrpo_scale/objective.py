@@ -21,7 +21,7 @@ from mrpo_scale.errors import ConfigError
 
 OBJECTIVES = ("mrpo", "dpo", "multi_dpo")
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
-REF_WEIGHTS = ("confidence", "uniform")
+REF_WEIGHTS = ("confidence", "uniform", "validation")
 
 
 def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -38,7 +38,8 @@ class Objective:
         beta: strength of the tie to the (virtual) reference, > 0. For ``ipo`` it is that paper's tau.
         epsilon_max: trust region around the anchor (Eq. 8-9), >= 0. Zero makes MRPO plain DPO on the anchor.
         clip: ``adaptive`` (Eq. 9), ``fixed`` (epsilon_max everywhere) or ``none``.
-        ref_weights: ``confidence`` (Eq. 10), ``uniform`` or K numbers >= 0 that sum to 1.
+        ref_weights: ``confidence`` (Eq. 10), ``uniform`` or K numbers >= 0 that sum to 1; ``validation`` stands for numbers that
+            references/validation.py puts in its place before training, and no loss can be computed with the word itself.
         aggregate: ``harmonic`` (Proposition 1), ``geometric``, ``arithmetic`` or ``min``.
         loss_type: outer loss around the margin.
         label_smoothing: probability in [0, 0.5) that a preference label is flipped; ``sigmoid`` only (cDPO).

@@ -40,7 +40,10 @@ TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "ref_model_sync_steps": ((512,), "references are frozen"),
     "router_aux_loss_coef": ((None, 0.0), "no auxiliary loss is added"),
     "activation_offloading": ((False,), "use `gradient_checkpointing: true`"),
-    "dataset_streaming": ((False,), "data sets are read whole, memory-mapped"),
+    "dataset_streaming": (
+        (False,),
+        "data sets of any size are written to disk as Arrow files once and memory-mapped, so memory stays small without it",
+    ),
     "ignore_bias_buffers": ((False,), "there is nothing to ignore"),
     "model_init_kwargs": ((None,), "use `dtype`, `attn_implementation`, `model_revision`"),
     "pad_token": ((None,), "padding is masked, no token is needed"),

@@ -1,11 +1,10 @@
-"""What a run shows people: a table for the terminal, curves as PNG, a model card. Pure presentation of what it is given."""
+"""What a run shows people: a table for the terminal and curves as PNG. Pure presentation of what it is given."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,9 @@ History = list[dict[str, Any]]  # transformers' state.log_history
 
 # Okabe and Ito's palette, told apart by colour-blind readers; yellow left out, it is too pale for lines on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+#: Below this share of decided texts a reference cannot move the virtual reference.
+DECIDES_NOTHING = 0.01
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class RunSummary:
     peak_memory_gib_per_rank: list[float] | None = None
 
 
-_TABLE_LEGEND = (
+TABLE_HEADER = ("run", "held-out accuracy", "reward accuracy", "reward margin", "s/step", "peak memory per rank")
+TABLE_LEGEND = (
     "held-out accuracy: share of held-out pairs to whose chosen response the model gives a higher log-probability than to\n"
     "the rejected one. Reward accuracy and margin are measured on the same pairs against each run's own reference, so they\n"
     "do not compare between objectives. Peak memory: of the rank that needed most."
@@ -48,8 +51,22 @@ _TABLE_LEGEND = (
 
 def comparison_table(rows: Sequence[RunSummary]) -> str:
     """An aligned plain-text table with a legend below, no trailing newline."""
-    header = ("run", "held-out accuracy", "reward accuracy", "reward margin", "s/step", "peak memory per rank")
-    cells = [
+    return f"{aligned_table(TABLE_HEADER, table_cells(rows))}\n\n{TABLE_LEGEND}"
+
+
+def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text: the first column to the left, all others to the right, a rule under the header."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in (header, *rows)
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def table_cells(rows: Sequence[RunSummary]) -> list[tuple[str, ...]]:
+    """The comparison's cells as text, in the order of TABLE_HEADER."""
+    return [
         (
             row.name,
             percent(row.ranking_accuracy),
@@ -62,17 +79,6 @@ def comparison_table(rows: Sequence[RunSummary]) -> str:
         )
         for row in rows
     ]
-    return f"{aligned_table(header, cells)}\n\n{_TABLE_LEGEND}"
-
-
-def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text: the first column to the left, all others to the right, a rule under the header."""
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in (header, *rows)
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -167,14 +173,18 @@ def _train_and_held_out(log_history: History, key: str) -> list[_Line]:
 
 
 def _line(log_history: History, key: str, *, label: str, held_out: bool = False, colour: str) -> _Line:
-    # A resumed run logs a step again: the later entry counts.
-    points = {
+    return _Line(label, *points(log_history, key), held_out, colour)
+
+
+def points(log_history: History, key: str) -> tuple[list[float], list[float]]:
+    """Steps and finite values of one metric. A resumed run logs a step again: the later entry counts."""
+    values = {
         float(entry["step"]): float(entry[key])
         for entry in log_history
         if key in entry and "step" in entry and math.isfinite(float(entry[key]))
     }
-    steps = sorted(points)
-    return _Line(label, steps, [points[step] for step in steps], held_out, colour)
+    steps = sorted(values)
+    return steps, [values[step] for step in steps]
 
 
 def _draw(panels: Sequence[_Panel], path: Path, title: str) -> None:
@@ -220,122 +230,3 @@ def _draw_panel(axes: Axes, panel: _Panel) -> None:
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=min(3, len(panel.lines)), fontsize=8.5, frameon=False
     )
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """The README.md of a trained model. It says what it is given and looks nothing up: no environment, no arguments of its own.
-
-    Args:
-        base_model: the policy's hub id or folder. Of a folder only the last part is named, and not in the front matter.
-        dataset: hub id or path, treated alike.
-        settings: method settings in the order to show: objective, beta, epsilon_max, clip, ref_weights, aggregate, ...
-        references: (name, hub id or path, revision), the anchor first.
-        data: split -> {"pairs": pairs used, reason: pairs skipped, ...}.
-        results: the last evaluation's metrics, as the trainer logs them.
-        versions: package -> version.
-        curves: file name of the curves' PNG beside the README.
-    """
-
-    base_model: str
-    dataset: str
-    settings: Mapping[str, Any]
-    references: Sequence[tuple[str, str, str | None]]
-    data: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    results: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    curves: str | None = None
-
-    def render(self) -> str:
-        """Markdown with a YAML front matter as the Hugging Face hub reads it."""
-        return "\n\n".join([self._front_matter(), *self._method(), *self._data(), *self._outcome()]) + "\n"
-
-    def _front_matter(self) -> str:
-        import yaml
-
-        values: dict[str, Any] = {"library_name": "transformers", "tags": ["mrpo", "preference-optimization"]}
-        if is_hub_id(self.base_model):
-            values["base_model"] = self.base_model
-        if is_hub_id(self.dataset):
-            values["datasets"] = [self.dataset]
-        return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
-
-    def _method(self) -> list[str]:
-        others = len(self.references) - 1
-        against = (
-            f"the anchor and {others} more reference model{'s' if others > 1 else ''}"
-            if others > 0
-            else "one reference model"
-        )
-        references = [(name, _source(source), revision or "-") for name, source, revision in self.references]
-        return [
-            f"# {Path(self.base_model).name}, preference-optimized",
-            f"{_source(self.base_model)}, all weights finetuned on preference pairs against {against} with mrpo_scale "
-            "(Multi-Reference Preference Optimization).",
-            "## Method",
-            _table(("setting", "value"), [(f"`{key}`", _value(value)) for key, value in self.settings.items()]),
-            "## References",
-            _table(("name", "source", "revision"), references),
-        ]
-
-    def _data(self) -> list[str]:
-        rows = []
-        for split, counts in self.data.items():
-            skipped = [f"{count} {reason}" for reason, count in counts.items() if reason != "pairs" and count]
-            rows.append((split, str(counts["pairs"]), ", ".join(skipped) or "none"))
-        return [
-            "## Data",
-            f"{_source(self.dataset)}.",
-            *([_table(("split", "pairs used", "skipped"), rows)] if rows else []),
-        ]
-
-    def _outcome(self) -> list[str]:
-        results = [
-            (f"`{key.removeprefix('eval_')}`", _value(value))
-            for key, value in self.results.items()
-            if not _is_timing(key)
-        ]
-        parts = ["## Results"]
-        parts.append(_table(("held-out metric", "value"), results) if results else "No held-out set was measured.")
-        if self.curves:
-            parts.append(f"![Training curves]({self.curves})")
-        if self.versions:
-            parts += [
-                "## Framework versions",
-                "\n".join(f"- {name}: {version}" for name, version in self.versions.items()),
-            ]
-        return parts
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
-_DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv")
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether ``name`` reads as ``owner/name`` (or a legacy ``name``) of the Hugging Face hub and is no local file or folder."""
-    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(_DATA_FILES) and not Path(name).exists()
-
-
-def _source(name: str) -> str:
-    """A hub id as it is; of a local path the last part only, because a card is published and the rest is the author's disk."""
-    return f"`{name}`" if is_hub_id(name) or name.startswith("toy:") else f"`{Path(name).name}` (local)"
-
-
-def _is_timing(key: str) -> bool:
-    return key in ("epoch", "step") or key.endswith(("_runtime", "_per_second"))
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_value(item) for item in value)
-    return "-" if value is None else str(value)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    # A bar or a line break inside a cell would end it.
-    lines = [
-        [cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (header, ["---"] * len(header), *rows)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

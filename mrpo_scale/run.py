@@ -1,9 +1,8 @@
-"""One recipe from start to end: the baselines it names, its own objective, the table, the model folder, the pictures."""
+"""One recipe from start to end: the baselines it names, its own objective, the table, the model folder, the report."""
 
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +11,13 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
+from mrpo_scale.artifacts import LiveReport, report_if_stopped, run_name
 from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_memory_gib, reset_peak_memory
+from mrpo_scale.html_report import read_run, write_report
 from mrpo_scale.inputs import read_rows
 from mrpo_scale.recipe import parse
-from mrpo_scale.report import ModelCard, RunSummary, comparison_table, plot_comparison, plot_curves
+from mrpo_scale.report import RunSummary, comparison_table, plot_comparison
 from mrpo_scale.toyworld import resolve
 from mrpo_scale.trainer import MRPOTrainer
 
@@ -36,16 +37,18 @@ def run(words: Sequence[str]) -> list[RunSummary]:
     histories: dict[str, list[dict[str, Any]]] = {}
     for baseline in script.baselines:
         folder = str(config.folder / baseline)
-        trained = _train(*parse([*words, "--objective", baseline, "--output_dir", folder]))
+        trained = _train(*parse([*words, "--objective", baseline, "--output_dir", folder]), rows)
         _keep(trained, rows, histories)
     if script.baselines:
         script, config = parse(words)  # a fresh DeepSpeed configuration for the second engine of this process
-    _keep(_train(script, config), rows, histories)
+    _keep(_train(script, config, rows), rows, histories)
     if config.process_index == 0:
         print(f"\n{comparison_table(rows)}\n", flush=True)
         if len(histories) > 1:
             plot_comparison(histories, config.folder / "comparison.png")
-        print(f"model, model card and curves: {config.output_dir}", flush=True)
+            folders = [config.folder / baseline for baseline in script.baselines]
+            write_report([read_run(folder) for folder in (*folders, config.folder)], config.folder / "comparison.html")
+        print(f"model and model card: {config.output_dir}; to look at: {config.folder / 'report.html'}", flush=True)
     return rows
 
 
@@ -55,9 +58,16 @@ def _keep(trained: tuple[list[RunSummary], list[dict[str, Any]]], rows: list[Run
     histories[summaries[-1].name] = history
 
 
-def _train(script: ScriptArguments, config: MRPOConfig) -> tuple[list[RunSummary], list[dict[str, Any]]]:
-    """One objective: train, evaluate, save. Returns the rows `base` and its own, and the log."""
+def _train(
+    script: ScriptArguments, config: MRPOConfig, others: Sequence[RunSummary]
+) -> tuple[list[RunSummary], list[dict[str, Any]]]:
+    """One objective: train, evaluate, save. Returns the rows `base` and its own, and the log.
+
+    Args:
+        others: rows of the runs before this one, for the table on its card.
+    """
     train_rows, eval_rows = read_rows(script, config)
+    config.anchor = resolve(config.anchor) if config.anchor else None
     reset_peak_memory()
     trainer = MRPOTrainer(
         resolve(str(script.model_name_or_path)),
@@ -66,14 +76,19 @@ def _train(script: ScriptArguments, config: MRPOConfig) -> tuple[list[RunSummary
         train_dataset=train_rows,
         eval_dataset=eval_rows,
     )
+    trainer.script = script
+    trainer.add_callback(LiveReport(trainer))
     _announce(trainer)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    if eval_rows is not None and not any(
-        "eval_loss" in e and e["step"] == trainer.state.global_step for e in _log(trainer)
-    ):
-        trainer.evaluate()
-    summaries = _summaries(trainer)
-    save_final(trainer, script)
+    with report_if_stopped(trainer):
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        if eval_rows is not None and not any(
+            "eval_loss" in e and e["step"] == trainer.state.global_step for e in _log(trainer)
+        ):
+            trainer.evaluate()
+        summaries = _summaries(trainer)
+        known = {row.name for row in others}
+        trainer.comparison = [*others, *(row for row in summaries if row.name not in known)]
+        save_final(trainer)
     history = _log(trainer)
     _release(trainer)
     return summaries, history
@@ -105,10 +120,9 @@ def _summaries(trainer: MRPOTrainer) -> list[RunSummary]:
     if len(evals) > 1 and evals[0]["step"] == 0:
         rows.append(RunSummary("base", evals[0]["eval_logps/accuracies"], None, None, None, None))
     last = evals[-1] if evals else {}
-    objective, num_refs = trainer.args.objective, len(trainer.plan.names)
     rows.append(
         RunSummary(
-            name="DPO" if objective == "dpo" else f"{objective.upper().replace('_', '-')} (K={num_refs})",
+            name=run_name(trainer),
             ranking_accuracy=last.get("eval_logps/accuracies"),
             reward_accuracy=last.get("eval_rewards/accuracies"),
             reward_margin=last.get("eval_rewards/margins"),
@@ -119,44 +133,11 @@ def _summaries(trainer: MRPOTrainer) -> list[RunSummary]:
     return rows
 
 
-def save_final(trainer: MRPOTrainer, script: ScriptArguments) -> None:
-    """The trained model as an ordinary Hugging Face folder, its card and its curves, in ``output_dir``. Collective."""
+def save_final(trainer: MRPOTrainer) -> None:
+    """The trained model as an ordinary Hugging Face folder, its card, curves and report, in ``output_dir``. Collective."""
     trainer.save_model()
-    if not trainer.is_world_process_zero():
-        return
-    folder = trainer.args.folder
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    plot_curves(_log(trainer), folder / "curves.png", title=f"{trainer.args.objective}: {script.model_name_or_path}")
-    (folder / "README.md").write_text(_card(trainer, script).render())
-
-
-def _card(trainer: MRPOTrainer, script: ScriptArguments) -> ModelCard:
-    args, plan = trainer.args, trainer.plan
-    evals = [entry for entry in _log(trainer) if "eval_loss" in entry]
-    packages = ("mrpo-scale", "torch", "transformers", "accelerate", "deepspeed", "datasets")
-    return ModelCard(
-        base_model=str(script.model_name_or_path),
-        dataset=str(script.dataset_name),
-        settings={
-            "objective": args.objective,
-            "beta": args.beta,
-            "epsilon_max": args.epsilon_max,
-            "clip": args.clip,
-            "ref_weights": " ".join(map(str, args.ref_weights)),
-            "aggregate": args.aggregate,
-            "loss_type": " ".join(args.loss_type),
-            "label_smoothing": args.label_smoothing,
-            "learning_rate": args.learning_rate,
-            "pairs per optimizer step": trainer.window_size,
-            "optimizer steps": trainer.state.global_step,
-            "max_length": args.max_length,
-        },
-        references=[(r.name, r.source.path, r.source.revision) for r in plan.references],
-        data={split: {"pairs": len(pairs), **pairs.counts} for split, pairs in trainer.pair_sets.items()},
-        results=evals[-1] if evals else {},
-        versions={name: importlib.metadata.version(name) for name in packages},
-        curves="curves.png",
-    )
+    if not trainer.args.push_to_hub:  # a push has written them
+        trainer.create_model_card()
 
 
 def _release(trainer: MRPOTrainer) -> None:

@@ -44,6 +44,7 @@ class Recipe:
                 "`ref_cache_dir` is missing; name the folder of the scores in the recipe or as --ref_cache_dir."
             )
         train, held_out = read_rows(script, config)
+        config.anchor = resolve(config.anchor) if config.anchor else None
         references = [resolve(reference) for reference in script.ref_models]
         plan = plan_models(resolve(str(script.model_name_or_path)), references, config, None)
         return cls(script, config, plan, prepare_sets(plan, config, train, held_out))

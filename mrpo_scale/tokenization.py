@@ -26,9 +26,10 @@ import tokenizers
 import torch
 import transformers
 
-from mrpo_scale.data.layouts import Layout
+from mrpo_scale.data.layouts import AnyLayout, Layout
 from mrpo_scale.data.model_text import PLAIN_TEMPLATE, ModelText
-from mrpo_scale.data.pairs import BadRow, PreferencePair
+from mrpo_scale.data.pair_table import as_pairs, describe_source, source_of
+from mrpo_scale.data.pairs import NO_PAIR, BadRow, PairOptions, PreferencePair
 from mrpo_scale.errors import ConfigError
 
 __all__ = [
@@ -197,8 +198,12 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         )
 
     def source_row(self, row: int) -> int:
-        """The number, from 0, of the row in the data set that this pair was read from."""
-        return _source_row(self._rows, int(self._good[row]))
+        """The number, from 0, of the (first) row in the data set that this pair was read from."""
+        return source_of(self._rows, int(self._good[row]))["row"]
+
+    def source(self, row: int) -> str:
+        """The same for messages: ``row 3``, ``rows 3 and 4``, and of which set in a mix."""
+        return describe_source(source_of(self._rows, int(self._good[row])))
 
     def cut(self, row: int) -> tuple[bool, bool]:
         """Whether chosen, rejected lost their end to ``max_length``."""
@@ -214,10 +219,10 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         )
 
     def bad_rows(self) -> list[dict[str, Any]]:
-        """``{row, reason, detail}`` of every row left out, in order."""
+        """``{row, reason, detail}`` of every pair left out, in order; ``other_row`` and ``dataset``: see ``source_of``."""
         bad = np.setdiff1d(np.arange(len(self._tokenized)), self._good)
         verdicts = self._tokenized.select_columns(["reason", "detail"]).select(bad)
-        return [{"row": _source_row(self._rows, int(i)), **row} for i, row in zip(bad, verdicts, strict=True)]
+        return [{**source_of(self._rows, int(i)), **row} for i, row in zip(bad, verdicts, strict=True)]
 
     def _stored(self, row: int) -> dict[str, Any]:
         return self._tokenized[int(self._good[row])]
@@ -225,10 +230,11 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
 
 def prepare_pairs(
     rows: datasets.Dataset,
-    layout: Layout,
+    layout: AnyLayout,
     texts: Sequence[ModelText],
     *,
     max_length: int | None,
+    options: PairOptions | None = None,
     on_bad_row: Literal["skip", "error"] = "skip",
     max_bad_rows: float = 0.1,
     bad_rows_file: Path | None = None,
@@ -242,7 +248,8 @@ def prepare_pairs(
     Args:
         texts: the policy's view first.
         max_length: most tokens of prompt + response, in the policy's tokens; None cuts nothing.
-        max_bad_rows: largest fraction of bad rows.
+        options: how ranked or scored answers become pairs.
+        max_bad_rows: largest fraction of bad rows. Answers that tie are left out and counted, but are not bad rows.
         bad_rows_file: where bad rows are listed, if there are any, as JSON lines ``{split, row, reason, detail}``.
         split: what the rows are called in messages.
         cache_dir: where tokens are kept for the next run; default: where ``datasets`` keeps ``rows``.
@@ -251,7 +258,7 @@ def prepare_pairs(
     Raises:
         ConfigError: bad rows under ``on_bad_row: error``, too many of them, or none but them; see also ModelText.render_prompt.
     """
-    rows = rows.with_format(None)
+    rows, layout = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
     key = _fingerprint(rows, layout, texts, max_length)
     cache_file = None
     if cache_dir is not None:
@@ -338,23 +345,17 @@ def _flags(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
     return np.array([table[column][:] for column in columns], dtype=bool)
 
 
-def _source_row(rows: datasets.Dataset, row: int) -> int:
-    # A selection (the held-out split of a file) keeps the numbers of the rows it selects, in a place without a public name.
-    indices = rows._indices
-    return row if indices is None else indices.column(0)[row].as_py()
-
-
 def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: int) -> None:
     if pairs.counts:
-        logger.info("%s: skipped %d of %d pairs: %s", split, num_rows - len(pairs), num_rows, _by_reason(pairs))
+        logger.info("%s: skipped %d of %d pairs: %s", split, num_rows - len(pairs), num_rows, _by_reason(pairs.counts))
     if pairs.truncated:
         logger.info("%s: cut responses of %d pairs to max_length %s", split, pairs.truncated, max_length)
     for name, n in pairs.merged.items():
         logger.info("%s: merged turns of %d prompts for %s", split, n, name)
 
 
-def _by_reason(pairs: PairDataset) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in pairs.counts.items())
+def _by_reason(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items())
 
 
 def _check_bad_rows(
@@ -365,16 +366,22 @@ def _check_bad_rows(
     max_bad_rows: float,
     max_length: int | None,
 ) -> None:
+    bad = [row for row in bad if row["reason"] not in NO_PAIR]
     total = len(pairs) + len(bad)
+    if not total:
+        raise ConfigError(
+            f"the {split} set gives no pair: {_by_reason(pairs.counts)}; choose other data or `score_columns`."
+        )
+    reasons = _by_reason({reason: n for reason, n in pairs.counts.items() if reason not in NO_PAIR})
     if bad and on_bad_row == "error":
         first = bad[0]
         raise ConfigError(
-            f"`on_bad_row: error`: row {first['row']} of the {split} set is bad: {first['reason']} ({first['detail']}); repair "
-            f"the {len(bad)} bad rows ({_by_reason(pairs)}) or set `on_bad_row: skip`."
+            f"`on_bad_row: error`: {describe_source(first)} of the {split} set is bad: {first['reason']} ({first['detail']}); "
+            f"repair the {len(bad)} bad rows ({reasons}) or set `on_bad_row: skip`."
         )
     if len(bad) > max_bad_rows * total or not len(pairs):
         raise ConfigError(
-            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {_by_reason(pairs)}; "
+            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {reasons}; "
             f"{_remedy(pairs, max_length)} or raise `max_bad_rows`."
         )
 

@@ -6,7 +6,6 @@ happens: what a window is (samplers, ``get_batch_samples``), what its loss is (`
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,15 +20,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from mrpo_scale.artifacts import write_artifacts
 from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
-from mrpo_scale.config import MRPOConfig
+from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_flops
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
-from mrpo_scale.inputs import prepare_sets
+from mrpo_scale.held_out import HeldOutScores
+from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
 from mrpo_scale.objective import preference_loss
+from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.references.validation import with_validation_weights
+from mrpo_scale.report import RunSummary
+from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
     choose_shared_prompt,
@@ -70,19 +75,21 @@ class MRPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else MRPOConfig()
-        self.preference_objective = args.build_objective()
-        if args.objective == "dpo" and ref_models:
-            logger.info(
-                "objective dpo: the anchor alone is used, the %d other references are not loaded", len(ref_models)
-            )
-            ref_models = ()
         self.plan = plan_models(model, ref_models, args, processing_class)
         self.pair_sets = prepare_sets(self.plan, args, train_dataset, eval_dataset)
+        if args.objective == "dpo" and ref_models:
+            logger.info(
+                "objective dpo: the anchor alone is used, the %d other references are not loaded; their tokenizers decide which "
+                "pairs every model can score, so that runs compare",
+                len(ref_models),
+            )
+            self.plan = self.plan.anchor_alone()
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
-        evals = {split: pairs for split, pairs in weighted.items() if split != "train"}
+        evals = {split: pairs for split, pairs in weighted.items() if split not in ("train", WEIGHTS_SET)}
 
         # Before the policy: what is scored ahead of training has the memory to itself.
         self.scores = ReferenceScores(self.plan, args, self.pair_sets)
+        self.preference_objective = with_validation_weights(args, self.scores, self.pair_sets)
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
         self._source_use_cache = policy.config.use_cache
         enable_pair_scoring(policy, "policy", args.head_impl)
@@ -112,8 +119,13 @@ class MRPOTrainer(Trainer):
         self._tokens = 0
         self._held_out_scores: dict[int, dict[int, Tensor]] = {}
         self._eval_scores: dict[int, Tensor] = {}
+        self._eval_rows: list[HeldOutScores] = []
         self._policy_checked = False
         self._save_as_source = False
+        self._tokenizer_of_source = processing_class is None
+        # For the model card, where the caller knows more than the trainer: a recipe, and other runs to compare with.
+        self.script: ScriptArguments | None = None
+        self.comparison: list[RunSummary] = []
 
     # ---- which pairs make a step -------------------------------------------------------------------------------------
 
@@ -200,13 +212,13 @@ class MRPOTrainer(Trainer):
         if not self._sum_over_ranks(bad_P.any().float()):
             return
         mine = [
-            self.pair_sets["train"].source_row(row) for row, bad in zip(inputs.rows, bad_P.tolist(), strict=True) if bad
+            self.pair_sets["train"].source(row) for row, bad in zip(inputs.rows, bad_P.tolist(), strict=True) if bad
         ]
-        everyone: list[list[int]] = [mine]
+        everyone: list[list[str]] = [mine]
         if dist.is_initialized():
             everyone = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(everyone, mine)
-        where = "; ".join(f"rank {rank}: rows {rows}" for rank, rows in enumerate(everyone) if rows)
+        where = "; ".join(f"rank {rank}: {', '.join(rows)}" for rank, rows in enumerate(everyone) if rows)
         raise TrainingError(
             f"the loss of step {self.state.global_step + 1} is not finite for training pairs of {where} (row numbers of the "
             f"data set). All ranks stop; the last checkpoint in {self.args.output_dir} is as it was. Look at those rows and at "
@@ -240,25 +252,39 @@ class MRPOTrainer(Trainer):
     # ---- what is saved -----------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy as its source was: key names, ties, dtype. Checkpoints keep the dtype that training resumes in."""
-        self._save_as_source = not _internal_call
+        """Write the policy as its source was: key names, ties, dtypes, config, tokenizer. Checkpoints, which have a folder of
+        their own, keep the dtype that training resumes in."""
+        self._save_as_source = not _internal_call or output_dir is None
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        config, dtype = self.policy.config, self.plan.policy_dtype_on_disk
+        config = self.policy.config
         in_training = config.use_cache
         config.use_cache = self._source_use_cache  # the Trainer switches it off
-        if self._save_as_source and dtype != self.policy.dtype:
-            state_dict = self.policy.state_dict() if state_dict is None else state_dict
-            # Tied weights must stay one tensor, or they would be written twice.
-            cast = {v.data_ptr(): v.to(dtype) if v.is_floating_point() else v for v in state_dict.values()}
-            state_dict = {k: cast[v.data_ptr()] for k, v in state_dict.items()}
+        as_source = self._save_as_source and self.args.should_save
+        if as_source:
+            source = folder_of(self.plan.policy)
+            state = self.policy.state_dict() if state_dict is None else state_dict
+            state_dict = cast_as_stored(state, dtypes_on_disk(self.policy, source))
         super()._save(output_dir, state_dict)
         config.use_cache = in_training
-        if self._save_as_source and self.args.should_save:
-            file = Path(output_dir or self.args.folder) / "config.json"
-            written = json.loads(file.read_text())
-            file.write_text(json.dumps({**written, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+        if as_source:
+            copy_small_files(
+                source,
+                Path(output_dir or self.args.folder),
+                tokenizer=self._tokenizer_of_source,
+                chat_template=self.plan.texts[0].template if self.args.chat_template else None,
+            )
+
+    def create_model_card(self, *, model_name: str | None = None, **metadata: Any) -> None:  # type: ignore[override]
+        """README.md, curves, report.html and what they are made from, in ``output_dir``. ``push_to_hub`` calls this before it
+        uploads, so that the card on the hub is this one and not transformers' draft.
+
+        Args:
+            metadata: license, language, tags, ... of the front matter; ``dataset`` names rows that came from Python.
+        """
+        if self.is_world_process_zero():
+            write_artifacts(self, metadata)
 
     # ---- what is measured --------------------------------------------------------------------------------------------
 
@@ -287,8 +313,10 @@ class MRPOTrainer(Trainer):
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
         prefix = kwargs.get("metric_key_prefix", "eval")
         self._eval_scores = self._score_held_out(dataloader)
+        self._eval_pairs, self._eval_rows = dataloader.dataset.pairs, []
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         means = self._eval_metrics.means(self._sum_over_ranks)
+        self._keep_held_out(self.args.folder / f"{prefix}_logps.npz")
         metrics = {**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in means.items()}}
         return output._replace(metrics=metrics)
 
@@ -303,7 +331,25 @@ class MRPOTrainer(Trainer):
         loss = preference_loss(logps_P2, batch.ref_logps_KP2, self.preference_objective)
         metrics = pair_metrics(logps_P2, batch.ref_logps_KP2, loss, self.preference_objective, self.plan.names)
         self._eval_metrics.add({"loss": loss.losses_P, **metrics}, batch.weight_P)
+        self._eval_rows.append(self._held_out_rows(batch, logps_P2))
         return None, None, None
+
+    def _held_out_rows(self, batch: MicroBatch, logps_P2: Tensor) -> HeldOutScores:
+        real = (batch.weight_P > 0).cpu()
+        keys = self._eval_pairs.row_keys[list(batch.rows)]
+        return HeldOutScores(
+            self.plan.names,
+            keys[real.numpy()],
+            logps_P2.float().cpu()[real].numpy(),
+            batch.ref_logps_KP2.float().cpu()[:, real].numpy(),
+        )
+
+    def _keep_held_out(self, path: Path) -> None:
+        """What every model says of every held-out pair, beside the run's other results. Collective."""
+        everybody = [rows for some in all_say(self._eval_rows, world_group()) for rows in some]
+        self._eval_rows = []
+        if self.is_world_process_zero() and everybody:
+            HeldOutScores.joined(everybody).save(path)
 
     def _score_held_out(self, dataloader: Any) -> dict[int, Tensor]:
         """Row -> [K, 2] for this rank's rows of the set, from the references once and from memory afterwards."""

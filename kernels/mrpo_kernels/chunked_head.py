@@ -41,8 +41,8 @@ class OutputHead(NamedTuple):
         bias_V = None if self.bias_V is None else self.bias_V[words]
         return OutputHead(self.weight_VD[words].to(dtype), bias_V, self.softcap, self.scale)
 
-    def logits(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
-        """Final logits [C, V] in the accumulation dtype, in ``out_CV``'s memory where the device allows."""
+    def uncapped(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
+        """Logits [C, V] before the softcap in the accumulation dtype, in ``out_CV``'s memory where the device allows."""
         if hidden_CD.dtype == out_CV.dtype:
             logits_CV = torch.mm(hidden_CD, self.weight_VD.t(), out=out_CV)
         else:
@@ -52,13 +52,22 @@ class OutputHead(NamedTuple):
             logits_CV += self.bias_V
         if self.scale != 1.0:
             logits_CV *= self.scale
-        if self.softcap is not None:
-            logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_CV
 
-    def cap_slope(self, logits_CV: Tensor) -> Tensor | None:
-        """d softcap(x) / dx at final logits, as a new tensor; None without a softcap."""
-        return None if self.softcap is None else (logits_CV / self.softcap).square_().neg_().add_(1)
+    def cap_(self, logits_CV: Tensor) -> Tensor:
+        """Final logits, in place."""
+        return logits_CV if self.softcap is None else logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def cap_with_slope_(self, logits_CV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Final logits, in place, and d softcap(x) / dx as a new tensor; None without a softcap.
+
+        The slope comes from the tanh itself: near 1, a rounding more (from final logits) is a large part of 1 - tanh^2.
+        """
+        if self.softcap is None:
+            return logits_CV, None
+        tanh_CV = logits_CV.div_(self.softcap).tanh_()
+        slope_CV = tanh_CV.square().neg_().add_(1)
+        return tanh_CV.mul_(self.softcap), slope_CV
 
 
 class TokenLogps(NamedTuple):
@@ -106,10 +115,13 @@ def word_tiles(num_tokens: int, vocabulary: int, device_type: str) -> list[slice
 
 
 def softmax_(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns logits in place into their softmax. Returns (max_C, log_sum_C), whose sum is the logsumexp."""
+    """Turns logits in place into their softmax. Returns (max_C, log_sum_C), whose sum is the logsumexp.
+
+    Where a bias of -inf bans every word of a tile, log_sum is 0: its tokens may have words in other tiles.
+    """
     max_C = logits_CV.amax(1)
     torch.softmax(logits_CV, 1, out=logits_CV)
-    return max_C, logits_CV.amax(1).log_().neg_()
+    return max_C, logits_CV.amax(1).log_().neg_().masked_fill_(max_C == -torch.inf, 0)
 
 
 def d_logits_(softmax_CV: Tensor, labels_C: Tensor, first_word: int, d_token_C: Tensor) -> Tensor:
@@ -122,13 +134,17 @@ def d_logits_(softmax_CV: Tensor, labels_C: Tensor, first_word: int, d_token_C: 
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``total = a @ b`` if first, else ``total += a @ b``, summed in the wider of the dtypes."""
+    """``total = a @ b`` if first, else ``total += a @ b``, summed in the wider of the dtypes. A total wider than the operands is
+    a GPU's, see :func:`operand_dtype`."""
     if total.dtype == a.dtype:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif a.is_cuda and not first and _can_add_to_float32(a.device, a.dtype):
+    elif total.itemsize < a.itemsize:
+        product = torch.mm(a, b)
+        total.copy_(product) if first else total.add_(product)
+    elif not first and _can_add_to_float32(a.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        product = torch.mm(a, b, out_dtype=total.dtype) if a.is_cuda else torch.mm(a, b)
+        product = torch.mm(a, b, out_dtype=total.dtype)
         total.copy_(product) if first else total.add_(product)
 
 
@@ -157,7 +173,7 @@ def token_logps(hidden_TD: Tensor, head: OutputHead, labels_T: Tensor) -> TokenL
         tiles = word_tiles(len(labels_C), head.weight_VD.shape[0], device.type)
         memory = _TileMemory(hidden_CD, tiles)
         for words in tiles:
-            logits_CV = head.part(words, operand).logits(hidden_CD, memory.tile(words))
+            logits_CV = head.cap_(head.part(words, operand).uncapped(hidden_CD, memory.tile(words)))
             local_C = labels_C - words.start
             inside_C = (local_C >= 0) & (local_C < logits_CV.shape[1])
             here_C = logits_CV.gather(1, local_C.clamp_(0, logits_CV.shape[1] - 1)[:, None]).squeeze(1)
@@ -201,8 +217,7 @@ def head_gradients(
         memory = _TileMemory(hidden_CD, tiles)
         for words in tiles:
             part = head.part(words, operand)
-            logits_CV = part.logits(hidden_CD, memory.tile(words))
-            slope_CV = head.cap_slope(logits_CV)
+            logits_CV, slope_CV = head.cap_with_slope_(part.uncapped(hidden_CD, memory.tile(words)))
             softmax_CV = logits_CV.sub_(max_T[block, None]).sub_(log_sum_T[block, None]).exp_()
             d_logits_CV = d_logits_(softmax_CV, labels_C, words.start, d_token_C)
             add_tile_gradients(

@@ -40,6 +40,8 @@ def _response_logp(
     cu_seqlens_ptr = tl.load(row_ptr + CU_SEQLENS).to(tl.pointer_type(tl.int32))
     begin, end = tl.load(cu_seqlens_ptr + response), tl.load(cu_seqlens_ptr + response + 1)
     num_tokens = tl.load(row_ptr + NUM_TOKENS)
+    broken = (begin < 0) | (end < begin) | (end > num_tokens)  # nothing is read, and the log-prob is NaN
+    end = tl.where(broken, begin, end)
     tiles_v = tl.cdiv(tl.load(row_ptr + VOCABULARY), BLOCK_V)
     first_token, first_partial = tl.load(row_ptr + FIRST_TOKEN), tl.load(row_ptr + FIRST_PARTIAL)
     total = tl.zeros((BLOCK_T,), dtype=tl.float64)
@@ -61,11 +63,14 @@ def _response_logp(
             running_max = new_max
         log_sum = tl.log(tl.where(exists, running_sum, 1.0).to(tl.float64))
         label_logit = tl.load(label_logit_ptr + first_token + tokens, mask=exists, other=0.0)
-        total += tl.where(exists, (label_logit - running_max).to(tl.float64) - log_sum, 0.0)
+        # The label's logit and the tiles' add the same products up in different orders: a word's log-prob could exceed zero by that
+        # digit, which turns the clip's bounds around. NaN is not above zero and stays.
+        token_logp = (label_logit - running_max).to(tl.float64) - log_sum
+        total += tl.where(exists & ~(token_logp > 0.0), token_logp, 0.0)
         if STORE_TOKENS:
             tl.store(token_max_ptr + first_token + tokens, running_max, mask=exists)
             tl.store(token_log_sum_ptr + first_token + tokens, log_sum.to(tl.float32), mask=exists)
-    return tl.sum(total, 0)
+    return tl.where(broken, float("nan"), tl.sum(total, 0))
 
 
 @triton.jit
@@ -133,7 +138,8 @@ def _combine(
     return virtual_2, weights_K, epsilon_2, clipped_K2
 
 
-@triton.jit
+# Otherwise a step with one pair, or sixteen, or log-probs that are a view, would each wait for a compilation of its own.
+@triton.jit(do_not_specialize=["raw_ptr", "num_refs", "num_pairs"])
 def virtual_reference_kernel(
     table_ptr, floats_ptr, max_ptr, sum_ptr, label_logit_ptr, raw_ptr,
     virtual_ptr, weights_ptr, epsilon_ptr, clipped_ptr, num_refs, num_pairs, epsilon_max,
@@ -200,10 +206,11 @@ def combine(
     virtual_P2, epsilon_P2 = raw_KP2.new_empty(num_pairs, 2), raw_KP2.new_empty(num_pairs, 2)
     if num_pairs:
         # Without partials their pointers are never read: any tensor does.
-        table, *arrays = partials[3:4] + partials[:3] if partials else (floats, raw_KP2, raw_KP2, raw_KP2)
+        table, *arrays = partials[3:4] + partials[:3] if partials else (floats,) * 4
         with torch.cuda.device_of(raw_KP2):
             virtual_reference_kernel[(num_pairs,)](
-                table, floats, *arrays, raw_KP2, virtual_P2, weights_KP, epsilon_P2, clipped_KP2, num_refs, num_pairs, epsilon_max,
+                table, floats, *arrays, raw_KP2, virtual_P2, weights_KP, epsilon_P2, clipped_KP2,
+                num_refs, num_pairs, float(epsilon_max),
                 CLIP=clip, WEIGHTS=weights, AGGREGATE=aggregate, FROM_LOGPS=partials is None,
                 BLOCK_K=max(2, triton.next_power_of_2(num_refs)), BLOCK_V=partials.block_v if partials else 1,
                 BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mrpo_kernels.backend import resolve_impl
-from mrpo_kernels.sequence_logps import check_shapes, sequence_logps
+from mrpo_kernels.sequence_logps import check_inputs, sequence_logps
 from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, combine_references
 
 
@@ -59,7 +59,7 @@ def virtual_reference(
         ref_logps_KP2 (raw), virtual_logps_P2, weights_KP, epsilon_P2, clipped_KP2; float32, without gradient.
 
     Raises:
-        ValueError: sequences or shapes that do not fit, an unknown mode, or ``triton`` for tensors it cannot take.
+        ValueError: sequences or inputs that do not fit, an unknown mode, or ``triton`` for tensors it cannot take.
         RuntimeError: ``triton`` on a machine that cannot run it.
     """
     num_refs = len(hidden)
@@ -133,9 +133,9 @@ def _check_references(*per_reference: Sequence) -> None:
     responses = {len(cu_seqlens) - 1 for cu_seqlens in per_reference[3]}
     if len(responses) > 1 or next(iter(responses)) % 2:
         raise ValueError(f"every reference scores the same 2P responses, got {sorted(responses)}")
-    for k, (hidden_TD, weight_VD, labels_T, cu_seqlens) in enumerate(zip(*per_reference[:4], strict=True)):
+    for k, inputs in enumerate(zip(*per_reference[:6], strict=True)):
         try:
-            check_shapes(hidden_TD, weight_VD, labels_T, cu_seqlens)
+            check_inputs(*inputs)
         except ValueError as error:
             raise ValueError(f"reference {k}: {error}") from None
 

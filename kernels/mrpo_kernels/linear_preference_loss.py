@@ -34,7 +34,7 @@ from mrpo_kernels.chunked_head import (
     token_logps,
     word_tiles,
 )
-from mrpo_kernels.sequence_logps import check_shapes
+from mrpo_kernels.sequence_logps import check_inputs
 
 # Bytes of one chunk's logits, which span the vocabulary. On a GPU, fewer chunks mean less traffic in the float32 weight gradient.
 _CHUNK_BYTES = {"cpu": 40 << 20, "cuda": 1 << 30}
@@ -75,10 +75,10 @@ def linear_preference_loss(
         at all the weight still gets a gradient, of zeros, so that a rank without pairs takes part in ZeRO-3's collectives.
 
     Raises:
-        ValueError: shapes that do not fit, or losses that are not [C].
+        ValueError: inputs that do not fit, or losses that are not [C].
         RuntimeError: on a second backward through the same loss; the gradients were given away in the first.
     """
-    check_shapes(hidden_TD, head_weight_VD, labels_T, cu_seqlens)
+    check_inputs(hidden_TD, head_weight_VD, labels_T, cu_seqlens, bias, softcap)
     if len(cu_seqlens) % 2 == 0:
         raise ValueError(f"cu_seqlens has {len(cu_seqlens) - 1} responses; expected two for each pair")
     head = OutputHead(head_weight_VD, bias, softcap, logit_scale)
@@ -184,9 +184,8 @@ def _one_pass(
     logits_CV = memory_TV[: len(labels_C)]
     tiles = _weight_tiles(batch.head, operand)
     for words in tiles:
-        part_CV = batch.head.part(words, operand).logits(hidden_CD, logits_CV[:, words])
-    logits_CV = part_CV if len(tiles) == 1 else logits_CV
-    slope_CV = batch.head.cap_slope(logits_CV)
+        part_CV = batch.head.part(words, operand).uncapped(hidden_CD, logits_CV[:, words])
+    logits_CV, slope_CV = batch.head.cap_with_slope_(part_CV if len(tiles) == 1 else logits_CV)
     label_logits_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
     max_C, log_sum_C = softmax_(logits_CV)
     losses_C, logps_C2, d_token_C = _coefficients(batch, pairs, tokens, (label_logits_C - max_C) - log_sum_C)
@@ -225,14 +224,15 @@ def _coefficients(batch: _Batch, pairs: slice, tokens: slice, token_logps_C: Ten
                 f"loss_of_pairs gave {tuple(losses_C.shape)} for {len(leaf_C2)} pairs; expected one loss each"
             )
         (d_logps_C2,) = torch.autograd.grad(losses_C.sum(), leaf_C2)
-    d_token_C = torch.repeat_interleave(d_logps_C2.flatten(), cu_seqlens.diff().long())
+    d_token_C = torch.repeat_interleave(d_logps_C2.flatten(), cu_seqlens.diff().long(), output_size=len(token_logps_C))
     return losses_C.detach(), logps_C2, d_token_C
 
 
 def _weight_tiles(head: OutputHead, operand: torch.dtype) -> list[slice]:
-    """The whole head; in pieces where it has to be upcast, which must not make a second copy of it."""
+    """The whole head; in pieces where it has to be upcast, which must not make a second copy of it. Not where it is rounded to a
+    low precision: its products then come in memory of their own, which pieces would have to be put together from."""
     vocabulary, width = head.weight_VD.shape
-    if head.weight_VD.dtype == operand:
+    if operand in (head.weight_VD.dtype, torch.bfloat16, torch.float16):
         return [slice(0, vocabulary)]
     return word_tiles(width, vocabulary, head.weight_VD.device.type)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,8 @@ class Tile:
     """A configuration of the partials kernel; tests compile each shipped one and read its registers and spills.
 
     ``descriptors`` loads tiles through the tensor memory accelerator (sm_90 and up) instead of asynchronous copies of 16 bytes.
-    No shipped tile does yet: it is not measured, and with bias or softcap it spills.
+    No shipped tile does yet: it is not measured, and with bias or softcap it spills. ``max_registers`` of a thread: None leaves it
+    to the assembler, which does better with the large tiles.
     """
 
     block_t: int
@@ -45,6 +46,7 @@ class Tile:
     num_stages: int
     group_t: int = 8
     descriptors: bool = False
+    max_registers: int | None = None
 
 
 # By compute capability's major number: the newest that is not above the device's.
@@ -54,8 +56,11 @@ TILES = {
     10: Tile(128, 256, 64, num_warps=8, num_stages=4),
     12: Tile(128, 128, 64, num_warps=8, num_stages=3),
 }
-# For float32, which is exact (no TF32) and therefore slow, and for rows that are not 16-byte aligned, whose loads cannot be wide.
+# For float32, which is exact (no TF32) and therefore slow.
 PLAIN_TILE = Tile(64, 64, 16, num_warps=4, num_stages=3)
+# For rows that are not 16-byte aligned, whose loads cannot be wide. Left to itself the assembler spills a few bytes of some
+# variants to stay within the 168 registers with which three programs fit a multiprocessor; only one is launched on each.
+UNALIGNED_TILE = replace(PLAIN_TILE, max_registers=255)
 # The interpreter runs every program in Python: small tiles, so that tests of a few tokens still have several in each direction.
 INTERPRETER_TILE = Tile(16, 32, 16, num_warps=1, num_stages=1, group_t=2)
 _INTERPRETER_PROGRAMS = 3
@@ -99,8 +104,8 @@ class Partials(NamedTuple):
 def _softcapped(x, softcap):
     """softcap * tanh(x / softcap), and x where softcap is 0.
 
-    Good to float32's last digit of *softcap*, which is the last digit of a large logit. A series for small x would also keep their
-    last digit, and costs 50 registers that a 128x256 tile does not have (spills on sm_90).
+    Good to float32's last digits of *softcap*, which are those of a large logit. A series for small x would also keep their last
+    digit, for 50 registers that a 128x256 tile does not have; forms that are better near -softcap spill 16 to 32 bytes on sm_90.
     """
     cap = tl.where(softcap > 0, softcap, 1.0)
     return tl.where(softcap > 0, cap - 2.0 * cap / (1.0 + tl.exp(x * (2.0 / cap))), x)
@@ -131,7 +136,7 @@ def _num_biases(row_ptr):
     return tl.where(tl.load(row_ptr + BIAS) != 0, tl.load(row_ptr + VOCABULARY), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_heads"])  # 1 has a variant of its own, 16 needs none
 def partials_kernel(
     table_ptr, floats_ptr, max_ptr, sum_ptr, label_logit_ptr, num_heads,
     DTYPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_T: tl.constexpr,
@@ -272,6 +277,7 @@ def vocabulary_partials(heads: Sequence[Head], ref_weights: Sequence[float] | No
                 EVEN_D=all(head.hidden_TD.shape[1] % tile.block_d == 0 for head in heads), ALIGNED=aligned,
                 HAS_TRANSFORM=any(head.bias_V is not None or head.softcap for head in heads),
                 UPCAST=INTERPRETED, DESCRIPTORS=tile.descriptors, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                maxnreg=tile.max_registers,
             )  # fmt: skip
     return out
 
@@ -314,7 +320,9 @@ def _to_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torc
 def _tile(device: torch.device, dtype: torch.dtype, aligned: bool) -> Tile:
     if INTERPRETED:
         return INTERPRETER_TILE
-    if dtype == torch.float32 or not aligned:
+    if not aligned:
+        return UNALIGNED_TILE
+    if dtype == torch.float32:
         return PLAIN_TILE
     capability = torch.cuda.get_device_capability(device)[0]
     return TILES[max(major for major in TILES if major <= capability)]

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from mrpo_scale.data.layouts import LAYOUTS, Layout
+from mrpo_scale.data.layouts import LAYOUTS, AnyLayout, Layout, RankedLayout
 from mrpo_scale.data.loading import find_layout, load_rows
 from mrpo_scale.data.messages import merge_turns
-from mrpo_scale.data.pairs import BadRow, PreferencePair
+from mrpo_scale.data.mixing import DatasetSpec, parse_datasets
+from mrpo_scale.data.pair_table import as_pairs
+from mrpo_scale.data.pairs import BadRow, PairOptions, PreferencePair
 
-__all__ = ["LAYOUTS", "BadRow", "Layout", "PreferencePair", "find_layout", "load_rows", "merge_turns"]
+__all__ = [
+    "LAYOUTS",
+    "AnyLayout",
+    "BadRow",
+    "DatasetSpec",
+    "Layout",
+    "PairOptions",
+    "PreferencePair",
+    "RankedLayout",
+    "as_pairs",
+    "find_layout",
+    "load_rows",
+    "merge_turns",
+    "parse_datasets",
+]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
-from mrpo_scale.data.layouts import LAYOUTS, Layout
+from mrpo_scale.data.layouts import LAYOUTS, AnyLayout
+from mrpo_scale.data.mixing import Entry, mix, parse_datasets
+from mrpo_scale.data.pair_table import FEATURES, PairTable, group_numbers, pair_table
+from mrpo_scale.data.pairs import PairOptions
 from mrpo_scale.errors import ConfigError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
@@ -17,55 +23,69 @@ DEFAULT_TEST_SPLIT = "test"
 
 
 def load_rows(
-    dataset_name: str,
+    dataset_name: Entry | Sequence[Entry],
     *,
     config: str | None = None,
     train_split: str = "train",
     test_split: str = DEFAULT_TEST_SPLIT,
     held_out: float | None = None,
+    train_subset: float | None = None,
     seed: int = 42,
+    layout: str = "auto",
+    options: PairOptions | None = None,
+    num_proc: int | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """The rows to train on and, where there are any, those to evaluate on.
+    """The rows to train on and, where there are any, those to evaluate on. Of several data sets: their pair table.
 
     Args:
         dataset_name: hub id, or a local .json (lines or one array), .jsonl, .parquet, .arrow or .csv file, which is a ``train``
-            split, or a folder of such files, whose names tell their splits.
+            split, or a folder of such files, whose names tell their splits. Several: see :mod:`mrpo_scale.data.mixing`.
         test_split: taken where the data set has it; another name than the default must exist.
         held_out: without a test split, how much of the train split to hold out: a fraction below 1, or a number of rows.
-        seed: of the random choice of held-out rows.
+        train_subset: how much of what is left to train on, at random. Without a test split and ``held_out`` the remainder is
+            evaluated on. Where several rows are answers to one prompt (layout ``helpsteer``), both count prompts.
+        seed: of all random choices.
+        layout, options: how rows are read, for data sets that do not say it themselves.
 
     Raises:
         ConfigError: the data cannot be found or read, or has no such split.
     """
-    splits = _load_splits(dataset_name, config)
-    wanted = {"dataset_train_split": train_split}
-    if test_split != DEFAULT_TEST_SPLIT:
-        wanted["dataset_test_split"] = test_split
-    for key, split in wanted.items():
-        if split not in splits:
-            raise ConfigError(
-                f"`{key}: {split}`: `{dataset_name}` has no such split; choose one of {', '.join(splits)}."
-            )
-    train = splits[train_split]
-    if test_split in splits:
-        return train, splits[test_split]
-    if held_out is None:
-        return train, None
-    halves = train.train_test_split(test_size=_test_size(held_out, len(train)), seed=seed)
-    return halves["train"], halves["test"]
+    options = options or PairOptions(seed=seed)
+    specs = parse_datasets(dataset_name)
+    trains: list[datasets.Dataset] = []
+    tests: list[datasets.Dataset] = []
+    for spec in specs:
+        splits = _load_splits(spec.name, spec.config or config)
+        train, test = _choose_splits(splits, spec.name, spec.split or train_split, test_split)
+        read_as = spec.layout or layout
+        if train_subset is not None or (held_out is not None and test is None):
+            groups = group_numbers(train, _find_layout_of(train, read_as, spec.label)) if len(train) else np.arange(0)
+            train, rest = _split(train, groups, None if test is not None else held_out, train_subset, seed)
+            test = test if test is not None else rest
+        if len(specs) == 1 and spec.layout is None:
+            return train, test
+        for rows, tables in ((train, trains), (test, tests)):
+            if rows is not None:
+                found = _find_layout_of(rows, read_as, spec.label)
+                tables.append(pair_table(rows, found, options, source=spec.label, num_proc=num_proc))
+    return mix(trains, specs, seed), datasets.concatenate_datasets(tests) if tests else None
 
 
-def find_layout(dataset: datasets.Dataset, name: str = "auto") -> Layout:
+def find_layout(dataset: datasets.Dataset, name: str = "auto") -> AnyLayout:
     """The layout of ``dataset``: the one called ``name``, or under ``auto`` the first that its columns and first rows fit.
 
     Raises:
-        ConfigError: no layout fits; says which columns there are and what each layout needs.
+        ConfigError: no layout fits; says which columns there are and what the nearest layout needs.
     """
     columns = set(dataset.column_names)
+    if dataset.features == FEATURES:
+        return PairTable()
+    if len(dataset) == 0:
+        raise ConfigError("the data set has no rows; check `dataset_name` and the split keys.")
     if name != "auto":
         if name not in LAYOUTS:
             raise ConfigError(f"`dataset_layout: {name}` is not known; choose auto or one of {', '.join(LAYOUTS)}.")
-        if not set(LAYOUTS[name].columns) <= columns:
+        if LAYOUTS[name].missing(columns):
             raise ConfigError(
                 f"`dataset_layout: {name}` does not fit: {_missing(LAYOUTS[name], columns)}. {_known(dataset)}"
             )
@@ -75,11 +95,56 @@ def find_layout(dataset: datasets.Dataset, name: str = "auto") -> Layout:
         for layout in LAYOUTS.values():
             if layout.matches(columns, example):
                 return layout
-    nearest = min(LAYOUTS.values(), key=lambda lay: (len(set(lay.columns) - columns), -len(set(lay.columns) & columns)))
+    nearest = min(LAYOUTS.values(), key=lambda layout: _distance(layout, columns))
     reason = _missing(nearest, columns) or f"the first rows are not {nearest.describe}"
     raise ConfigError(
         f"`dataset_layout: auto`: no layout fits; nearest is `{nearest.name}`: {reason}. {_known(dataset)}"
     )
+
+
+def _find_layout_of(rows: datasets.Dataset, name: str, label: str) -> AnyLayout:
+    try:
+        return find_layout(rows, name)
+    except ConfigError as error:
+        raise ConfigError(f"`{label}`: {error}") from None
+
+
+def _choose_splits(
+    splits: datasets.DatasetDict, dataset_name: str, train_split: str, test_split: str
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    wanted = {"dataset_train_split": train_split}
+    if test_split != DEFAULT_TEST_SPLIT:
+        wanted["dataset_test_split"] = test_split
+    for key, split in wanted.items():
+        if split not in splits:
+            raise ConfigError(
+                f"`{key}: {split}`: `{dataset_name}` has no such split; choose one of {', '.join(splits)}."
+            )
+    return splits[train_split], splits.get(test_split)
+
+
+def _split(
+    rows: datasets.Dataset, groups: np.ndarray, held_out: float | None, train_subset: float | None, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Random disjoint rows to train and to evaluate on; rows of one group stay together."""
+    total = int(groups.max(initial=-1)) + 1
+    held = 0 if held_out is None else _count("held_out", held_out, total)
+    order = np.random.default_rng(seed).permutation(total)  # as in train_test_split of `datasets`: test rows come first
+    test, train = order[:held], order[held:]
+    if train_subset is not None:
+        size = _count("train_subset", train_subset, len(train))
+        train, remainder = train[:size], train[size:]
+        test = test if held_out is not None else remainder
+    return _rows_of(rows, groups, train), _rows_of(rows, groups, test) if len(test) else None
+
+
+def _rows_of(rows: datasets.Dataset, groups: np.ndarray, wanted: np.ndarray) -> datasets.Dataset:
+    """The rows of the wanted groups, in the order in which the groups are listed."""
+    place = np.full(int(groups.max()) + 1, -1)
+    place[wanted] = np.arange(len(wanted))
+    kept = np.flatnonzero(place[groups] >= 0)
+    # `select` would slice rows that happen to lie together, and a slice forgets which rows of the file it holds.
+    return rows._select_with_indices_mapping(kept[np.argsort(place[groups[kept]], kind="stable")])
 
 
 def _load_splits(dataset_name: str, config: str | None) -> datasets.DatasetDict:
@@ -114,22 +179,31 @@ def _looks_local(name: str) -> bool:
     return os.sep in name and not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
 
 
-def _test_size(held_out: float, num_rows: int) -> float | int:
-    """What ``train_test_split`` calls it: a float is a fraction, an integer a count."""
-    whole = float(held_out).is_integer()
-    if not (0 < held_out < 1 or (whole and 1 <= held_out < num_rows)):
+def _count(key: str, value: float, total: int) -> int:
+    """How many of ``total`` rows a fraction or a number of rows is; at least one, and at least one is left."""
+    whole = float(value).is_integer()
+    if not (0 < value < 1 or (whole and 1 <= value < total)):
         raise ConfigError(
-            f"`held_out: {held_out}` must be a fraction between 0 and 1 or a whole number of rows below the {num_rows} there are."
+            f"`{key}: {value}` must be a fraction between 0 and 1 or a whole number of rows below the {total} there are."
         )
-    if num_rows < 2:
-        raise ConfigError(f"`held_out: {held_out}`: the train split has {num_rows} row; add rows or remove `held_out`.")
-    return int(held_out) if whole else held_out
+    if total < 2:
+        raise ConfigError(f"`{key}: {value}`: the train split has {total} row; add rows or remove `{key}`.")
+    return int(value) if whole else math.ceil(value * total) if key == "held_out" else max(1, int(value * total))
 
 
-def _missing(layout: Layout, columns: set[str]) -> str:
-    return ", ".join(f"column `{column}` is missing" for column in layout.columns if column not in columns)
+def _missing(layout: AnyLayout, columns: set[str]) -> str:
+    names = [" or ".join(f"`{name}`" for name in needed.split("|")) for needed in layout.missing(columns)]
+    return ", ".join(f"column {name} is missing" for name in names)
+
+
+def _distance(layout: AnyLayout, columns: set[str]) -> tuple[int, int]:
+    missing = len(layout.missing(columns))
+    return missing, missing - len(layout.columns)
 
 
 def _known(dataset: datasets.Dataset) -> str:
-    needs = "; ".join(f"{layout.name} ({', '.join(layout.columns)}: {layout.describe})" for layout in LAYOUTS.values())
-    return f"Columns found: {', '.join(dataset.column_names) or 'none'}. Known layouts: {needs}. Rename the columns."
+    needs = "; ".join(f"{layout.name} ({', '.join(layout.columns)})" for layout in LAYOUTS.values())
+    return (
+        f"Columns found: {', '.join(dataset.column_names) or 'none'}. Known layouts: {needs}; docs/data.md shows a row of each. "
+        "Rename the columns."
+    )

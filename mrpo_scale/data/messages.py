@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mrpo_scale.data.pairs import BadRow, PreferencePair
@@ -91,6 +92,18 @@ def pair_from_messages(
     if prompt[-1]["role"] == "assistant":
         raise BadRow("malformed", "the prompt ends with an assistant turn")
     return PreferencePair(prompt=prompt, chosen=texts[0], rejected=texts[1], tools=tools)
+
+
+def add_system(pair: PreferencePair, row: Mapping[str, Any]) -> PreferencePair:
+    """``pair`` with the text of the row's ``system`` column, where it has any, as the first turn. An own first turn stays.
+
+    Raises:
+        BadRow: ``malformed`` when it is not text.
+    """
+    system = row.get("system")
+    if not system or pair.prompt[0]["role"] == "system":  # type: ignore[index]
+        return pair
+    return replace(pair, prompt=[{"role": "system", "content": read_text(system, "system")}, *pair.prompt])
 
 
 def merge_turns(messages: Sequence[Message]) -> list[Message]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+#: Reasons for which answers give no pair though nothing is wrong with them: counted and listed, but no cause to stop a run.
+NO_PAIR = frozenset({"tied_scores", "single_answer"})
+
 
 class BadRow(ValueError):  # noqa: N818 (a verdict on a row, not a failure of the program)
     """A row that cannot be trained on. ``reason`` is a short stable word that rows are counted by, e.g. ``empty_response``."""
@@ -28,3 +31,18 @@ class PreferencePair:
     chosen: str
     rejected: str
     tools: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """How ranked or scored answers become pairs. All of it is part of the cache keys.
+
+    Args:
+        ranked_pairs: ``all`` (every two answers of a prompt), ``best_vs_random`` or ``best_vs_worst`` (one pair per prompt).
+        score_columns: the numbers whose sum ranks single answers (layout ``helpsteer``).
+        seed: of the random answer. Each prompt draws from its own stream, so neither order nor processes change it.
+    """
+
+    ranked_pairs: str = "all"
+    score_columns: tuple[str, ...] = ("helpfulness",)
+    seed: int = 42

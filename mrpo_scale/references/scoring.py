@@ -103,8 +103,7 @@ class SpreadScorer:
                 logit_scale=[head.logit_scale for head in heads],
                 epsilon_max=self.objective.epsilon_max,
                 clip=self.objective.clip,
-                # A list has a number for every reference of the run; where some come from the cache only the log-probs count here.
-                ref_weights=self.objective.ref_weights if len(which) == len(self.references) else "uniform",
+                ref_weights="uniform",  # only the log-probs count here: some references may come from the cache
                 aggregate=self.objective.aggregate,
                 impl=self.impl,
             )

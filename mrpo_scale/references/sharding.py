@@ -141,7 +141,7 @@ class ShardedReference:
                 unit.reshard()
 
     def _load(self, files: list[Path]) -> None:
-        stored = _stored_tensors(self.model, files, self.name)
+        stored = stored_tensors(self.model, files, self.name)
         plan = _match_names(self.model, stored, self.name)
         enable_pair_scoring(self.model, self.name)
         mesh = None
@@ -249,7 +249,7 @@ class _Stored:
             return tensors.get_tensor(self.key)
 
 
-def _stored_tensors(model: PreTrainedModel, files: list[Path], name: str) -> dict[str, _Stored]:
+def stored_tensors(model: PreTrainedModel, files: list[Path], name: str) -> dict[str, _Stored]:
     """{name in the model: where it is on disk}. Checkpoints keep the names of their first days (GPT-NeoX: embed_out for
     lm_head), which transformers' own table and rule translate."""
     transforms = get_model_conversion_mapping(model)

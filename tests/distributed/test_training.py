@@ -12,6 +12,7 @@ from transformers import PrinterCallback
 
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import TrainingError
+from mrpo_scale.held_out import HeldOutScores
 from mrpo_scale.recipe import resource
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.trainer import MRPOTrainer
@@ -87,7 +88,15 @@ def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, pois
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     scores = {row: value.tolist() for row, value in trainer.seen.items()}
     stage = config.deepspeed_plugin.zero_stage if config.deepspeed_plugin else None
-    return {"log": log, "rows": trainer.rows, "scores": scores, "held_out": held_out, "stage": stage}
+    weights = trainer.preference_objective.ref_weights
+    return {
+        "log": log,
+        "rows": trainer.rows,
+        "scores": scores,
+        "held_out": held_out,
+        "stage": stage,
+        "weights": weights,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +153,13 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(folders, tmp_path, pool2, alo
     step = next(step for step, row in alone["rows"] if row == 11)
     messages = pool2.run(train_expecting_a_stop, folders, tmp_path, timeout=300)
     assert messages[0] == messages[1] and messages[0] is not None
-    assert f"step {step + 1} " in messages[0] and "rows [11]" in messages[0] and str(tmp_path) in messages[0]
+    assert f"step {step + 1} " in messages[0] and ": row 11 " in messages[0] and str(tmp_path) in messages[0]
     # The last good checkpoint is there and none of the bad step's.
     assert sorted(int(p.name.split("-")[1]) for p in Path(tmp_path).glob("checkpoint-*")) == list(range(1, step + 1))
 
 
 def test_a_poisoned_row_is_named_in_one_process(folders, tmp_path):
-    with pytest.raises(TrainingError, match=r"rows \[11\]"):
+    with pytest.raises(TrainingError, match="rank 0: row 11 "):
         train(folders, tmp_path, batch_size=4, accumulation=1, poison=11, deepspeed=False)
 
 
@@ -241,3 +250,17 @@ def test_a_live_window_is_one_virtual_reference_call(folders, pool2, shard_size)
 def test_ranks_with_less_to_score_stay_in_step(folders, pool2):
     forwards = pool2.run(pair_scoring_in_unequal_batches, folders)
     assert forwards[0] == forwards[1] > 1
+
+
+def test_validation_weights_and_held_out_pairs_over_ranks(folders, tmp_path, pool2):
+    """7 held-out pairs, 4 set aside, batches of 2: one rank has a filler in each set, which counts for nothing."""
+    keys = {"ref_weights": "validation", "max_steps": 1, "per_device_eval_batch_size": 2}
+    one = train(folders, tmp_path / "one", batch_size=2, accumulation=1, deepspeed=False, **keys)
+    ranks = pool2.run(train, folders, tmp_path / "two", batch_size=1, accumulation=1, **keys, timeout=300)
+    assert ranks[0]["weights"] == ranks[1]["weights"] == one["weights"]
+    assert sum(one["weights"]) == pytest.approx(1)
+    kept = [HeldOutScores.load(tmp_path / name / "eval_logps.npz") for name in ("one", "two")]
+    assert len(kept[0].row_keys) == 3
+    assert kept[0].row_keys.tolist() == kept[1].row_keys.tolist()
+    assert kept[1].policy_logps_N2 == pytest.approx(kept[0].policy_logps_N2, rel=1e-5)
+    assert kept[1].ref_logps_KN2 == pytest.approx(kept[0].ref_logps_KN2, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Loss and gradients in one pass: against float64 full logits through the project's objectives, and the traps of such kernels."""
+"""Loss and gradients in one pass: against float64 full logits through the project's objectives. The traps are in test_traps.py."""
 
 import importlib
 
@@ -7,13 +7,14 @@ import torch
 from mrpo_kernels import chunked_head, linear_preference_loss, sequence_logps
 
 from mrpo_scale.objective import Objective, preference_loss
+from tests.kernel.oracle import OPTIONS, assert_no_worse_than_plain, doubled, with_gradients
+from tests.kernel.oracle import plain_logps as plain_logps_S
 
 # The package exports the function under the module's own name.
 module = importlib.import_module("mrpo_kernels.linear_preference_loss")
 
 VOCABULARY = 101  # odd: no tile divides it
 BOUNDS = [0, 4, 9, 9, 12, 12, 12, 20, 33, 34, 36]  # ragged; pair 1 has an empty chosen, pair 2 no token, pair 3 is long
-OPTIONS = [{}, {"softcap": 3.0}, {"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 1.7}]
 OBJECTIVES = [
     Objective(),
     Objective(label_smoothing=0.2),
@@ -43,13 +44,8 @@ def inputs(dtype, scale=1.0, seed=0):
     return [hidden_TD, weight_VD, bias_V], labels_T, torch.tensor(BOUNDS, dtype=torch.int32)
 
 
-def plain_logps(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap=None, logit_scale=1.0):
-    """The definition, on full logits in the inputs' dtype."""
-    logits_TV = (hidden_TD @ weight_VD.T + bias_V) * logit_scale
-    if softcap is not None:
-        logits_TV = softcap * torch.tanh(logits_TV / softcap)
-    logps_T = logits_TV.log_softmax(-1).gather(1, labels_T[:, None]).squeeze(1)
-    return torch.stack([part.sum() for part in logps_T.split(cu_seqlens.diff().tolist())]).view(-1, 2)
+def plain_logps(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, **options):
+    return plain_logps_S(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, **options).view(-1, 2)
 
 
 def references(policy_logps_P2):
@@ -70,35 +66,29 @@ def pair_losses(ref_logps_KP2, objective):
     return loss_of_pairs
 
 
-def gradients(function, tensors, upstream=0.7):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    loss = function(*leaves)
-    (loss * upstream).backward()
-    return [loss.detach(), *(leaf.grad for leaf in leaves)]
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("scale", [0.2, 20.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_no_larger_than_plain_torchs(options, scale, dtype):
-    tensors, labels_T, cu_seqlens = inputs(dtype, scale)
-    exact_logps_P2 = plain_logps(*(t.double() for t in tensors), labels_T, cu_seqlens, **options)
-    loss_of_pairs = pair_losses(references(exact_logps_P2), Objective())
+    """The worst of 16 draws each. A margin is beta times a difference of log-probs of hundreds of nats, whose last digit moves a
+    pair's coefficient by many of its own. Plain torch has that error as well, and which of the two is luckier differs by draw."""
+    draws = []
+    for seed in range(16):
+        tensors, labels_T, cu_seqlens = inputs(dtype, scale, seed)
+        exact_logps_P2 = plain_logps(*doubled(tensors), labels_T, cu_seqlens, **options)
+        loss_of_pairs = pair_losses(references(exact_logps_P2), Objective())
 
-    def ours(h, w, b):
-        return linear_preference_loss(h, w, labels_T, cu_seqlens, loss_of_pairs, bias=b, **options).loss
+        def ours(h, w, b):
+            return linear_preference_loss(h, w, labels_T, cu_seqlens, loss_of_pairs, bias=b, **options).loss  # noqa: B023
 
-    def theirs(h, w, b):
-        return loss_of_pairs(plain_logps(h, w, b, labels_T, cu_seqlens, **options), slice(0, 5)).sum()
+        def plain(h, w, b):
+            return loss_of_pairs(plain_logps(h, w, b, labels_T, cu_seqlens, **options), slice(0, 5)).sum()  # noqa: B023
 
-    exact = gradients(theirs, [t.double() for t in tensors])
-    got, eager = gradients(ours, tensors), gradients(theirs, tensors)
-    # A margin is beta times a difference of log-probs: their last digit moves every coefficient by this many of its own.
-    conditioning = 1 + Objective().beta * exact_logps_P2.abs().max()
-    for name, x, mine, torchs in zip(("loss", "d_hidden", "d_weight", "d_bias"), exact, got, eager, strict=True):
-        slack = torch.finfo(dtype).eps * x.abs().max() * conditioning
-        error, allowed = (mine.double() - x).abs().max(), 2 * (torchs.double() - x).abs().max() + slack
-        assert error <= allowed, (name, error.item(), allowed.item())
+        given = (ours, tensors), (plain, tensors), (plain, doubled(tensors))
+        draws.append([with_gradients(function, leaves, 0.7) for function, leaves in given])
+    got, eager, exact = (zip(*values, strict=True) for values in zip(*draws, strict=True))
+    for name, *values in zip(("loss", "d_hidden", "d_weight", "d_bias"), got, eager, exact, strict=True):
+        assert_no_worse_than_plain(*values, dtype, name)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.name}-{o.loss_type}-{o.label_smoothing}")
@@ -108,11 +98,11 @@ def test_every_objective_matches_its_definition(objective):
     loss_of_pairs = pair_losses(references(exact_logps_P2), objective)
     result = linear_preference_loss(*tensors[:2], labels_T, cu_seqlens, loss_of_pairs, bias=tensors[2])
     torch.testing.assert_close(result.policy_logps_P2, exact_logps_P2)
-    exact = gradients(
-        lambda h, w, b: loss_of_pairs(plain_logps(h, w, b, labels_T, cu_seqlens), slice(0, 5)).sum(), tensors
+    exact = with_gradients(
+        lambda h, w, b: loss_of_pairs(plain_logps(h, w, b, labels_T, cu_seqlens), slice(0, 5)).sum(), tensors, 0.7
     )
-    got = gradients(
-        lambda h, w, b: linear_preference_loss(h, w, labels_T, cu_seqlens, loss_of_pairs, bias=b).loss, tensors
+    got = with_gradients(
+        lambda h, w, b: linear_preference_loss(h, w, labels_T, cu_seqlens, loss_of_pairs, bias=b).loss, tensors, 0.7
     )
     for mine, theirs in zip(got, exact, strict=True):
         assert theirs.abs().max() > 0  # an objective that is flat here would test nothing
@@ -128,7 +118,7 @@ def test_finite_differences(options):
     def tripled(h, w, b):
         return 3 * linear_preference_loss(h, w, labels_T, cu_seqlens, loss_of_pairs, bias=b, **options).loss
 
-    _, *grads = gradients(tripled, tensors, upstream=1.0)
+    _, *grads = with_gradients(tripled, tensors, 1.0)
     g = torch.Generator().manual_seed(2)
     for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
         step = 1e-5 * torch.randn(tensor.shape, generator=g, dtype=torch.float64)
@@ -203,7 +193,7 @@ def test_bitwise_repeatable_and_only_once():
     def loss(h, w, b):
         return linear_preference_loss(h, w, labels_T, cu_seqlens, loss_of_pairs, bias=b).loss
 
-    first, second = gradients(loss, tensors), gradients(loss, tensors)
+    first, second = with_gradients(loss, tensors, 0.7), with_gradients(loss, tensors, 0.7)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     value = loss(*(t.requires_grad_() for t in tensors))
     value.backward(retain_graph=True)
@@ -214,14 +204,14 @@ def test_bitwise_repeatable_and_only_once():
 def test_non_contiguous_inputs_and_autocast():
     (hidden_TD, weight_VD, _), labels_T, cu_seqlens = inputs(torch.float32)
     loss_of_pairs = pair_losses(torch.zeros(1, 5, 2), Objective(name="dpo"))
-    plain = gradients(
-        lambda h, w: linear_preference_loss(h, w, labels_T, cu_seqlens, loss_of_pairs).loss, [hidden_TD, weight_VD]
+    plain = with_gradients(
+        lambda h, w: linear_preference_loss(h, w, labels_T, cu_seqlens, loss_of_pairs).loss, [hidden_TD, weight_VD], 0.7
     )
     weight = torch.empty(weight_VD.shape[::-1]).t().copy_(weight_VD)  # column-major
     labels = torch.stack([labels_T, labels_T], 1)[:, 0]
     with torch.autocast("cpu", torch.bfloat16):  # must not round what is float32 by choice
-        odd = gradients(
-            lambda h, w: linear_preference_loss(h, w, labels, cu_seqlens, loss_of_pairs).loss, [hidden_TD, weight]
+        odd = with_gradients(
+            lambda h, w: linear_preference_loss(h, w, labels, cu_seqlens, loss_of_pairs).loss, [hidden_TD, weight], 0.7
         )
     for x, y in zip(odd, plain, strict=True):
         torch.testing.assert_close(x, y)

@@ -1,4 +1,4 @@
-"""The Triton kernels against float64, and every bug that other people's tests of such kernels missed.
+"""The Triton kernels against float64; the traps that all implementations share are in test_traps.py.
 
 Runs on a GPU, or on the CPU in the interpreter (see conftest.py), whose tiles are 16 tokens x 32 words x 16 columns, walked by 3
 programs: every size below crosses each of them, and the finishing kernel's 32 tokens x 32 vocabulary tiles where it matters.
@@ -12,10 +12,11 @@ import pytest
 import torch
 from mrpo_kernels import combine_logps, combine_references, finish, partials, sequence_logps, virtual_reference
 
+from tests.kernel.oracle import OPTIONS, assert_no_worse_than_plain, doubled, plain_logps, with_gradients
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton_logps = functools.partial(sequence_logps, impl="triton")
 
-OPTIONS = [{}, {"softcap": 3.0}, {"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 1.7}]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -31,107 +32,36 @@ def inputs(
     return hidden_TD, weight_VD, bias_V, labels_T, torch.tensor(cu_seqlens, device=DEVICE)
 
 
-def plain(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap=None, logit_scale=1.0):
-    """The definition, on full logits in the inputs' dtype."""
-    logits_TV = hidden_TD @ weight_VD.T
-    logits_TV = (logits_TV if bias_V is None else logits_TV + bias_V) * logit_scale
-    if softcap is not None:
-        logits_TV = softcap * torch.tanh(logits_TV / softcap)
-    logps_T = logits_TV.log_softmax(-1).gather(1, labels_T[:, None]).squeeze(1)
-    return torch.stack([part.sum() for part in logps_T.split(cu_seqlens.diff().tolist())])
-
-
-def assert_no_worse_than_plain(got, eager, exact, dtype, name="", logit=1.0):
-    """``logit``: the largest, where its last float32 digit counts. In gradients it does: forward and recompute add a logit's
-    products up in different orders, so a probability is off by that digit, where plain torch has the same logit twice."""
-    slack = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * logit) * exact.abs().max()
-    error, allowed = (got.double() - exact).abs().max(), 2 * (eager.double() - exact).abs().max() + slack
-    assert error <= allowed, (name, error.item(), allowed.item())
-
-
-def check_forward(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, logit=1.0, **options):
-    """The kernel's log-probs, once they were found to be as good as plain torch's."""
-    got = triton_logps(hidden_TD, weight_VD, labels_T, cu_seqlens, bias=bias_V, **options)
-    eager = plain(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, **options)
-    doubles = [None if x is None else x.double() for x in (hidden_TD, weight_VD, bias_V)]
-    assert_no_worse_than_plain(
-        got, eager, plain(*doubles, labels_T, cu_seqlens, **options), hidden_TD.dtype, logit=logit
-    )
-    return got
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("scale", [0.2, 20.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 def test_forward_and_gradients(options, scale, dtype, with_bias):
-    """Every response has its own upstream gradient, and the bias must be added once, not once per block of columns."""
     *tensors, labels_T, cu_seqlens = inputs(dtype, scale=scale)
-    tensors = tensors if with_bias else tensors[:2]
-    upstream = torch.tensor([0.7, -1.3, 5.0, 0.01], dtype=torch.float64, device=DEVICE)
-
-    def gradients(function, leaves):
-        leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-        value = function(leaves[0], leaves[1], leaves[2] if with_bias else None)
-        value.backward(upstream.to(value.dtype))
-        return [value.detach(), *(leaf.grad for leaf in leaves)]
+    if not with_bias:
+        tensors[2] = None
 
     def ours(h, w, b):
         return triton_logps(h, w, labels_T, cu_seqlens, bias=b, **options)
 
-    def theirs(h, w, b):
-        return plain(h, w, b, labels_T, cu_seqlens, **options)
+    def plain(h, w, b):
+        return plain_logps(h, w, b, labels_T, cu_seqlens, **options)
 
-    exact = gradients(theirs, [t.double() for t in tensors])
-    got, eager = gradients(ours, tensors), gradients(theirs, tensors)
+    upstream = (0.7, -1.3, 5.0, 0.01)
+    exact = with_gradients(plain, doubled(tensors), upstream)
+    got, eager = with_gradients(ours, tensors, upstream), with_gradients(plain, tensors, upstream)
     assert got[0].dtype == torch.float32
-    logit = (tensors[0].double() @ tensors[1].double().T).abs().max().item()
-    for name, mine, torchs, x in zip(
-        ("logps", "d_hidden", "d_weight", "d_bias")[: len(exact)], got, eager, exact, strict=True
-    ):
-        assert_no_worse_than_plain(mine, torchs, x, dtype, name, 1.0 if name == "logps" else logit)
-
-
-@pytest.mark.parametrize("vocabulary", [32, 33, 63])
-@pytest.mark.parametrize("options", [{}, {"softcap": 40.0}])
-def test_very_negative_logits(vocabulary, options):
-    """All logits about -300: a masked column counted as exp(0), or a running max that starts at 0, is all the sum there is.
-    With a softcap they are -40, and a mask applied before it would count each masked column as exp(-40), as much as a word."""
-    hidden_TD, weight_VD, _, labels_T, cu_seqlens = inputs(vocabulary=vocabulary)
-    bias_V = torch.full((vocabulary,), -300.0, device=DEVICE)
-    check_forward(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, logit=options.get("softcap", 1.0), **options)
-
-
-@pytest.mark.parametrize("banned", [32, 1056], ids=["a tile", "a whole step of the finishing kernel"])
-def test_banned_words(banned):
-    """Padded vocabularies carry a bias of -inf: a tile, or 32 tiles, of nothing but -inf must not become -inf - -inf."""
-    hidden_TD, weight_VD, bias_V, labels_T, _ = inputs(tokens=5, hidden=16, vocabulary=1100)
-    bias_V[:banned] = -torch.inf
-    logps_S = check_forward(
-        hidden_TD, weight_VD, bias_V, labels_T.clamp(min=banned), torch.tensor([0, 2, 5], device=DEVICE)
-    )
-    assert logps_S.isfinite().all()
+    for name, mine, torchs, x in zip(("logps", "d_hidden", "d_weight", "d_bias"), got, eager, exact, strict=True):
+        if x is not None:
+            assert_no_worse_than_plain(mine, torchs, x, dtype, name)
 
 
 @pytest.mark.parametrize("hidden", [1, 15, 16, 17, 48])
 def test_hidden_sizes_around_a_block(hidden):
-    check_forward(*inputs(hidden=hidden))
-
-
-def test_an_empty_batch_and_empty_responses():
-    """A rank without tokens still takes part in ZeRO-3's gather, so its weight needs a gradient, of zeros."""
-    hidden_TD, weight_VD, bias_V, labels_T, _ = inputs()
-    weight_VD.requires_grad_()
-    logps_S = triton_logps(
-        hidden_TD[:0], weight_VD, labels_T[:0], torch.zeros(5, dtype=torch.int32, device=DEVICE), bias=bias_V
-    )
-    assert logps_S.tolist() == [0.0] * 4
-    logps_S.sum().backward()
-    assert weight_VD.grad is not None and not weight_VD.grad.any()
-    none = triton_logps(hidden_TD[:0], weight_VD, labels_T[:0], torch.zeros(1, dtype=torch.int32, device=DEVICE))
-    assert none.shape == (0,)
-    ends = torch.tensor([0, 0, 41, 41, 41], device=DEVICE)
-    assert triton_logps(hidden_TD, weight_VD, labels_T, ends)[[0, 2, 3]].tolist() == [0.0] * 3
+    *tensors, labels_T, cu_seqlens = inputs(hidden=hidden)
+    got = triton_logps(*tensors[:2], labels_T, cu_seqlens, bias=tensors[2])
+    eager, exact = (plain_logps(*given, labels_T, cu_seqlens) for given in (tensors, doubled(tensors)))
+    assert_no_worse_than_plain(got, eager, exact, torch.float32)
 
 
 def test_strides():
@@ -150,51 +80,24 @@ def test_strides():
     torch.testing.assert_close(got, straight, rtol=1e-6 if DEVICE == "cuda" else 0, atol=0)
 
 
-def test_tied_heads():
-    """The weight is the embedding as well: both gradients arrive in it."""
-    _, weight_VD, _, labels_T, cu_seqlens = inputs()
-
-    def gradient(function, weight):
-        weight = weight.clone().requires_grad_()
-        hidden_TD = torch.nn.functional.embedding(labels_T.roll(1), weight)
-        function(hidden_TD, weight).sum().backward()
-        return weight.grad
-
-    def theirs(h, w):
-        return plain(h, w, None, labels_T, cu_seqlens)
-
-    got = gradient(lambda h, w: triton_logps(h, w, labels_T, cu_seqlens), weight_VD)
-    logit = (weight_VD @ weight_VD.T).max().item()
-    assert_no_worse_than_plain(
-        got, gradient(theirs, weight_VD), gradient(theirs, weight_VD.double()), torch.float32, logit=logit
-    )
-
-
-def test_offsets_beyond_two_to_the_31():
-    """Row 19 of this weight starts 2.5e9 elements in; only the touched pages of its 5 GB exist."""
-    hidden_TD, weight_VD, _, labels_T, cu_seqlens = inputs(torch.bfloat16, hidden=16, vocabulary=20)
-    sparse_VD = (
-        torch.empty(20 << 27, dtype=torch.bfloat16, device=DEVICE).as_strided((20, 16), (1 << 27, 1)).copy_(weight_VD)
-    )
-    expected = triton_logps(hidden_TD, weight_VD, labels_T, cu_seqlens)
-    assert torch.equal(triton_logps(hidden_TD, sparse_VD, labels_T, cu_seqlens), expected)
-
-
-@pytest.mark.parametrize("programs", [1, 2, 7, 64])
-def test_the_same_bits_again_and_on_any_number_of_programs(programs, monkeypatch):
-    *arguments, bias_V, labels_T, cu_seqlens = inputs()
-    first = triton_logps(*arguments, labels_T, cu_seqlens, bias=bias_V)
-    assert torch.equal(triton_logps(*arguments, labels_T, cu_seqlens, bias=bias_V), first)
-    monkeypatch.setattr(partials, "_num_programs", lambda device: programs)
-    assert torch.equal(triton_logps(*arguments, labels_T, cu_seqlens, bias=bias_V), first)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_log_prob_is_above_zero(dtype):
+    """The label's logit is a dot of its own, and as the likely word's it can exceed the tiles' logsumexp in the last digit."""
+    hidden_TD, weight_VD, _, _, _ = inputs(dtype, scale=20.0)
+    labels_T = (hidden_TD.double() @ weight_VD.double().T).argmax(1)
+    assert (triton_logps(hidden_TD, weight_VD, labels_T, torch.arange(42, device=DEVICE)) <= 0).all()
 
 
 def test_broken_inputs_are_nan_not_numbers():
-    """A label outside the vocabulary, a NaN in the hidden states: only their own responses, and visibly."""
+    """A label outside the vocabulary, a NaN in the hidden states, ends before the beginning or past the last token (where the
+    kernel must not read): only their own responses, and visibly."""
     hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens = inputs()
     labels_T[0], hidden_TD[40, 3] = -100, torch.nan
     got = triton_logps(hidden_TD, weight_VD, labels_T, cu_seqlens, bias=bias_V)
     assert got.isnan().tolist() == [True, False, False, True]
+    ends = torch.tensor([-3, 2, 9, 7, 20, 1 << 20], device=DEVICE)
+    got = triton_logps(hidden_TD, weight_VD, labels_T, ends, bias=bias_V)
+    assert got.isnan().tolist() == [True, False, True, False, True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -238,9 +141,9 @@ def test_virtual_reference_against_float64(dtype):
     exact_KS, plain_KS = [], []
     for k, (h, w, y, cu) in enumerate(zip(*arguments, strict=True)):
         transform = {key: options[key][k] for key in TRANSFORMS}
-        bias_V = options["bias"][k]
-        plain_KS.append(plain(h, w, bias_V, y, cu, **transform))
-        exact_KS.append(plain(h.double(), w.double(), None if bias_V is None else bias_V.double(), y, cu, **transform))
+        tensors = [h, w, options["bias"][k]]
+        plain_KS.append(plain_logps(*tensors, y, cu, **transform))
+        exact_KS.append(plain_logps(*doubled(tensors), y, cu, **transform))
     exact, eager = (torch.stack(rows).view(3, 2, 2) for rows in (exact_KS, plain_KS))
     combined = (raw_KP2.float() if raw_KP2.dtype != torch.float64 else raw_KP2 for raw_KP2 in (eager, exact))
     eager_all, exact_all = ((raw, *combine_references(raw, **MODES)) for raw in combined)
@@ -351,9 +254,9 @@ def test_references_are_constants():
 
 
 def test_backward_recomputes_from_the_kernels_logsumexp():
-    """The saved (max, log of sum) are the kernel's own, equal to the torch path's to float32."""
+    """Of bfloat16 and float16: the saved (max, log of sum) are the kernel's own, equal to the torch path's to float32."""
     module = importlib.import_module("mrpo_kernels.sequence_logps")
-    *arguments, bias_V, labels_T, cu_seqlens = inputs(scale=5.0)
+    *arguments, bias_V, labels_T, cu_seqlens = inputs(torch.bfloat16, scale=5.0)
     saved = [
         f(*arguments, bias_V, labels_T, cu_seqlens, None, 1.0) for f in (module._triton_forward, module._torch_forward)
     ]

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mrpo_scale.references.scoring
 import mrpo_scale.trainer
 from mrpo_scale.cli import train_main
+from mrpo_scale.errors import TrainingError
 from tests.tiny import pair_rows, write_models
 
 ROOT = Path(__file__).parents[2]
@@ -166,8 +168,11 @@ def test_a_run_from_the_command_line(words, folders, tmp_path, capsys):
         [{"role": "user", "content": "one"}], add_generation_prompt=True, return_tensors="pt"
     )
     assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
-    for name in ("README.md", "curves.png", "trainer_state.json", "generation_config.json"):
+    for name in ("README.md", "curves.png", "trainer_state.json", "generation_config.json", "report.html"):
         assert (folder / name).stat().st_size > 0
+    recipe = yaml.safe_load((folder / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
+    assert recipe["ref_models"] == ["qwen2", "gpt_neox"] and recipe["max_steps"] == 3 and "output_dir" not in recipe
+    assert "finished" in (folder / "report.html").read_text()
     assert list(folder.glob("runs/**/events.out.tfevents*")), "TensorBoard is on by default"
     last = json.loads((folder / "trainer_state.json").read_text())["log_history"][-1]
     assert {
@@ -175,6 +180,24 @@ def test_a_run_from_the_command_line(words, folders, tmp_path, capsys):
         "eval_anchor/rewards/margins",
         "eval_references/qwen2/rewards/accuracies",
     } <= last.keys()
+
+
+def test_a_run_that_stops_leaves_its_report(words, tmp_path, monkeypatch):
+    """The second evaluation fails, whatever the reason: report.html has the first one and says why there is no more."""
+    evaluate = mrpo_scale.trainer.MRPOTrainer.evaluate
+
+    def fails_later(trainer, *args, **kwargs):
+        if trainer.state.global_step >= 2:
+            raise TrainingError("the disk is on fire")
+        return evaluate(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(mrpo_scale.trainer.MRPOTrainer, "evaluate", fails_later)
+    with pytest.raises(SystemExit) as stop:
+        train_main(argv({**words, "eval_strategy": ["steps"], "eval_steps": ["1"]}))
+    assert stop.value.code == 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "stopped after step 2: the disk is on fire" in page and "eval_rewards/margins" in page
+    assert not (tmp_path / "run" / "trainer_state.json").exists(), "that would say that the run is finished"
 
 
 def test_exit_code_through_the_launcher(words, tmp_path):

@@ -80,10 +80,6 @@ def test_layout_is_recognised_and_read(case):
     assert [other.name for other in LAYOUTS.values() if other.matches(set(row), row)] == [name], "layouts overlap"
 
 
-def test_every_layout_has_a_recognised_case():
-    assert set(LAYOUTS) == {name for _, name, _ in RECOGNISED.values()}
-
-
 def test_keys_that_arrow_fills_with_none_are_dropped():
     call = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 2}}]}
     answer = {"role": "tool", "name": "add", "content": "4"}
@@ -171,6 +167,29 @@ def test_no_layout_says_what_is_missing():
     assert "nearest is `strings`: column `rejected` is missing" in message
     assert "Columns found: prompt, chosen, extra" in message
     assert all(name in message for name in LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"prompt": "q", "response": "a", "rating": 3},
+            "`helpsteer`: the first rows are not `prompt` and `response` strings",
+        ),
+        (
+            {"prompt": "q", "answers": ["a", "b"]},
+            "`nectar`: the first rows are not `prompt` a string, `answers` a list of",
+        ),
+        ({"question": "q", "chosen": "a"}, "`orca`: column `rejected` or `rejected_response` is missing"),
+        ({"instruction": "q", "input": "", "output": "a"}, "`gpt4_llm`: the first rows are not an instruction"),
+        ({"conversations": [gpt("q")], "chosen": gpt("a")}, "`sharegpt`: column `rejected` is missing"),
+    ],
+)
+def test_the_nearest_layout_and_what_it_misses(row, words):
+    with pytest.raises(ConfigError) as error:
+        find_layout(datasets.Dataset.from_list([row]))
+    assert f"nearest is {words}" in str(error.value)
+    assert f"Columns found: {', '.join(row)}." in str(error.value)
 
 
 def test_columns_that_fit_with_values_that_do_not():

@@ -85,4 +85,5 @@ def test_every_package_on_disk_is_packaged():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     on_disk = {".".join(p.parent.relative_to(ROOT).parts) for p in ROOT.glob("mrpo_scale/**/__init__.py")}
     assert on_disk <= listed
-    assert {"mrpo_kernels", "mrpo_scale.recipes", "mrpo_scale.ds_configs", "mrpo_scale.launch.accelerate"} <= listed
+    data = {"mrpo_scale.recipes", "mrpo_scale.ds_configs", "mrpo_scale.launch.accelerate", "mrpo_scale.templates"}
+    assert {"mrpo_kernels", *data} <= listed

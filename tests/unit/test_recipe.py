@@ -121,6 +121,15 @@ def test_the_command_line_wins_over_the_recipe(recipe):
     assert (config.beta, config.output_dir) == (0.3, "elsewhere")
 
 
+def test_what_was_typed_is_what_the_recipe_says(recipe):
+    """Of a card's recipe: neither defaults that the parser or __post_init__ rewrites, nor a token."""
+    _, config = parse(["--config", recipe(TRL_RECIPE), "--hub_token", "hf_secret", "--use_cpu", "true"])
+    said = yaml.safe_load(TRL_RECIPE)
+    assert config.typed.keys() <= {*said, "output_dir", "use_cpu"}
+    assert config.typed["beta"] == 0.05 and config.typed["report_to"] == "none"
+    assert "loss_type" not in config.typed and "gradient_checkpointing" not in config.typed, "as the defaults are"
+
+
 def test_an_empty_key_means_none_where_none_means_something(recipe):
     assert parse(["--config", recipe("max_length: null\nmodel_name_or_path: A\n")])[1].max_length is None
 
@@ -204,3 +213,11 @@ def test_every_deepspeed_config_is_read_by_deepspeed(path):
     if path.stem == "zero3_cpu":
         assert config.get_value("zero_force_ds_cpu_optimizer") is False
         assert config.get_value("zero_allow_untested_optimizer") is True
+
+
+def test_streaming_is_an_error_that_says_what_happens_instead(recipe):
+    with pytest.raises(
+        ConfigError, match=r"dataset_streaming: True.*Arrow files once and memory-mapped.*Remove the key"
+    ):
+        parse(["--config", recipe("dataset_streaming: true\n")])
+    parse(["--config", recipe("dataset_streaming: false\n")])

@@ -1,4 +1,4 @@
-"""The table, the pictures and the model card: what is in them, what is left out, and that nothing private gets in."""
+"""The table and the pictures: what is in them and what is left out."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from mrpo_scale import report
-from mrpo_scale.report import ModelCard, RunSummary, comparison_table, plot_comparison, plot_curves, reference_names
+from mrpo_scale.report import RunSummary, comparison_table, plot_comparison, plot_curves, reference_names
 
 HISTORY: list[dict[str, Any]] = [
     {
@@ -138,75 +137,3 @@ def test_comparison_overlays_runs_in_their_own_colours(tmp_path: Path, panels: l
 
 def test_reference_names_keep_slashes_and_order() -> None:
     assert reference_names(HISTORY) == ["anchor", "org/model-7B"]
-
-
-def card(**changes: Any) -> ModelCard:
-    values: dict[str, Any] = {
-        "base_model": "org/base",
-        "dataset": "org/pairs",
-        "settings": {"objective": "mrpo", "beta": 0.1, "ref_weights": [0.25, 0.75]},
-        "references": [("anchor", "org/base", None), ("B", "/home/ann/private/B", "abc123")],
-        "data": {"train": {"pairs": 90, "empty_response": 7, "prompt_too_long": 3}, "eval": {"pairs": 10}},
-        "results": {
-            "eval_rewards/margins": 0.123456,
-            "eval_runtime": 12.5,
-            "eval_samples_per_second": 3.0,
-            "epoch": 1.0,
-            "step": 9,
-        },
-        "versions": {"torch": "2.13.0"},
-        "curves": "curves.png",
-    }
-    return ModelCard(**{**values, **changes})
-
-
-def front_matter(text: str) -> dict[str, Any]:
-    _, matter, _ = text.split("---\n", 2)
-    return yaml.safe_load(matter)
-
-
-def test_card_says_what_it_is_given() -> None:
-    text = card().render()
-    assert front_matter(text) == {
-        "library_name": "transformers",
-        "tags": ["mrpo", "preference-optimization"],
-        "base_model": "org/base",
-        "datasets": ["org/pairs"],
-    }
-    for line in (
-        "| `ref_weights` | 0.25, 0.75 |",
-        "| B | `B` (local) | abc123 |",
-        "| train | 90 | 7 empty_response, 3 prompt_too_long |",
-        "| eval | 10 | none |",
-        "| `rewards/margins` | 0.1235 |",
-        "![Training curves](curves.png)",
-        "- torch: 2.13.0",
-    ):
-        assert line in text.splitlines()
-    assert "runtime" not in text and "per_second" not in text
-
-
-def test_card_names_no_folder_of_the_authors_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    text = card(
-        base_model="models/mine", dataset="/home/ann/data/train.jsonl"
-    ).render()  # reads as a hub id, but is a folder
-    assert "base_model" not in front_matter(text) and "datasets" not in front_matter(text)
-    assert "/home/ann" not in text and "models/mine" not in text and "hf_secret" not in text
-    assert "`mine` (local)" in text and "`train.jsonl` (local)" in text
-
-
-@pytest.mark.parametrize("name", ["toy:llama", "./model", "../model", "~/model", "data/train.jsonl", "a/b/c", "/abs"])
-def test_what_is_no_hub_id(name: str) -> None:
-    assert not report.is_hub_id(name)
-
-
-def test_card_without_results_or_curves() -> None:
-    text = card(results={}, curves=None, versions={}).render()
-    assert "No held-out set was measured." in text and "![" not in text and "versions" not in text
-
-
-def test_a_bar_in_a_value_does_not_end_its_cell() -> None:
-    assert r"| `clip` | a\|b c |" in card(settings={"clip": "a|b\nc"}).render()

@@ -2,10 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -186,3 +190,65 @@ def test_what_python_can_get_wrong(folders, tmp_path):
         MRPOTrainer(model, args=config(tmp_path), train_dataset=pair_dataset(8))
     with pytest.raises(ConfigError, match="no rows"):
         MRPOTrainer(folders["llama"], args=config(tmp_path), train_dataset=pair_dataset(8).select([]))
+
+
+class Hub:
+    """The hub's client at the place where the Trainer calls it; keeps what it was given to upload."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def create_repo(self, name, **kwargs):
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(self, *, folder_path, ignore_patterns, **kwargs):
+        shutil.copytree(folder_path, self.kept, ignore=shutil.ignore_patterns(*ignore_patterns))
+
+
+def test_a_push_uploads_our_card_and_the_model_in_its_sources_dtype(folders, tmp_path, monkeypatch):
+    """The Trainer's own push: it saves once more, drafts a card of its own over README.md, then uploads. The token stays here."""
+    source = tmp_path / "bf16"
+    AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.bfloat16).save_pretrained(source)
+    AutoTokenizer.from_pretrained(folders["llama"]).save_pretrained(source)
+    kept = tmp_path / "uploaded"
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: Hub(kept))
+    keys = {
+        "push_to_hub": True,
+        "hub_model_id": "mine",
+        "hub_token": "hf_secret",
+        "ref_cache_dir": str(tmp_path / "cache"),
+    }
+    args = config(tmp_path / "run", save_strategy="steps", hub_strategy="end", **keys)
+    trainer = MRPOTrainer(str(source), [folders["qwen2"]], args, pair_dataset(8), pair_dataset(4, 1))
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    card = (kept / "README.md").read_text()
+    assert "preference-optimized" in card and "beta" in card and "generated from Trainer" not in card
+    for store in trainer.scores.stores:
+        assert store.identity.key in card
+    assert {t.dtype for t in load_file(kept / "model.safetensors").values()} == {torch.bfloat16}
+    assert (kept / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    for name in ("curves.png", "report.html", "run.json", "trainer_state.json"):
+        assert (kept / name).stat().st_size > 0
+    # The hub's client obeys a .gitignore in the folder.
+    assert {"training_args.bin", "bad_rows_*.jsonl", "ref_cache/"} <= set((kept / ".gitignore").read_text().split())
+    everything = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(everything) > 10
+    for file in everything:
+        assert b"hf_secret" not in file.read_bytes(), file
+    for name in ("README.md", "report.html", "run.json"):
+        assert str(tmp_path) not in (kept / name).read_text(), name
+
+
+def test_a_card_from_python(folders, tmp_path):
+    """Without a recipe: what the trainer knows, and what the caller says of the data."""
+    trainer = MRPOTrainer(folders["llama"], [folders["qwen2"]], config(tmp_path, beta=0.25), pair_dataset(8))
+    trainer.train()
+    trainer.create_model_card(dataset="org/pairs", license="apache-2.0")
+    card = (tmp_path / "README.md").read_text()
+    assert "datasets:\n- org/pairs" in card and "license: apache-2.0" in card
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe["beta"] == 0.25 and recipe["learning_rate"] == 1e-3
+    assert "output_dir" not in recipe and "bf16" not in recipe, "only what was typed, and no places"
+    assert "report.html" in {file.name for file in tmp_path.iterdir()}

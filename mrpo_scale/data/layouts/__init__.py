@@ -1,14 +1,30 @@
-"""The layouts that data sets come in. To add one: a file here, a line in ``LAYOUTS``, a test in tests/unit/test_data.py."""
+"""The layouts that data sets come in. To add one: a file here, a line in ``LAYOUTS``, a fixture and its pairs in the tests."""
 
 from __future__ import annotations
 
-from mrpo_scale.data.layouts.base import Layout
+from mrpo_scale.data.layouts.base import AnyLayout, Layout, RankedLayout
 from mrpo_scale.data.layouts.conversational import Conversational
+from mrpo_scale.data.layouts.gpt4_llm import GPT4LLM
+from mrpo_scale.data.layouts.helpsteer import HelpSteer
 from mrpo_scale.data.layouts.hh_strings import HHStrings
+from mrpo_scale.data.layouts.nectar import Nectar
+from mrpo_scale.data.layouts.orca import Orca
 from mrpo_scale.data.layouts.sharegpt import ShareGPT
 from mrpo_scale.data.layouts.strings import Strings
 
 #: In the order in which they are tried.
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Strings(), Conversational(), ShareGPT(), HHStrings())}
+LAYOUTS: dict[str, AnyLayout] = {
+    layout.name: layout
+    for layout in (
+        Strings(),
+        Conversational(),
+        ShareGPT(),
+        HHStrings(),
+        Orca(),
+        HelpSteer(),
+        Nectar(),
+        GPT4LLM(),
+    )
+}
 
-__all__ = ["LAYOUTS", "Layout"]
+__all__ = ["LAYOUTS", "AnyLayout", "Layout", "RankedLayout"]

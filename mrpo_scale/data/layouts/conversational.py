@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from mrpo_scale.data.layouts.base import Layout
-from mrpo_scale.data.messages import pair_from_messages, read_messages, read_tools, split_conversations
+from mrpo_scale.data.messages import add_system, pair_from_messages, read_messages, read_tools, split_conversations
 from mrpo_scale.data.pairs import PreferencePair
 
 
 class Conversational(Layout):
     """``prompt`` is a list of messages, a string, or absent; ``tools``, where present, go to the chat templates.
 
+    A ``system`` column becomes the first turn, where there is none yet.
     Beside a string prompt (HuggingFaceH4/ultrafeedback_binarized) chosen and rejected hold the whole conversation, so the prompt
     is what they share; where they hold the response alone, the string is the user turn.
     """
@@ -24,15 +25,15 @@ class Conversational(Layout):
     def matches(self, columns: set[str], example: Mapping[str, Any]) -> bool:
         return set(self.columns) <= columns and all(_are_messages(example[column]) for column in self.columns)
 
-    def to_pair(self, row: Mapping[str, Any]) -> PreferencePair:
+    def read(self, row: Mapping[str, Any]) -> PreferencePair:
         chosen, rejected = (read_messages(row[column], column) for column in self.columns)
         tools = read_tools(row.get("tools"))
         prompt = row.get("prompt")
         if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
             prompt = [{"role": "user", "content": prompt}]
         if prompt is None or isinstance(prompt, str):
-            return split_conversations(chosen, rejected, tools)
-        return pair_from_messages(read_messages(prompt, "prompt"), chosen, rejected, tools)
+            return add_system(split_conversations(chosen, rejected, tools), row)
+        return add_system(pair_from_messages(read_messages(prompt, "prompt"), chosen, rejected, tools), row)
 
 
 def _are_messages(value: Any) -> bool:

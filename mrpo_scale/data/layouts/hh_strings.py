@@ -26,12 +26,13 @@ class HHStrings(Layout):
             return False
         return all(isinstance(example[column], str) and TURN.match(example[column]) for column in self.columns)
 
-    def to_pair(self, row: Mapping[str, Any]) -> PreferencePair:
-        chosen, rejected = (_turns(read_text(row[column], column), column) for column in self.columns)
+    def read(self, row: Mapping[str, Any]) -> PreferencePair:
+        chosen, rejected = (read_transcript(read_text(row[column], column), column) for column in self.columns)
         return split_conversations(chosen, rejected)
 
 
-def _turns(transcript: str, column: str) -> list[Message]:
+def read_transcript(transcript: str, column: str) -> list[Message]:
+    """The turns of ``Human: ...\\n\\nAssistant: ...``. Raises BadRow where it begins with anything else."""
     before, *pieces = TURN.split(transcript)
     if before.strip():
         raise BadRow("malformed", f"`{column}` has text before its first `Human:` or `Assistant:`")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mrpo_scale.data.layouts.base import Layout
-from mrpo_scale.data.messages import Message, pair_from_messages, read_tools
+from mrpo_scale.data.messages import Message, add_system, pair_from_messages, read_tools
 from mrpo_scale.data.pairs import BadRow, PreferencePair
 
 ROLES = {
@@ -33,14 +33,12 @@ class ShareGPT(Layout):
         turns = [*example["conversations"], example["chosen"], example["rejected"]]
         return all(isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in turns)
 
-    def to_pair(self, row: Mapping[str, Any]) -> PreferencePair:
+    def read(self, row: Mapping[str, Any]) -> PreferencePair:
         if not isinstance(row["conversations"], list):
             raise BadRow("malformed", "`conversations` is not a list of turns")
         prompt = [_message(turn, f"conversations[{i}]") for i, turn in enumerate(row["conversations"])]
-        if row.get("system"):
-            prompt.insert(0, _message({"from": "system", "value": row["system"]}, "system"))
         chosen, rejected = ([_message(row[column], column)] for column in ("chosen", "rejected"))
-        return pair_from_messages(prompt, chosen, rejected, read_tools(row.get("tools")))
+        return add_system(pair_from_messages(prompt, chosen, rejected, read_tools(row.get("tools"))), row)
 
 
 def _message(turn: Any, where: str) -> Message:

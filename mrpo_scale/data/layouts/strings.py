@@ -18,8 +18,10 @@ class Strings(Layout):
     describe = "all three plain strings"
 
     def matches(self, columns: set[str], example: Mapping[str, Any]) -> bool:
-        return set(self.columns) <= columns and all(isinstance(example[column], str) for column in self.columns)
+        if self.missing(columns) or "system" in columns:  # with a system turn it is a conversation: see orca.py
+            return False
+        return all(isinstance(example[column], str) for column in self.columns)
 
-    def to_pair(self, row: Mapping[str, Any]) -> PreferencePair:
+    def read(self, row: Mapping[str, Any]) -> PreferencePair:
         prompt, chosen, rejected = (read_text(row[column], column) for column in self.columns)
         return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected)

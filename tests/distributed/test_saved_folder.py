@@ -1,0 +1,156 @@
+"""The saved folder against the source's FILES: key names, dtypes, ties, config; it loads and generates as the source does."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from deepspeed import comm as deepspeed_comm
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mrpo_scale.config import MRPOConfig
+from mrpo_scale.recipe import resource
+from mrpo_scale.trainer import MRPOTrainer
+from tests.tiny import pair_dataset, write_models
+
+
+def rewrite(source, folder, dtype, **options):
+    """A copy of a source with other dtypes or in shards, and a config.json as another program may have written it."""
+    AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(folder, **options)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    config |= {"transformers_version": "4.40.0", "_name_or_path": "elsewhere", "a_key_of_their_own": [1, 2]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    plain = write_models(root)
+    with_two_dtypes = rewrite(plain["llama"], root / "llama-two-dtypes", torch.bfloat16)
+    mix_dtypes(Path(with_two_dtypes) / "model.safetensors")
+    return {
+        **plain,  # llama: untied; qwen2: tied; gpt_neox: its files say embed_out for lm_head
+        "llama-bf16": rewrite(plain["llama"], root / "llama-bf16", torch.bfloat16),
+        "llama-two-dtypes": with_two_dtypes,
+        "qwen2-bf16-tied": rewrite(plain["qwen2"], root / "qwen2-bf16-tied", torch.bfloat16),
+        "qwen2-shards": rewrite(plain["qwen2"], root / "qwen2-shards", torch.float32, max_shard_size="30KB"),
+        "gpt_neox-bf16-shards": rewrite(
+            plain["gpt_neox"], root / "gpt_neox-bf16-shards", torch.bfloat16, max_shard_size="30KB"
+        ),
+    }
+
+
+def mix_dtypes(file):
+    """Norms in float32 among bf16 weights, as some checkpoints keep them."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({k: v.float() if "norm" in k else v for k, v in load_file(file).items()}, file, {"format": "pt"})
+
+
+def tensors(folder):
+    """{key: tensor} of all safetensors files of a folder."""
+    found = {}
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            found |= {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
+    return found
+
+
+def train_and_save(source, reference, output_dir, learning_rate, deepspeed):
+    """Three real steps of K=2 MRPO, then what `mrpo train` saves at its end. Runs in a worker of a pool or in this process."""
+    if dist.is_initialized():
+        deepspeed_comm.init_distributed(dist_backend="gloo")
+    args = MRPOConfig(
+        output_dir=str(output_dir),
+        deepspeed=str(resource("ds_configs") / "zero3_cpu.json") if deepspeed else None,
+        per_device_train_batch_size=2,
+        max_steps=3,
+        learning_rate=learning_rate,
+        gradient_checkpointing=False,
+        save_strategy="steps",  # a checkpoint is written by the same code, in the dtype of training
+        save_steps=3,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = MRPOTrainer(source, [reference], args, pair_dataset(12))
+    try:
+        trainer.train()
+        trainer.save_model()
+    finally:
+        if trainer.deepspeed is not None:
+            trainer.deepspeed.destroy()
+        AcceleratorState._reset_state()
+        gc.collect()
+    return args.deepspeed_plugin.zero_stage if deepspeed else None
+
+
+def generate(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    ids = tokenizer("one two red", return_tensors="pt").input_ids
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    return type(model), model.dtype, tied, model.generate(ids, max_new_tokens=12, do_sample=False).tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2], ids=["one-process", "zero3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama", "qwen2", "gpt_neox", "llama-bf16", "llama-two-dtypes"),
+        *("qwen2-bf16-tied", "qwen2-shards", "gpt_neox-bf16-shards"),
+    ],
+)
+def test_the_saved_folder_is_the_sources_trained(sources, tmp_path, pool2, name, ranks):
+    source, reference = sources[name], sources["llama"]
+    for folder, learning_rate in (("still", 0.0), ("moved", 1e-2)):
+        if ranks == 1:
+            train_and_save(source, reference, tmp_path / folder, learning_rate, deepspeed=False)
+        else:
+            assert pool2.run(
+                train_and_save, source, reference, tmp_path / folder, learning_rate, deepspeed=True, timeout=300
+            ) == [3, 3]
+    before = tensors(source)
+    for folder in ("still", "moved"):
+        after = tensors(tmp_path / folder)
+        assert after.keys() == before.keys()
+        assert {k: (t.dtype, t.shape) for k, t in after.items()} == {k: (t.dtype, t.shape) for k, t in before.items()}
+        for file in Path(source).glob("*.json"):
+            if not file.name.endswith("index.json"):
+                assert (tmp_path / folder / file.name).read_bytes() == file.read_bytes(), file.name
+        assert generate(tmp_path / folder)[:3] == generate(source)[:3]
+    # Three optimizer steps at learning rate 0 change no bit, on the way through float32 and ZeRO's shards either.
+    still, moved = tensors(tmp_path / "still"), tensors(tmp_path / "moved")
+    assert all(torch.equal(still[k], before[k]) for k in before)
+    assert generate(tmp_path / "still") == generate(source)
+    assert not all(torch.equal(moved[k], before[k]) for k in before)
+
+
+def test_a_template_of_the_recipe_is_saved_with_the_model(sources, tmp_path):
+    """The source's own template is not what the policy was trained with."""
+    template = "{% for m in messages %}<turn>{{ m['content'] }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>{% endif %}"
+    args = MRPOConfig(
+        output_dir=str(tmp_path), chat_template=template, report_to="none", use_cpu=True, gradient_checkpointing=False
+    )
+    trainer = MRPOTrainer(sources["llama"], args=args, train_dataset=pair_dataset(4))
+    trainer.save_model()
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    text = saved.apply_chat_template([{"role": "user", "content": "one"}], tokenize=False, add_generation_prompt=True)
+    assert text == "<turn>one</turn><turn>"
+    assert "im_start" in AutoTokenizer.from_pretrained(sources["llama"]).chat_template
+
+
+def test_a_tokenizer_given_from_python_is_the_one_saved(sources, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(sources["llama"])
+    tokenizer.chat_template = None
+    args = MRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, gradient_checkpointing=False)
+    trainer = MRPOTrainer(sources["llama"], args=args, train_dataset=pair_dataset(4), processing_class=tokenizer)
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None

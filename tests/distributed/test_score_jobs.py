@@ -415,9 +415,11 @@ chaos = pytest.mark.skipif("MRPO_CHAOS_KILLS" not in os.environ, reason="takes m
 
 
 def launch(*words):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)]
+    """Two processes. (`accelerate launch --cpu --num_processes 2` starts one: accelerate has no such launcher without MPI.)"""
+    config = ROOT / "launch/accelerate/cpu_zero3.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *words]
     return subprocess.Popen(
-        command,
+        list(map(str, command)),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -428,9 +430,8 @@ def launch(*words):
 
 @chaos
 def test_the_launcher_and_plain_python_score_alike(recipe, tmp_path):
-    """Two ranks under ZeRO-3's launch configuration, one process under the script, one in the module's fixture."""
-    folder = "launch/accelerate/cpu_zero3.yaml"
-    done = launch("--config_file", folder, "launch/score.py", *recipe.words("score", cache=tmp_path / "launched")[1:])
+    """Two ranks under the launch configuration of ZeRO-3, one process under plain python, one in the module's fixture."""
+    done = launch("launch/score.py", *recipe.words("score", cache=tmp_path / "launched")[1:])
     out, err = done.communicate(timeout=500)
     assert done.returncode == 0 and out.count("complete") == 3, err
     plain = [sys.executable, "launch/score.py", *map(str, recipe.words("score", cache=tmp_path / "plain")[1:])]
@@ -461,7 +462,7 @@ def process_of(rank, mark):
 def test_the_launcher_ends_when_one_rank_cannot_write(recipe, tmp_path):
     """From the first part on the second rank can write no file: its limit is set from outside."""
     cache = tmp_path / "cache"
-    job = launch("--cpu", "--num_processes", "2", "launch/score.py", *recipe.words("score", cache=cache)[1:])
+    job = launch("launch/score.py", *recipe.words("score", cache=cache)[1:])
     try:
         while (pid := process_of(1, cache)) is None and job.poll() is None:
             time.sleep(0.5)

@@ -206,9 +206,8 @@ def test_exit_code_through_the_launcher(words, tmp_path):
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--cpu",
+        "--config_file",  # two processes; `--cpu --num_processes 2` starts one
+        str(ROOT / "launch/accelerate/cpu_zero3.yaml"),
         str(ROOT / "launch/train.py"),
     ]
     done = subprocess.run(
@@ -216,6 +215,7 @@ def test_exit_code_through_the_launcher(words, tmp_path):
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=ROOT,  # the configuration names its files from here
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -50,7 +50,7 @@ def run_command(command: str, argv: Sequence[str] | None = None) -> None:
     from mrpo_scale.errors import ConfigError, TrainingError
 
     words = list(sys.argv[1:] if argv is None else argv)
-    if command in ("score", "inspect") and words and words[0] in ("-h", "--help"):
+    if command in ("score", "inspect", "compare") and words and words[0] in ("-h", "--help"):
         print(USAGE)
         return
     module, _, function = COMMANDS[command].partition(":")

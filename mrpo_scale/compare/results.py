@@ -42,6 +42,11 @@ class RunResult:
         logps_N2 = self.scores.policy_logps_N2
         return logps_N2[:, 0] > logps_N2[:, 1]
 
+    def moved_right(self, start_N2: np.ndarray) -> float:
+        """Share of pairs that training moved towards the label, from the untrained policy's log-probs ``start_N2``."""
+        gain_N2 = self.scores.policy_logps_N2 - start_N2
+        return float((gain_N2[:, 0] > gain_N2[:, 1]).mean())
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -68,6 +73,7 @@ class ArmResult:
     reward_accuracy: tuple[float, float | None]
     reward_margin: tuple[float, float | None]
     disagreeing: tuple[float, float | None] | None  #: accuracy on the pairs that the references do not rank alike
+    moved_right: tuple[float, float | None] | None  #: share of pairs whose chosen response gained on the rejected one
     to_dpo: Difference | None = None  #: to DPO on the recipe's own reference 0
     to_best_single: Difference | None = None
 
@@ -134,7 +140,8 @@ def compare_runs(results: Sequence[RunResult], planned: Sequence[Run], *, policy
     arms: dict[str, list[RunResult]] = {}
     for result in results:
         arms.setdefault(result.run.arm.name, []).append(result)
-    found = [_summary(runs, planned, split_N) for runs in arms.values()]
+    start_N2 = ref_logps.get(ANCHOR) if policy_is_reference else None
+    found = [_summary(runs, planned, split_N, start_N2) for runs in arms.values()]
     several = sum(arm.arm.objective != "dpo" for arm in found)
     confidence = 1 - (1 - CONFIDENCE) / max(1, several)
     accuracies = {name: float((logps_N2[:, 0] > logps_N2[:, 1]).mean()) for name, logps_N2 in ref_logps.items()}
@@ -204,7 +211,9 @@ def _with_differences(arm: ArmResult, dpo: ArmResult | None, best: ArmResult | N
     )
 
 
-def _summary(runs: list[RunResult], planned: Sequence[Run], split_N: np.ndarray) -> ArmResult:
+def _summary(
+    runs: list[RunResult], planned: Sequence[Run], split_N: np.ndarray, start_N2: np.ndarray | None
+) -> ArmResult:
     arm = runs[0].run.arm
     return ArmResult(
         arm=arm,
@@ -214,6 +223,7 @@ def _summary(runs: list[RunResult], planned: Sequence[Run], split_N: np.ndarray)
         reward_accuracy=_mean_and_deviation([r.reward_accuracy for r in runs]),
         reward_margin=_mean_and_deviation([r.reward_margin for r in runs]),
         disagreeing=_mean_and_deviation([float(r.right[split_N].mean()) for r in runs]) if split_N.any() else None,
+        moved_right=_mean_and_deviation([r.moved_right(start_N2) for r in runs]) if start_N2 is not None else None,
     )
 
 

@@ -15,14 +15,24 @@ _LINES = ("-", "--", ":")  # when the palette is used up
 
 def table(comparison: Comparison) -> str:
     """Plain text with a legend."""
-    header = ("run", "seeds", "held-out accuracy", "to best single", "d best", "d DPO", "where refs differ")
+    header = (
+        "run",
+        "seeds",
+        "held-out accuracy",
+        "to best single",
+        "d best",
+        "d DPO",
+        "where refs differ",
+        "moved right",
+    )
     rows: list[tuple[str, ...]] = [(*header, "reward accuracy", "reward margin")]
     for arm in sorted(comparison.arms, key=lambda arm: -arm.accuracy[0]):
         seeds = str(len(arm.runs)) if len(arm.runs) == arm.planned else f"{len(arm.runs)} of {arm.planned}"
         rows.append(
             (
                 *(arm.arm.name, seeds, _share(arm.accuracy), _points(arm.to_best_single), _d(arm.to_best_single)),
-                *(_d(arm.to_dpo), _share(arm.disagreeing), _share(arm.reward_accuracy), _plain(arm.reward_margin)),
+                *(_d(arm.to_dpo), _share(arm.disagreeing), _share(arm.moved_right)),
+                *(_share(arm.reward_accuracy), _plain(arm.reward_margin)),
             )
         )
     as_they_are = ", ".join(f"{name} {share:.1%}" for name, share in comparison.references.items())
@@ -38,7 +48,8 @@ def table(comparison: Comparison) -> str:
             "own reference and do not. to best single: difference to the best DPO run on a single reference, in points, with a",
             f"{comparison.confidence:.1%} interval (paired bootstrap over pairs and seeds). d: Cohen's effect size of the",
             "accuracies per seed (difference of the means over the pooled standard deviation), to the best single reference and",
-            "to DPO on the anchor.",
+            "to DPO on the anchor. moved right: share of pairs whose chosen response gained more log-prob in training than the",
+            "rejected one; it compares too, and notices steps that are too small to change a ranking.",
         ]
     )
 
@@ -224,7 +235,7 @@ def _percent_axis(axis: Any) -> None:
 
 def _arm_as_json(arm: ArmResult) -> dict[str, Any]:
     both = {"to_dpo_on_anchor": arm.to_dpo, "to_best_single": arm.to_best_single}
-    means = ("accuracy", "reward_accuracy", "reward_margin", "disagreeing")
+    means = ("accuracy", "reward_accuracy", "reward_margin", "disagreeing", "moved_right")
     return {
         "name": arm.arm.name,
         "objective": arm.arm.objective,

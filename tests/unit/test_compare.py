@@ -202,6 +202,10 @@ def test_figures_by_hand(runs):
     assert comparison.confidence == pytest.approx(0.975), "two runs with several references: Bonferroni"
     assert dpo_a.to_best_single is None and dpo_a.to_dpo is None
     assert none.reward_margin == (0.5, 0.0)
+    # The untrained policy ranks pairs 0-5 right. Right on all: 6 and 7 moved; on 0-3: none, 4 and 5 moved away; on 0-5: none.
+    assert (none.moved_right[0], dpo_b.moved_right[0], dpo_a.moved_right[0]) == (0.25, 0.0, 0.0)
+    other = compare_runs([read_run(run) for run in runs], runs, policy_is_reference=False)
+    assert other.arms[0].moved_right is None and other.start is None
 
 
 def test_what_people_read(runs, tmp_path):

@@ -132,10 +132,12 @@ def plot(comparison: Comparison, path: Path, title: str) -> None:
 def _plot_curves(axis: Any, comparison: Comparison, styles: dict[str, dict[str, str]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for arm in comparison.arms:
+    for i, arm in enumerate(comparison.arms):
         steps, means, deviations = _curve(arm, comparison.start)
         style = styles[arm.arm.name]
-        axis.plot(steps, means, marker="o", markersize=3.5, linewidth=1.5, label=arm.arm.name, **style)
+        # Ever thinner, so that curves that coincide all show.
+        width = max(1.2, 4.4 - 0.8 * i)
+        axis.plot(steps, means, marker="o", markersize=2.5 + width, linewidth=width, label=arm.arm.name, **style)
         low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
         high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
         axis.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
@@ -151,7 +153,12 @@ def _plot_ends(axis: Any, comparison: Comparison, styles: dict[str, dict[str, st
     for place, arm in enumerate(ordered):
         colour = styles[arm.arm.name]["color"]
         axis.scatter(
-            [r.accuracy for r in arm.runs], [place] * len(arm.runs), s=14, color=colour, alpha=0.45, linewidths=0
+            [r.accuracy for r in arm.runs],
+            [place] * len(arm.runs),
+            s=26,
+            facecolors="white",
+            edgecolors=colour,
+            zorder=3,
         )
         mean, deviation = arm.accuracy
         axis.errorbar([mean], [place], xerr=[deviation or 0.0], fmt="D", markersize=5, capsize=3, color=colour)
@@ -176,7 +183,8 @@ def _plot_key(axis: Any, comparison: Comparison, key: str) -> None:
             lines.setdefault(arm.arm.name.replace(f" {key}={arm.arm.varied[key]}", ""), []).append(arm)
     for i, (label, arms) in enumerate(lines.items()):
         arms = sorted(arms, key=lambda arm: places[arm.arm.varied[key]])
-        x = [places[arm.arm.varied[key]] for arm in arms]
+        aside = 0.06 * (i - (len(lines) - 1) / 2)  # or the error bars of two lines would cover each other
+        x = [places[arm.arm.varied[key]] + aside for arm in arms]
         deviations = [arm.accuracy[1] or 0.0 for arm in arms]
         colour = PALETTE[i % len(PALETTE)]
         axis.errorbar(
@@ -228,9 +236,14 @@ def _grey(i: int) -> dict[str, Any]:
 
 
 def _percent_axis(axis: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
+    """Whole percents over ten points at least, so that a tenth of a point does not look like a cliff."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    low, high = axis.get_view_interval()
+    middle, half = (low + high) / 2, max((high - low) / 2, 0.05)
+    axis.set_view_interval(middle - half, middle + half, ignore=True)
+    axis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
 
 
 def _arm_as_json(arm: ArmResult) -> dict[str, Any]:

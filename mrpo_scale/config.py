@@ -21,6 +21,7 @@ from mrpo_scale.data.mixing import DatasetSpec, parse_datasets
 from mrpo_scale.data.pairs import PairOptions
 from mrpo_scale.data.ranking import RANKED_PAIRS
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.heartbeat import TIMEOUT
 from mrpo_scale.objective import REF_WEIGHTS, Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
 
@@ -162,6 +163,12 @@ class MRPOConfig(TrainingArguments):
     ref_follow_timeout: float = _key(1440.0, "Minutes without a new score before `ref_scoring: follow` gives up.")
     ref_tokens_per_forward: int = _key(65536, "Padded tokens in one scoring forward; a larger window takes several.")
 
+    # Many processes
+    heartbeat_timeout: float = _key(
+        TIMEOUT,
+        "Seconds without a sign of life after which a rank counts as dead and the job ends on every host; 0: never.",
+    )
+
     def __post_init__(self) -> None:
         self.typed = typed(self)  # before anything is filled in: what a model card can say of the run
         self._normalise()
@@ -255,6 +262,7 @@ class MRPOConfig(TrainingArguments):
             ("ref_shard_size", 1),
             ("ref_tokens_per_forward", 1),
             ("ref_follow_timeout", 0),
+            ("heartbeat_timeout", 0),
         ):
             value = getattr(self, key)
             if value is not None and value < least:

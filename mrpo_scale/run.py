@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from mrpo_scale.artifacts import LiveReport, report_if_stopped, run_name
 from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_memory_gib, reset_peak_memory
+from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.html_report import read_run, write_report
 from mrpo_scale.inputs import read_rows
 from mrpo_scale.recipe import parse
@@ -33,6 +34,11 @@ def run(words: Sequence[str]) -> list[RunSummary]:
         ConfigError, TrainingError: see errors.py.
     """
     script, config = parse(words)
+    with heartbeat(config.heartbeat_timeout):
+        return _train_all(words, script, config)
+
+
+def _train_all(words: Sequence[str], script: ScriptArguments, config: MRPOConfig) -> list[RunSummary]:
     rows: list[RunSummary] = []
     histories: dict[str, list[dict[str, Any]]] = {}
     for baseline in script.baselines:
@@ -66,6 +72,7 @@ def _train(
     Args:
         others: rows of the runs before this one, for the table on its card.
     """
+    doing("reading the data")
     train_rows, eval_rows = read_rows(script, config)
     config.anchor = resolve(config.anchor) if config.anchor else None
     reset_peak_memory()

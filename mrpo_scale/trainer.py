@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mrpo_scale.artifacts import write_artifacts
 from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
@@ -26,6 +26,7 @@ from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_flops
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
+from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.held_out import HeldOutScores
 from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
@@ -75,6 +76,7 @@ class MRPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else MRPOConfig()
+        doing("preparing the pairs")
         self.plan = plan_models(model, ref_models, args, processing_class)
         self.pair_sets = prepare_sets(self.plan, args, train_dataset, eval_dataset)
         if args.objective == "dpo" and ref_models:
@@ -90,6 +92,7 @@ class MRPOTrainer(Trainer):
         # Before the policy: what is scored ahead of training has the memory to itself.
         self.scores = ReferenceScores(self.plan, args, self.pair_sets)
         self.preference_objective = with_validation_weights(args, self.scores, self.pair_sets)
+        doing("loading the policy")
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
         self._source_use_cache = policy.config.use_cache
         enable_pair_scoring(policy, "policy", args.head_impl)
@@ -127,6 +130,11 @@ class MRPOTrainer(Trainer):
         self.script: ScriptArguments | None = None
         self.comparison: list[RunSummary] = []
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer's, with a heartbeat: a rank that is gone ends the others within ``heartbeat_timeout`` and names itself."""
+        with heartbeat(self.args.heartbeat_timeout):
+            return super().train(*args, **kwargs)
+
     # ---- which pairs make a step -------------------------------------------------------------------------------------
 
     @property
@@ -152,6 +160,7 @@ class MRPOTrainer(Trainer):
     ) -> tuple[list[MicroBatch], Tensor]:
         """This rank's share of the next window, scored by every reference, and the number of pairs in the whole window."""
         self._check_policy()
+        doing(f"scoring the pairs of step {self.state.global_step + 1} with the references")
         self.clock.start()
         examples = [example for _ in range(num_batches) for example in next(epoch_iterator)]
         ref_logps_KP2 = self.scores.score(examples, self.pair_sets["train"])
@@ -184,6 +193,7 @@ class MRPOTrainer(Trainer):
             TrainingError: on every rank, when any rank's loss is not finite; nothing is stepped or saved.
         """
         assert num_items_in_batch is not None
+        doing(f"computing step {self.state.global_step + 1}")
         share_P = inputs.weight_P / num_items_in_batch * self.accelerator.num_processes
         if self.args.gradients_in_forward:
 
@@ -254,6 +264,7 @@ class MRPOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the policy as its source was: key names, ties, dtypes, config, tokenizer. Checkpoints, which have a folder of
         their own, keep the dtype that training resumes in."""
+        doing(f"saving {output_dir or self.args.output_dir}")
         self._save_as_source = not _internal_call or output_dir is None
         super().save_model(output_dir, _internal_call)
 
@@ -311,6 +322,7 @@ class MRPOTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
+        doing(f"evaluating after step {self.state.global_step}")
         prefix = kwargs.get("metric_key_prefix", "eval")
         self._eval_scores = self._score_held_out(dataloader)
         self._eval_pairs, self._eval_rows = dataloader.dataset.pairs, []

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.heartbeat import doing
 from mrpo_scale.models import RunPlan
 from mrpo_scale.ranks import agree_on_most, all_say, fail_together, from_first, world_group
 from mrpo_scale.references.ahead import score_ahead
@@ -146,6 +147,7 @@ class ReferenceScores:
             self.live, desc="Loading references", disable=args.disable_tqdm or args.local_process_index != 0
         )
         for k in progress:
+            doing(f"loading reference {self.names[k]}")
             ranks = placement.group_of(k, args.process_index)
             if ranks is not None:
                 self.references[k] = load_reference(plan.references[k], groups.get(ranks), args)
@@ -243,6 +245,7 @@ def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MR
     Raises:
         ConfigError: no row came for ``ref_follow_timeout`` minutes.
     """
+    doing("waiting for scores")
     total = len(keys) * len(stores)
     have, last_news = -1, time.monotonic()
     with tqdm(

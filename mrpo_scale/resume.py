@@ -24,6 +24,7 @@ from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.fingerprint import WINDOW, differences
 from mrpo_scale.ranks import fail_together, from_first, world_group
+from mrpo_scale.saving import load_weights
 from mrpo_scale.universal import as_universal, load_universal, own_steps
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,15 @@ class ResumableTrainer(Trainer):
             prepared = super()._prepare_for_training(*args, **kwargs)
         own_steps(self.deepspeed)
         return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
 
     def continue_from(self, checkpoint: Checkpoint) -> None:
         """What the Trainer has just set to zero, as it was. Before the first step, after everything else is loaded."""

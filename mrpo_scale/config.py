@@ -91,6 +91,12 @@ class MRPOConfig(TrainingArguments):
     )
     report_to: None | str | list[str] = _key("tensorboard", "Where metrics go: tensorboard, wandb, trackio, none, ...")
 
+    resume_from_checkpoint: str | None = _key(
+        "auto",
+        "auto: from the newest complete checkpoint of output_dir, if there is one; never: start anew; true: from the newest, which "
+        "must be there; or a checkpoint.",
+    )
+
     # Objective (objective.py)
     objective: Literal["mrpo", "dpo", "multi_dpo"] = _key(
         "mrpo", "mrpo (Eq. 7), dpo (anchor alone) or multi_dpo (Eq. 11)."

@@ -1,7 +1,8 @@
 """MRPOTrainer: transformers' Trainer with K references, exact means over the global window, and the fused head.
 
-Checkpoints, resume, callbacks, logging and the DeepSpeed integration are the Trainer's own. Overridden are the rooms where a step
-happens: what a window is (samplers, ``get_batch_samples``), what its loss is (``compute_loss``) and what is measured.
+Callbacks, logging and the DeepSpeed integration are the Trainer's own; checkpoints that are complete and resume exactly are in
+resume.py. Overridden are the rooms where a step happens: what a window is (samplers, ``get_batch_samples``), what its loss is
+(``compute_loss``) and what is measured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mrpo_scale.artifacts import write_artifacts
@@ -26,6 +27,7 @@ from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_flops
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
+from mrpo_scale.fingerprint import fingerprint
 from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.held_out import HeldOutScores
 from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
@@ -35,6 +37,7 @@ from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.validation import with_validation_weights
 from mrpo_scale.report import RunSummary
+from mrpo_scale.resume import ResumableTrainer
 from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
@@ -48,7 +51,7 @@ from mrpo_scale.window import MicroBatch, PairExample, WeightedPairs, WindowSamp
 logger = logging.getLogger(__name__)
 
 
-class MRPOTrainer(Trainer):
+class MRPOTrainer(ResumableTrainer):
     """Finetune ``model`` on preference pairs against its own starting weights and ``ref_models``.
 
     Args:
@@ -102,7 +105,7 @@ class MRPOTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=list,  # type: ignore[arg-type]
+            data_collator=list,
             train_dataset=weighted.get("train"),
             eval_dataset=evals if isinstance(eval_dataset, dict) else evals.get("eval"),
             processing_class=self.plan.tokenizer,
@@ -259,6 +262,21 @@ class MRPOTrainer(Trainer):
             dist.all_reduce(tensor)
         return tensor
 
+    # ---- what a checkpoint needs -------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        return fingerprint(self.plan, self.args, self.pair_sets, self.window_size)
+
+    def summed(self) -> dict[str, float]:
+        return self._metrics.state()
+
+    def restore_summed(self, sums: Mapping[str, float]) -> None:
+        self._metrics.restore(sums, self.accelerator.device)
+
+    def before_checkpoint(self) -> None:
+        """Scores reach the disk first: a run that resumes here must find them, or it would score their rows in other windows."""
+        self.scores.flush()
+
     # ---- what is saved -----------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -324,9 +342,12 @@ class MRPOTrainer(Trainer):
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
         doing(f"evaluating after step {self.state.global_step}")
         prefix = kwargs.get("metric_key_prefix", "eval")
-        self._eval_scores = self._score_held_out(dataloader)
-        self._eval_pairs, self._eval_rows = dataloader.dataset.pairs, []
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        with torch.random.fork_rng(
+            devices=()
+        ):  # a loader draws a number; training must not notice how often it was evaluated
+            self._eval_scores = self._score_held_out(dataloader)
+            self._eval_pairs, self._eval_rows = dataloader.dataset.pairs, []
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         means = self._eval_metrics.means(self._sum_over_ranks)
         self._keep_held_out(self.args.folder / f"{prefix}_logps.npz")
         metrics = {**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in means.items()}}

@@ -22,6 +22,7 @@ from mrpo_scale.data.pairs import PairOptions
 from mrpo_scale.data.ranking import RANKED_PAIRS
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.heartbeat import TIMEOUT
+from mrpo_scale.launched import check_restarts, clear_stale_build_locks
 from mrpo_scale.objective import REF_WEIGHTS, Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
 
@@ -180,7 +181,9 @@ class MRPOConfig(TrainingArguments):
         self._normalise()
         self.build_objective()
         self._check()
-        super().__post_init__()
+        check_restarts()
+        clear_stale_build_locks()
+        super().__post_init__()  # joins the other ranks
         check_world_size(self.world_size)
 
     def _normalise(self) -> None:

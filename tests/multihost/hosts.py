@@ -78,7 +78,12 @@ class TwoHosts:
             host.start(
                 [
                     *(sys.executable, "-m", "accelerate.commands.launch"),
-                    *("--config_file", "launch/accelerate/cpu_zero3.yaml", "--deepspeed_multinode_launcher", "standard"),
+                    *(
+                        "--config_file",
+                        "launch/accelerate/cpu_zero3.yaml",
+                        "--deepspeed_multinode_launcher",
+                        "standard",
+                    ),
                     *("--num_machines", "2", "--num_processes", str(2 * ranks_per_host), "--machine_rank", str(rank)),
                     *("--main_process_ip", self.a.address, "--main_process_port", str(PORT), *options),
                     *("launch/train.py", *words),

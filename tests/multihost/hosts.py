@@ -53,11 +53,15 @@ class Host:
         """SIGKILL for everything on this host, launchers first, as when its power goes."""
         while pids := self.pids():
             for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+                _kill(pid)
             time.sleep(0.05)
+
+    def kill_ranks(self) -> None:
+        """SIGKILL for its ranks; the launcher that started them lives on."""
+        for pid in self.pids():
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if words[1:3] == [b"-u", b"launch/train.py"]:
+                _kill(pid)
 
 
 @dataclass
@@ -118,6 +122,9 @@ def two_hosts() -> Iterator[TwoHosts]:
         for host in (a, b):
             _ip("netns", "add", host.namespace)
             made.append(host)
+            etc = Path("/etc/netns") / host.namespace  # `ip netns exec` lays these over /etc
+            etc.mkdir(parents=True)
+            (etc / "hosts").write_text(f"127.0.0.1 localhost\n{a.address} {a.name}\n{b.address} {b.name}\n")
         _ip("link", "add", "eth0", "netns", a.namespace, "type", "veth", "peer", "name", "eth0", "netns", b.namespace)
         for host in (a, b):
             _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
@@ -131,6 +138,7 @@ def two_hosts() -> Iterator[TwoHosts]:
             for process in host.processes:
                 process.wait()
             _ip("netns", "del", host.namespace)
+            shutil.rmtree(Path("/etc/netns") / host.namespace, ignore_errors=True)
 
 
 def wait_until(condition: Callable[[], object], seconds: float, processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -144,3 +152,10 @@ def wait_until(condition: Callable[[], object], seconds: float, processes: Seque
 
 def _ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # gone meanwhile

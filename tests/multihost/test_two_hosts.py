@@ -1,6 +1,7 @@
 """A job on two hosts, each a network namespace: trains as one host does, ends on both when one is lost, and goes on afterwards."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -15,6 +16,7 @@ from tests.tiny import pair_rows, write_models
 
 STEPS, SAVE_STEPS = 24, 4
 START, END = 400.0, 200.0  # seconds, on a busy machine
+chaos = pytest.mark.skipif("MRPO_CHAOS_KILLS" not in os.environ, reason="takes minutes: make chaos")
 LAUNCHED = {  # what `accelerate launch` makes of launch/accelerate/cpu_zero3.yaml
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs" / "zero3_cpu.json"),
@@ -71,11 +73,11 @@ class Run:
         self.words = ["--config", recipe, "--output_dir", self.folder]
         self.words += [word for key, value in keys.items() for word in (f"--{key}", value)]
 
-    def start(self, hosts, ranks_per_host):
+    def start(self, hosts, ranks_per_host, *options, **env):
         extensions = (
             {"TORCH_EXTENSIONS_DIR": str(ROOT / ".venv" / "torch_extensions")} if (ROOT / ".venv").is_dir() else {}
         )
-        return hosts.launch(self.words, self.logs, ranks_per_host, **{**ENV, **extensions})
+        return hosts.launch(self.words, self.logs, ranks_per_host, *options, **{**ENV, **extensions, **env})
 
     def finish(self, hosts, ranks_per_host):
         processes = self.start(hosts, ranks_per_host)
@@ -98,6 +100,7 @@ class Run:
     def message(self, host):
         """What this host's user reads, once."""
         (line,) = [line for line in self.log(host).splitlines() if line.startswith("error: ")]
+        print(f"host-{host}: {line}", file=sys.stderr)
         return line
 
 
@@ -148,7 +151,7 @@ def test_a_cut_link_ends_both_and_the_restarted_run_is_the_same(hosts, recipe, o
     assert same(run.weights(), alone.weights())
 
 
-@pytest.mark.slow
+@chaos
 @pytest.mark.parametrize("lost", ["a", "b"])
 def test_four_ranks_and_a_host_without_power(hosts, recipe, one_host, tmp_path, lost):
     """All processes of a host are killed, its launcher too: of host a, where the store lives, and of host b."""
@@ -171,7 +174,7 @@ def test_four_ranks_and_a_host_without_power(hosts, recipe, one_host, tmp_path, 
     assert same(run.weights(), whole.weights())
 
 
-@pytest.mark.slow
+@chaos
 def test_the_default_timeout_over_a_cut_link(hosts, recipe, tmp_path):
     run = Run(recipe, tmp_path)
     processes = run.start(hosts, 1)
@@ -180,3 +183,18 @@ def test_the_default_timeout_over_a_cut_link(hosts, recipe, tmp_path):
     assert all(code != 0 for code in ended(processes, time.monotonic()))
     assert "no sign of life for 30 s from rank 1 on host-b" in run.message("a")
     assert "no answer from it for 30 s" in run.message("b")
+
+
+@chaos
+def test_restarts_by_the_launcher(hosts, recipe, one_host, tmp_path):
+    """One rank is killed; both launchers start all ranks again, which find each other anew and continue."""
+    run = Run(recipe, tmp_path)
+    options = ("--max_restarts", "1", "--rdzv_backend", "c10d")
+    processes = run.start(hosts, 1, *options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    run.reach(8, processes)
+    hosts.b.kill_ranks()
+    assert ended(processes, time.monotonic()) == [0, 0]
+    assert re.search(r"resuming from .*/checkpoint-\d+, step \d+", run.log("a") + run.log("b"))
+    alone = one_host(2)
+    assert run.losses() == alone.losses()
+    assert same(run.weights(), alone.weights())

@@ -1,9 +1,9 @@
 """A rank that is gone ends the job on every host, with its name, instead of leaving the others in a collective for half an hour.
 
 Every rank beats into the job's store: that it lives and what it does. Rank 0 watches all others, they watch rank 0 and the
-store, so a round costs one request a rank, whatever the number of ranks. Who finds something wrong leaves a verdict in the
-store, which everybody reads within a second. Clocks of two hosts are never compared: what counts is how long, on the watcher's
-own clock, nothing new came.
+store, so a rank costs the store two small requests a second, however many there are. Who finds something wrong leaves a verdict
+in the store, which everybody reads within a second. Clocks of two hosts are never compared: what counts is how long, on the
+watcher's own clock, nothing new came.
 
 Beating and watching are threads, so they go on while the main thread hangs in a collective; torch and safetensors let them run
 while they write or read.
@@ -64,7 +64,10 @@ def heartbeat(timeout: float = TIMEOUT) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _running.fail(error)
+        if isinstance(error, SystemExit) and not error.code:
+            _running.finish()
+        else:
+            _running.fail(error)
         raise
     else:
         _running.finish()
@@ -135,7 +138,7 @@ class Heartbeat:
                     file=sys.stderr,
                     flush=True,
                 )
-            doing(f"{_doing}, which a lost connection broke off")
+            doing(f"{_doing} (a connection broke)")
             time.sleep(self.timeout + 3 * self.beat)
         verdict = Verdict(
             (self.rank,), True, f"rank {self.rank} on {self.host} failed while {_doing}: {_one_line(error)}"
@@ -234,8 +237,8 @@ class Heartbeat:
             if self.rank not in (speaker, *verdict.ranks):
                 time.sleep(2 * self.beat)  # the launcher ends this process when the speaker is gone
             print(
-                f"\nerror: {verdict.text}.\nrank {self.rank} on {self.host} ends, {_doing} until now. The same command "
-                "continues from the last complete checkpoint.\n",
+                f"\nerror: {verdict.text}.\nRank {self.rank} on {self.host} was {_doing} and ends now. The same command continues "
+                "from the last complete checkpoint.\n",
                 file=sys.stderr,
             )
             if not store_lost:
@@ -250,9 +253,14 @@ class Heartbeat:
 
 
 def _is_loss_of_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank; gloo and NCCL raise plain RuntimeErrors for that too."""
+    """Whether a collective failed because of another rank, and this error comes from that. gloo raises plain RuntimeErrors."""
     signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error")
-    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and any(s in str(error) for s in signs))
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, dist.DistError) or (type(cause) is RuntimeError and any(s in str(cause) for s in signs)):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _verdict(text: bytes) -> Verdict:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mrpo_scale.errors import TrainingError
 from mrpo_scale.heartbeat import doing, heartbeat
 from tests.distributed.jobs import Job, Kill
 
@@ -41,17 +42,22 @@ def message(ended):
 # --- what ranks do
 
 
-def one_hangs_in_a_collective(folder, busy):
-    """Rank 1 tells that it is where it will be killed; the others wait for it in an all-reduce."""
+def one_hangs(folder, others):
+    """Rank 1 tells that it is where it will be killed; the others wait for it in an all-reduce, or are busy and do not notice."""
     if dist.get_rank() == 1:
         doing("saving checkpoint-40")
         time.sleep(2 * TIMEOUT / 6)  # a beat tells the others
         (folder / "now").touch()
         time.sleep(HANG)
     doing("computing step 41")
-    if busy:
-        time.sleep(HANG)  # busy elsewhere: no error of the connection wakes it up
-    dist.all_reduce(torch.zeros(1))
+    if others == "busy":
+        time.sleep(HANG)
+    try:
+        dist.all_reduce(torch.zeros(1))
+    except RuntimeError as error:
+        if others == "wrapping":  # as saving a checkpoint does
+            raise TrainingError("checkpoint-40 could not be written") from error
+        raise
 
 
 def first_stops(folder):
@@ -71,6 +77,10 @@ def one_raises(folder, which):
 
 def all_raise(folder):
     raise SystemExit(2)
+
+
+def leave_in_good_order(folder):
+    raise SystemExit(0)
 
 
 def end_apart(folder, slow):
@@ -102,15 +112,15 @@ def train_twice(folder):
 # --- what comes of it
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["in-a-collective", "elsewhere"])
-def test_a_killed_rank_is_named_with_what_it_did(jobs, tmp_path, busy):
+@pytest.mark.parametrize("others", ["waiting", "wrapping", "busy"])
+def test_a_killed_rank_is_named_with_what_it_did(jobs, tmp_path, others):
     kill = Kill(ranks=[1], seconds=0.0, since=str(tmp_path / "now"))
-    ended = run(jobs, tmp_path, "one_hangs_in_a_collective", busy, ranks=3, kill=kill)
+    ended = run(jobs, tmp_path, "one_hangs", others, ranks=3, kill=kill)
     assert [e.status for e in ended] == [1, -signal.SIGKILL, 1]
     assert "no sign of life for 3 s from rank 1 on " in message(ended[0])
     assert ", last seen saving checkpoint-40." in message(ended[0])
     assert "computing step 41" in ended[0].err
-    assert ("lost a connection while computing step 41" in ended[0].err) == (not busy)
+    assert ("lost a connection while computing step 41" in ended[0].err) == (others != "busy")
 
 
 def test_a_stopped_rank_counts_as_dead(jobs, tmp_path):
@@ -137,6 +147,11 @@ def test_ranks_that_fail_alike_keep_their_own_end(jobs, tmp_path):
     """An error that all ranks raise has its message and exit code already."""
     for e in run(jobs, tmp_path, "all_raise"):
         assert (e.status, "error: " in e.err) == (2, False)
+
+
+def test_an_exit_with_0_is_no_failure(jobs, tmp_path):
+    for e in run(jobs, tmp_path, "leave_in_good_order"):
+        assert (e.status, "error: " in e.err) == (0, False)
 
 
 @pytest.mark.parametrize("slow", [0, 1])

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from mrpo_scale import checkpoints
@@ -159,8 +160,11 @@ class ResumableTrainer(Trainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs:  # the Trainer divides by the steps of this life
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        if (
+            "train_loss" in logs
+        ):  # the Trainer's is over the steps of this life, and after the last log of this rank's pairs
+            total = torch.tensor([self._total_loss_scalar], device=self.args.device)
+            logs["train_loss"] = self.accelerator.gather(total).mean().item() / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     # ---- saving ------------------------------------------------------------------------------------------------------

@@ -10,14 +10,14 @@ from mrpo_scale import checkpoints
 from tests.distributed.jobs import Job
 from tests.distributed.train_runs import ZERO3, final_log, read_lines, record, write_recipe
 
-AT = 4  # the checkpoint that all of them continue from
+AT = 12  # the checkpoint that all of them continue from, in the second epoch
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     # Without dropout, whose random numbers belong to a rank.
-    return write_recipe(tmp_path_factory.mktemp("recipe"), disable_dropout=True, save_total_limit=None, max_steps=8)
+    return write_recipe(tmp_path_factory.mktemp("recipe"), disable_dropout=True, save_total_limit=None, max_steps=16)
 
 
 def run(jobs, words, output_dir, logs, ranks=2, *more):
@@ -43,7 +43,7 @@ def adam(logs):
 
 @pytest.fixture(scope="module")
 def native(jobs, words, tmp_path_factory):
-    """Two ranks to step 8, and again from step 4: (folder of the first, log, Adam state at step 4)."""
+    """Two ranks to step 16, and again from step 12: (folder of the first, log, Adam state at step 12)."""
     root = tmp_path_factory.mktemp("native")
     ended = run(jobs, words, root / "out", root / "logs")
     assert [rank.status for rank in ended] == [0, 0], ended[0].err
@@ -73,9 +73,9 @@ def test_other_numbers_of_ranks_take_the_same_steps(jobs, words, native, tmp_pat
             if key in expected:
                 assert entry[key] == pytest.approx(expected[key], rel=1e-5), (expected["step"], key)
     trained = sorted(read_lines(sorted((tmp_path / "logs").glob("trained-*"))), key=lambda line: line["step"])
-    assert [step for step, _ in groupby(line["step"] for line in trained)] == [4, 5, 6, 7]
+    assert [step for step, _ in groupby(line["step"] for line in trained)] == [12, 13, 14, 15]
     # Its own checkpoints are ordinary ones of so many ranks.
-    assert {c.step: c.world_size for c in checkpoints.find_complete(out)[0]} == {AT: 2, 6: ranks, 8: ranks}
+    assert {c.step: c.world_size for c in checkpoints.find_complete(out)[0]} == {AT: 2, 14: ranks, 16: ranks}
 
 
 def test_other_pairs_per_step_are_refused_on_every_rank(jobs, words, native, tmp_path):

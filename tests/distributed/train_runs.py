@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ def write_recipe(folder: Path, **keys: Any) -> list[str | Path]:
         "logging_steps": 3,
         "eval_strategy": "steps",
         "eval_steps": 7,
+        "per_device_eval_batch_size": 1,
         "eval_on_start": True,
         "save_strategy": "steps",
         "save_steps": 2,
@@ -146,3 +149,91 @@ def record(folder: str) -> Recorder:
 
     MRPOTrainer.compute_loss, MRPOTrainer.__init__ = recorded, with_callback  # type: ignore[method-assign]
     return recorder
+
+
+def interrupt(folder: str, output_dir: str, how: str, step: int) -> None:
+    """Record, and ask to stop once: `STOP` or SIGTERM while step ``step`` (from 0) runs, STOP amid the evaluation after it."""
+    from mrpo_scale.trainer import MRPOTrainer
+
+    recorder = record(folder)
+    measure, compute_loss, measured = MRPOTrainer.prediction_step, MRPOTrainer.compute_loss, []
+
+    def in_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == step:
+            if how == "STOP" and recorder.rank == 0:
+                (Path(output_dir) / "STOP").touch()
+            if how == "SIGTERM" and recorder.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return compute_loss(self, *args, **kwargs)
+
+    def in_evaluation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step and how == "evaluation":
+            measured.append(1)
+            if len(measured) == 2 and recorder.rank == 0:
+                (Path(output_dir) / "STOP").touch()
+        return measure(self, *args, **kwargs)
+
+    MRPOTrainer.compute_loss, MRPOTrainer.prediction_step = in_step, in_evaluation  # type: ignore[method-assign]
+
+
+class _WhileSaving:
+    """Counts what this rank does to the files of checkpoints, and ends the process right before the n-th of it."""
+
+    def __init__(self, recorder: Recorder, die_at: int | None) -> None:
+        self.recorder, self.die_at, self.count = recorder, die_at, 0
+
+    def event(self, what: str) -> None:
+        self.count += 1
+        if self.die_at is None:
+            self.recorder.append("saving", what=what)
+        elif self.count == self.die_at:
+            self.recorder.append("died", what=what)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(self, event: str, args: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            return
+        path = str(args[0])
+        writes = event != "open" or (isinstance(args[1], str) and set(args[1]) & set("wax+"))
+        if "checkpoint-" in path and writes:
+            self.event(f"{event} {Path(path).name}")
+
+    def save(self, torch_save: Any) -> Any:
+        """torch.save, whose writing no audit event tells of, and the moment when half of the file is written."""
+
+        def saved(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+            if "checkpoint-" not in str(f):
+                return torch_save(obj, f, *args, **kwargs)
+            self.event(f"torch.save {Path(f).name}")
+            torch_save(obj, f, *args, **kwargs)
+            if self.die_at == self.count + 1:
+                os.truncate(f, Path(f).stat().st_size // 2)
+            self.event(f"half of torch.save {Path(f).name}")
+            return None
+
+        return saved
+
+
+def chaos(folder: str, die: tuple[int, int] | None = None) -> None:
+    """Record; small parts of the score cache, so that many kills meet a half-stored window; death amid a checkpoint if asked for.
+
+    Args:
+        die: (rank, before which of its dealings with checkpoint files).
+    """
+    from mrpo_scale.references import scores
+    from mrpo_scale.trainer import MRPOTrainer
+
+    recorder = record(folder)
+    part_writer, compute_loss = scores.PartWriter, MRPOTrainer.compute_loss
+    scores.PartWriter = lambda store: part_writer(store, rows=3)  # type: ignore[assignment, misc]
+
+    def begun(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not (Path(folder) / "begun").exists():
+            (Path(folder) / "begun").touch()
+        return compute_loss(self, *args, **kwargs)
+
+    MRPOTrainer.compute_loss = begun  # type: ignore[method-assign]
+    saving = _WhileSaving(recorder, die[1] if die and die[0] == recorder.rank else None)
+    if die is None or die[0] == recorder.rank:
+        torch.save = saving.save(torch.save)
+        sys.addaudithook(saving.audit)

@@ -97,6 +97,10 @@ class MRPOConfig(TrainingArguments):
         "auto: from the newest complete checkpoint of output_dir, if there is one; never: start anew; true: from the newest, which "
         "must be there; or a checkpoint.",
     )
+    max_hours: float | None = _key(
+        None,
+        "Stop so many hours after the start: finish the step, save, exit; leave room for both. The next start goes on.",
+    )
 
     # Objective (objective.py)
     objective: Literal["mrpo", "dpo", "multi_dpo"] = _key(
@@ -276,6 +280,8 @@ class MRPOConfig(TrainingArguments):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ConfigError(f"`{key}: {value}` must be at least {least}.")
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise ConfigError(f"`max_hours: {self.max_hours}` must be above 0.")
         if not math.isfinite(self.learning_rate) or self.learning_rate < 0:
             raise ConfigError(f"`learning_rate: {self.learning_rate}` must be 0 or more.")
 

@@ -14,18 +14,22 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from mrpo_scale import checkpoints
 from mrpo_scale.checkpoints import Checkpoint, IncompleteError
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.fingerprint import WINDOW, differences
+from mrpo_scale.preemption import Preempted, StopRequests, StopWhenAsked
 from mrpo_scale.ranks import fail_together, from_first, world_group
 from mrpo_scale.saving import load_weights
 from mrpo_scale.universal import as_universal, load_universal, own_steps
+from mrpo_scale.window import WindowSampler
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +41,13 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.train_sampler: WindowSampler | None = None  #: of the run's data loader, once it has one
         self._resumed: Checkpoint | None = None
         self._fingerprint: dict[str, Any] | None = None
-        self.add_callback(_Continue(self))
+        self.stop_requests = StopRequests(self.args.folder, self.args.max_hours, self.args.device)
+        self._stopping = StopWhenAsked(self.stop_requests)
+        self.add_callback(self._stopping)
+        self.add_callback(_Continue(self))  # after the one that may ask for a checkpoint
 
     # ---- what a subclass knows ---------------------------------------------------------------------------------------
 
@@ -68,18 +76,30 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ConfigError: there is none, it is not complete, or another run wrote it.
+            Preempted: the run was asked to stop before its end, and has saved; see preemption.py.
         """
         self._resumed = self._choose(resume_from_checkpoint)
-        if self._resumed is None:
-            if self.args.save_strategy != "no":
-                self._fingerprint = self.describe()
-            return super().train(None, *args, **kwargs)
-        self._fingerprint = self.describe()
-        self._refuse_another_run(self._resumed)
-        logger.info("resuming from %s, step %d", self._resumed.folder, self._resumed.step)
-        if self._resumed.world_size != self.args.world_size and self.is_deepspeed_enabled:
-            as_universal(self._resumed)
-        return super().train(str(self._resumed.folder), *args, **kwargs)
+        if self._resumed is not None or self.args.save_strategy != "no":
+            self._fingerprint = self.describe()
+        if self._resumed is not None:
+            self._refuse_another_run(self._resumed)
+            logger.info("resuming from %s, step %d", self._resumed.folder, self._resumed.step)
+            if self._moved:
+                as_universal(self._resumed)
+        if self.args.process_index == 0:  # it says that a run is finished
+            (self.args.folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        self.stop_requests.watch()
+        try:
+            return super().train(str(self._resumed.folder) if self._resumed else None, *args, **kwargs)
+        finally:
+            self.stop_requests.unwatch()
+
+    @property
+    def _moved(self) -> bool:
+        """Whether the checkpoint is of another number of ZeRO ranks."""
+        return (
+            self._resumed is not None and self.is_deepspeed_enabled and self._resumed.world_size != self.args.world_size
+        )
 
     def _choose(self, wanted: str | bool | None) -> Checkpoint | None:
         """Rank 0 looks, all ranks get its answer. Collective over the world."""
@@ -121,8 +141,7 @@ class ResumableTrainer(Trainer):
         )
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        moved = self._resumed is not None and self._resumed.world_size != self.args.world_size
-        if not (moved and self.is_deepspeed_enabled):
+        if not self._moved:
             return super()._prepare_for_training(*args, **kwargs)
         with load_universal(self.accelerator.state.deepspeed_plugin.deepspeed_config):
             prepared = super()._prepare_for_training(*args, **kwargs)
@@ -153,14 +172,54 @@ class ResumableTrainer(Trainer):
             totals = {name: sum(one["sums"][name] for one in saved) for name in first["sums"]}
             self.restore_summed(totals if rank == 0 else dict.fromkeys(totals, 0.0))
 
+        if first["evaluate"]:
+            self._determine_best_metric(self._evaluate(None, None), None)
+
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         if skip_scheduler and self._resumed is not None:
             return {}  # `eval_on_start` is of the start, which was in an earlier life
-        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except _StopEvaluatingError:
+            if self.state.global_step == self._initial_global_step:
+                self._leave(self._resumed.folder if self._resumed else None)
+            self.control.should_evaluate = True
+            self._stopping.stop(self.control)
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+
+    # ---- stopping early ----------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Between two batches of an evaluation during training: break it off if the run is to stop. Collective over the world."""
+        if self.is_in_train and self.stop_requests.agreed():
+            raise _StopEvaluatingError
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        unfinished = self.state.global_step < self.state.max_steps or self._stopping.evaluation_put_off
+        if self.stop_requests.why and unfinished:
+            self._leave(checkpoints.path_of(self.args.folder, self.state.global_step))
+        return super()._finalize_training(*args, **kwargs)
+
+    def _leave(self, checkpoint: Path | None) -> NoReturn:
+        """Say that the run stopped early, and where the next life goes on. Collective over the world."""
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        with fail_together(world_group()):
+            if self.args.process_index == 0:
+                self.stop_requests.leave_marker(self.state.global_step, checkpoint)
+        saved = checkpoint or "nothing, since no step was taken"
+        message = f"asked to stop by {self.stop_requests.reason}: saved {saved}; the same command goes on from there"
+        logger.info(message)
+        raise Preempted(message)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs:  # the Trainer divides by the steps of this life
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        if (
+            "train_loss" in logs
+        ):  # the Trainer's is over the steps of this life, and after the last log of this rank's pairs
+            total = torch.tensor([self._total_loss_scalar], device=self.args.device)
+            logs["train_loss"] = self.accelerator.gather(total).mean().item() / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     # ---- saving ------------------------------------------------------------------------------------------------------
@@ -210,6 +269,7 @@ class ResumableTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "loss": self._tr_loss.item(),
             "sums": self.summed(),
+            "evaluate": self._stopping.evaluation_put_off,
         }
         _progress_file(folder, self.args.process_index).write_text(json.dumps(progress) + "\n")
 
@@ -233,6 +293,10 @@ class ResumableTrainer(Trainer):
             raise TrainingError(message) from error
 
 
+class _StopEvaluatingError(Exception):
+    """The run is to stop; the evaluation is made again in the next life."""
+
+
 class _Continue(TrainerCallback):
     """Where the Trainer lets others in: between its own resetting and the first step, and at the end of an epoch."""
 
@@ -243,6 +307,12 @@ class _Continue(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._resumed is not None:
             self.trainer.continue_from(self.trainer._resumed)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Over several ranks the Trainer loses the sampler from sight when it skips what was trained: a run that resumes in the
+        # second epoch would get the order of the first.
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(int(state.epoch))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # After an epoch's last step comes what its end asks for, such as an evaluation. A run that resumes there starts the next

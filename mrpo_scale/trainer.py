@@ -147,13 +147,14 @@ class MRPOTrainer(ResumableTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WindowSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return WindowSampler(
+        self.train_sampler = WindowSampler(
             len(dataset),
             self.window_size,
             shuffle=getattr(self.args, "train_sampling_strategy", "random") == "random",
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             drop_last=self.args.dataloader_drop_last,
         )
+        return self.train_sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> WindowSampler:
         return WindowSampler(len(eval_dataset), self.args.eval_batch_size * self.args.world_size, shuffle=False, seed=0)
@@ -355,6 +356,7 @@ class MRPOTrainer(ResumableTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Measure one batch of held-out pairs; the metrics are summed here, not gathered by the Trainer."""
+        self.poll()
         ref_logps_KP2 = torch.stack([self._eval_scores[e.row] for e in inputs], dim=1)
         batch = policy_batches(
             inputs, ref_logps_KP2, 1, shared_prompt=self.shared_prompt, pad_token_id=self.pad_token_id
@@ -395,6 +397,7 @@ class MRPOTrainer(ResumableTrainer):
                 disable=self.args.disable_tqdm or not self.is_local_process_zero(),
             )
             for examples in progress:
+                self.poll()
                 ref_logps_KP2 = self.scores.score(examples, dataloader.dataset.pairs)
                 scores.update({e.row: ref_logps_KP2[:, i] for i, e in enumerate(examples)})
             self.scores.flush()

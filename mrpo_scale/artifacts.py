@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
@@ -10,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from mrpo_scale.config import parse_ref_models, typed
+from mrpo_scale.config import MRPOConfig, ScriptArguments, parse_ref_models, typed
 from mrpo_scale.html_curves import Run
 from mrpo_scale.html_report import RUN_FACTS, write_report
 from mrpo_scale.model_card import ModelCard
-from mrpo_scale.report import plot_curves
+from mrpo_scale.report import RunSummary, plot_curves
 
 if TYPE_CHECKING:
     from mrpo_scale.trainer import MRPOTrainer
 
 #: Keys of a recipe that say where, not what.
-_PLACES = ("output_dir", "logging_dir", "ref_cache_dir", "resume_from_checkpoint", "dataset_num_proc")
+_PLACES = ("output_dir", "logging_dir", "ref_cache_dir", "resume_from_checkpoint", "max_hours", "dataset_num_proc")
 #: Never uploaded: people's texts, scores and other models that lie in the same folder. `.gitignore` is what the hub's client obeys.
-_PRIVATE = ("bad_rows_*.jsonl", "ref_cache/", "anchor/", "training_args.bin")
+_PRIVATE = ("bad_rows_*.jsonl", "ref_cache/", "anchor/", "file_hashes/", "training_args.bin")
 
 
 def run_name(trainer: MRPOTrainer) -> str:
@@ -69,7 +70,8 @@ class LiveReport(TrainerCallback):
 
 def _report(trainer: MRPOTrainer, card: ModelCard, status: str) -> None:
     folder = trainer.args.folder
-    facts = {"name": run_name(trainer), "status": status, **card.facts()}
+    command = command_digest(trainer.script, trainer.args)
+    facts = {"name": run_name(trainer), "status": status, "command": command, **card.facts()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN_FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     write_report([Run(folder.name, facts, trainer.state.log_history)], folder / "report.html")
@@ -110,7 +112,7 @@ def card_of(trainer: MRPOTrainer, metadata: Mapping[str, Any] | None = None) -> 
         results=evals[-1] if evals else {},
         versions={name: importlib.metadata.version(name) for name in packages},
         curves="curves.png",
-        recipe=_recipe(trainer),
+        recipe=recipe_of(trainer.script, trainer.args),
         rows=trainer.comparison,
         metadata=metadata,
     )
@@ -124,11 +126,29 @@ def _weights(trainer: MRPOTrainer) -> str:
     return word
 
 
-def _recipe(trainer: MRPOTrainer) -> dict[str, Any]:
-    keys = {**(typed(trainer.script) if trainer.script else {}), **trainer.args.typed}
+def recipe_of(script: ScriptArguments | None, args: MRPOConfig) -> dict[str, Any]:
+    """The keys of a run that are not defaults, without those that say where."""
+    keys = {**(typed(script) if script else {}), **args.typed}
     if keys.get("ref_models"):
         keys["ref_models"] = [_as_typed(entry) for entry in keys["ref_models"]]
     return {key: value for key, value in keys.items() if key not in _PLACES}
+
+
+def command_digest(script: ScriptArguments | None, args: MRPOConfig) -> str:
+    """Tells one recipe from another, local paths included, which the report does not show."""
+    return hashlib.sha256(json.dumps(recipe_of(script, args), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def finished_run(script: ScriptArguments, args: MRPOConfig) -> tuple[list[RunSummary], list[dict[str, Any]]] | None:
+    """The comparison's rows and the log of the run that these arguments have already made in ``output_dir``; None if it is not
+    through, or is of other arguments."""
+    try:
+        state = json.loads((args.folder / "trainer_state.json").read_text())
+        facts = json.loads((args.folder / RUN_FACTS).read_text())
+    except (OSError, ValueError):
+        return None
+    through = state["global_step"] >= state["max_steps"] and facts.get("command") == command_digest(script, args)
+    return ([RunSummary(**row) for row in facts["rows"]], state["log_history"]) if through else None
 
 
 def _as_typed(entry: str) -> str | dict[str, Any]:

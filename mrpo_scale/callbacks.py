@@ -39,13 +39,10 @@ class StepClock(TrainerCallback):
 
 
 class FlushScores(TrainerCallback):
-    """Scores of references reach the disk with every checkpoint and epoch; the next epoch reads what all ranks wrote."""
+    """Scores of references reach the disk with every epoch; the next one reads what all ranks wrote. See also resume.py."""
 
     def __init__(self, scores: ReferenceScores) -> None:
         self.scores = scores
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.scores.flush()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.scores.flush(refresh=True)

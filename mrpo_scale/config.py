@@ -21,6 +21,8 @@ from mrpo_scale.data.mixing import DatasetSpec, parse_datasets
 from mrpo_scale.data.pairs import PairOptions
 from mrpo_scale.data.ranking import RANKED_PAIRS
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.heartbeat import TIMEOUT
+from mrpo_scale.launched import check_restarts, clear_stale_build_locks
 from mrpo_scale.objective import REF_WEIGHTS, Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
 
@@ -89,6 +91,16 @@ class MRPOConfig(TrainingArguments):
         None, "bf16 mixed precision. Default: where the device has it in hardware and fp16 is not set."
     )
     report_to: None | str | list[str] = _key("tensorboard", "Where metrics go: tensorboard, wandb, trackio, none, ...")
+
+    resume_from_checkpoint: str | None = _key(
+        "auto",
+        "auto: from the newest complete checkpoint of output_dir, if there is one; never: start anew; true: from the newest, which "
+        "must be there; or a checkpoint.",
+    )
+    max_hours: float | None = _key(
+        None,
+        "Stop so many hours after the start: finish the step, save, exit; leave room for both. The next start goes on.",
+    )
 
     # Objective (objective.py)
     objective: Literal["mrpo", "dpo", "multi_dpo"] = _key(
@@ -162,12 +174,20 @@ class MRPOConfig(TrainingArguments):
     ref_follow_timeout: float = _key(1440.0, "Minutes without a new score before `ref_scoring: follow` gives up.")
     ref_tokens_per_forward: int = _key(65536, "Padded tokens in one scoring forward; a larger window takes several.")
 
+    # Many processes
+    heartbeat_timeout: float = _key(
+        TIMEOUT,
+        "Seconds without a sign of life after which a rank counts as dead and the job ends on every host; 0: never.",
+    )
+
     def __post_init__(self) -> None:
         self.typed = typed(self)  # before anything is filled in: what a model card can say of the run
         self._normalise()
         self.build_objective()
         self._check()
-        super().__post_init__()
+        check_restarts()
+        clear_stale_build_locks()
+        super().__post_init__()  # joins the other ranks
         check_world_size(self.world_size)
 
     def _normalise(self) -> None:
@@ -255,10 +275,13 @@ class MRPOConfig(TrainingArguments):
             ("ref_shard_size", 1),
             ("ref_tokens_per_forward", 1),
             ("ref_follow_timeout", 0),
+            ("heartbeat_timeout", 0),
         ):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ConfigError(f"`{key}: {value}` must be at least {least}.")
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise ConfigError(f"`max_hours: {self.max_hours}` must be above 0.")
         if not math.isfinite(self.learning_rate) or self.learning_rate < 0:
             raise ConfigError(f"`learning_rate: {self.learning_rate}` must be 0 or more.")
 

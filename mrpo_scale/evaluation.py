@@ -7,7 +7,7 @@ the policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +69,14 @@ class MetricSums:
         for name, value_P in {**metrics, "_pairs": torch.ones_like(weight_P)}.items():
             total = (value_P * weight_P).double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def state(self) -> dict[str, float]:
+        """The sums so far, as JSON values."""
+        return {name: total.item() for name, total in self._sums.items()}
+
+    def restore(self, state: Mapping[str, float], device: torch.device) -> None:
+        """Go on from sums of earlier."""
+        self._sums = {name: torch.tensor(total, dtype=torch.float64, device=device) for name, total in state.items()}
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over all pairs of all ranks, then start anew. ``reduce`` sums a tensor over ranks (a collective)."""

@@ -91,14 +91,18 @@ def _make_toy_world(script: ScriptArguments) -> None:
     would partition the little models over ranks that are not making any."""
     names = [script.model_name_or_path, *(spec.name for spec in script.datasets), *script.ref_models]
     if any(str(name).startswith("toy:") for name in names):
-        alone = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("ACCELERATE_", "OMP_NUM_THREADS")) and k not in RANKS
-        }
         subprocess.run(
-            [sys.executable, "-c", "from mrpo_scale.toyworld import make_world; make_world()"], env=alone, check=True
+            [sys.executable, "-c", "from mrpo_scale.toyworld import make_world; make_world()"],
+            env=without_ranks(),
+            check=True,
         )
+
+
+def without_ranks() -> dict[str, str]:
+    """The environment for a process of its own, which must not take itself for a rank of this job."""
+    return {
+        k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_NUM_THREADS")) and k not in RANKS
+    }
 
 
 def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:

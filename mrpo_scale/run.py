@@ -5,17 +5,22 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
-from mrpo_scale.artifacts import LiveReport, report_if_stopped, run_name
+from mrpo_scale.artifacts import LiveReport, finished_run, report_if_stopped, run_name
+from mrpo_scale.checkpoints import find_complete
 from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_memory_gib, reset_peak_memory
+from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.html_report import read_run, write_report
 from mrpo_scale.inputs import read_rows
+from mrpo_scale.preemption import PREEMPTED, Preempted, already_told
+from mrpo_scale.ranks import from_first, world_group
 from mrpo_scale.recipe import parse
 from mrpo_scale.report import RunSummary, comparison_table, plot_comparison
 from mrpo_scale.toyworld import resolve
@@ -29,19 +34,29 @@ def run(words: Sequence[str]) -> list[RunSummary]:
 
     Each baseline is the same recipe with another ``objective``, in ``<output_dir>/<objective>``.
 
+    A run that goes on takes what is finished as it is: baselines, or all of it.
+
     Raises:
         ConfigError, TrainingError: see errors.py.
+        Preempted: see preemption.py.
     """
     script, config = parse(words)
+    with heartbeat(config.heartbeat_timeout):
+        if from_first(already_told(config.folder), world_group()):
+            raise Preempted(f"{config.folder / PREEMPTED}: this job was told to stop, so its ranks do not start again")
+        return _train_all(words, script, config)
+
+
+def _train_all(words: Sequence[str], script: ScriptArguments, config: MRPOConfig) -> list[RunSummary]:
     rows: list[RunSummary] = []
     histories: dict[str, list[dict[str, Any]]] = {}
     for baseline in script.baselines:
         folder = str(config.folder / baseline)
-        trained = _train(*parse([*words, "--objective", baseline, "--output_dir", folder]), rows)
+        trained = _train(*parse([*words, "--objective", baseline, "--output_dir", folder]), rows, config.folder)
         _keep(trained, rows, histories)
     if script.baselines:
         script, config = parse(words)  # a fresh DeepSpeed configuration for the second engine of this process
-    _keep(_train(script, config, rows), rows, histories)
+    _keep(_train(script, config, rows, config.folder), rows, histories)
     if config.process_index == 0:
         print(f"\n{comparison_table(rows)}\n", flush=True)
         if len(histories) > 1:
@@ -59,13 +74,18 @@ def _keep(trained: tuple[list[RunSummary], list[dict[str, Any]]], rows: list[Run
 
 
 def _train(
-    script: ScriptArguments, config: MRPOConfig, others: Sequence[RunSummary]
+    script: ScriptArguments, config: MRPOConfig, others: Sequence[RunSummary], main: Path
 ) -> tuple[list[RunSummary], list[dict[str, Any]]]:
     """One objective: train, evaluate, save. Returns the rows `base` and its own, and the log.
 
     Args:
         others: rows of the runs before this one, for the table on its card.
+        main: the ``output_dir`` of the command line, where STOP is looked for.
     """
+    finished = _finished(script, config, main)
+    if finished is not None:
+        return finished
+    doing("reading the data")
     train_rows, eval_rows = read_rows(script, config)
     config.anchor = resolve(config.anchor) if config.anchor else None
     reset_peak_memory()
@@ -77,6 +97,7 @@ def _train(
         eval_dataset=eval_rows,
     )
     trainer.script = script
+    trainer.stop_requests.folder = main
     trainer.add_callback(LiveReport(trainer))
     _announce(trainer)
     with report_if_stopped(trainer):
@@ -92,6 +113,31 @@ def _train(
     history = _log(trainer)
     _release(trainer)
     return summaries, history
+
+
+def _finished(
+    script: ScriptArguments, config: MRPOConfig, main: Path
+) -> tuple[list[RunSummary], list[dict[str, Any]]] | None:
+    """What this run, or the one that it is part of, left when it ended in an earlier life, and a line that says so.
+
+    Without checkpoints (`save_strategy: no`) there is nothing to go on from, and a run that is started again is trained again.
+    """
+    found = None
+    if config.process_index == 0 and str(config.resume_from_checkpoint).lower() in ("auto", "true"):
+        found = finished_run(script, config)
+        if found is not None and not any(find_complete(folder)[0] for folder in {config.folder, main}):
+            logger.warning(
+                "%s holds a finished run without checkpoints: it is trained again and replaced", config.folder
+            )
+            found = None
+    found = from_first(found, world_group())
+    if found is not None:
+        logger.info(
+            "%s: this run is finished, nothing is trained. For another one name another `output_dir`, or set "
+            "`resume_from_checkpoint: never`.",
+            config.folder,
+        )
+    return found
 
 
 def _announce(trainer: MRPOTrainer) -> None:

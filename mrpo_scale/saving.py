@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mrpo_scale.references.sharding import stored_tensors
+from mrpo_scale.references.sharding import match_names, stored_tensors
 from mrpo_scale.references.source import ReferenceSource, snapshot, weight_files
 
 _MODEL_FILES = ("config.json", "generation_config.json")
@@ -38,6 +39,20 @@ def dtypes_on_disk(model: PreTrainedModel, source: Path) -> dict[str, torch.dtyp
             piece = tensors.get_slice(stored.key)
             dtypes[name] = piece[:0].dtype if piece.get_shape() else tensors.get_tensor(stored.key).dtype
     return dtypes
+
+
+@torch.no_grad()
+def load_weights(model: Any, folder: Path) -> None:
+    """Read what ``save_pretrained`` wrote back into a model in memory. The files have the names of the architecture's first days
+    (GPT-NeoX: embed_out for lm_head); loaded by name, as the Trainer does, such tensors would stay what they are.
+
+    Raises:
+        ConfigError: a tensor is missing, or unknown to the model.
+    """
+    stored = stored_tensors(model, weight_files(folder, "policy"), "policy")
+    state = model.state_dict(keep_vars=True)
+    for key, names in match_names(model, stored, "policy").items():
+        state[names[0]].copy_(stored[key].read("policy"))
 
 
 def cast_as_stored(state: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.inputs import prepare_sets, read_rows
 from mrpo_scale.models import RunPlan, plan_models
 from mrpo_scale.recipe import parse
@@ -38,11 +39,16 @@ class Recipe:
         Raises:
             ConfigError: as training with them would, or no ``ref_cache_dir``.
         """
-        script, config = parse(words)
+        return cls.read(*parse(words))
+
+    @classmethod
+    def read(cls, script: ScriptArguments, config: MRPOConfig) -> Recipe:
+        """As :meth:`open`, of words that are parsed."""
         if config.ref_cache_folder is None:
             raise ConfigError(
                 "`ref_cache_dir` is missing; name the folder of the scores in the recipe or as --ref_cache_dir."
             )
+        doing("reading the data")
         train, held_out = read_rows(script, config)
         config.anchor = resolve(config.anchor) if config.anchor else None
         references = [resolve(reference) for reference in script.ref_models]
@@ -57,7 +63,12 @@ def score(words: Sequence[str]) -> int:
         ConfigError, TrainingError: see errors.py.
     """
     flags, rest = _flags().parse_known_args(list(words))
-    recipe = Recipe.open(rest)
+    script, config = parse(rest)
+    with heartbeat(config.heartbeat_timeout):
+        return _score(flags, Recipe.read(script, config))
+
+
+def _score(flags: argparse.Namespace, recipe: Recipe) -> int:
     unknown = set(flags.reference) - set(recipe.plan.names)
     if unknown:
         raise ConfigError(f"`--reference {min(unknown)}`: the recipe's references are {', '.join(recipe.plan.names)}.")

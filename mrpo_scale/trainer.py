@@ -1,7 +1,8 @@
 """MRPOTrainer: transformers' Trainer with K references, exact means over the global window, and the fused head.
 
-Checkpoints, resume, callbacks, logging and the DeepSpeed integration are the Trainer's own. Overridden are the rooms where a step
-happens: what a window is (samplers, ``get_batch_samples``), what its loss is (``compute_loss``) and what is measured.
+Callbacks, logging and the DeepSpeed integration are the Trainer's own; checkpoints that are complete and resume exactly are in
+resume.py. Overridden are the rooms where a step happens: what a window is (samplers, ``get_batch_samples``), what its loss is
+(``compute_loss``) and what is measured.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mrpo_scale.artifacts import write_artifacts
 from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
@@ -26,6 +27,8 @@ from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_flops
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
+from mrpo_scale.fingerprint import fingerprint
+from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.held_out import HeldOutScores
 from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
@@ -34,6 +37,7 @@ from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.validation import with_validation_weights
 from mrpo_scale.report import RunSummary
+from mrpo_scale.resume import ResumableTrainer
 from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of, share_weights
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
@@ -47,7 +51,7 @@ from mrpo_scale.window import MicroBatch, PairExample, WeightedPairs, WindowSamp
 logger = logging.getLogger(__name__)
 
 
-class MRPOTrainer(Trainer):
+class MRPOTrainer(ResumableTrainer):
     """Finetune ``model`` on preference pairs against its own starting weights and ``ref_models``.
 
     Args:
@@ -75,6 +79,7 @@ class MRPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else MRPOConfig()
+        doing("preparing the pairs")
         self.plan = plan_models(model, ref_models, args, processing_class)
         self.pair_sets = prepare_sets(self.plan, args, train_dataset, eval_dataset)
         if args.objective == "dpo" and ref_models:
@@ -90,6 +95,7 @@ class MRPOTrainer(Trainer):
         # Before the policy: what is scored ahead of training has the memory to itself.
         self.scores = ReferenceScores(self.plan, args, self.pair_sets)
         self.preference_objective = with_validation_weights(args, self.scores, self.pair_sets)
+        doing("loading the policy")
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
         self._source_use_cache = policy.config.use_cache
         enable_pair_scoring(policy, "policy", args.head_impl)
@@ -99,7 +105,7 @@ class MRPOTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=list,  # type: ignore[arg-type]
+            data_collator=list,
             train_dataset=weighted.get("train"),
             eval_dataset=evals if isinstance(eval_dataset, dict) else evals.get("eval"),
             processing_class=self.plan.tokenizer,
@@ -127,6 +133,11 @@ class MRPOTrainer(Trainer):
         self.script: ScriptArguments | None = None
         self.comparison: list[RunSummary] = []
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer's, with a heartbeat: a rank that is gone ends the others within ``heartbeat_timeout`` and names itself."""
+        with heartbeat(self.args.heartbeat_timeout):
+            return super().train(*args, **kwargs)
+
     # ---- which pairs make a step -------------------------------------------------------------------------------------
 
     @property
@@ -136,13 +147,14 @@ class MRPOTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WindowSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return WindowSampler(
+        self.train_sampler = WindowSampler(
             len(dataset),
             self.window_size,
             shuffle=getattr(self.args, "train_sampling_strategy", "random") == "random",
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             drop_last=self.args.dataloader_drop_last,
         )
+        return self.train_sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> WindowSampler:
         return WindowSampler(len(eval_dataset), self.args.eval_batch_size * self.args.world_size, shuffle=False, seed=0)
@@ -152,6 +164,7 @@ class MRPOTrainer(Trainer):
     ) -> tuple[list[MicroBatch], Tensor]:
         """This rank's share of the next window, scored by every reference, and the number of pairs in the whole window."""
         self._check_policy()
+        doing(f"scoring the pairs of step {self.state.global_step + 1} with the references")
         self.clock.start()
         examples = [example for _ in range(num_batches) for example in next(epoch_iterator)]
         ref_logps_KP2 = self.scores.score(examples, self.pair_sets["train"])
@@ -184,6 +197,7 @@ class MRPOTrainer(Trainer):
             TrainingError: on every rank, when any rank's loss is not finite; nothing is stepped or saved.
         """
         assert num_items_in_batch is not None
+        doing(f"computing step {self.state.global_step + 1}")
         share_P = inputs.weight_P / num_items_in_batch * self.accelerator.num_processes
         if self.args.gradients_in_forward:
 
@@ -249,11 +263,27 @@ class MRPOTrainer(Trainer):
             dist.all_reduce(tensor)
         return tensor
 
+    # ---- what a checkpoint needs -------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        return fingerprint(self.plan, self.args, self.pair_sets, self.window_size)
+
+    def summed(self) -> dict[str, float]:
+        return self._metrics.state()
+
+    def restore_summed(self, sums: Mapping[str, float]) -> None:
+        self._metrics.restore(sums, self.accelerator.device)
+
+    def before_checkpoint(self) -> None:
+        """Scores reach the disk first: a run that resumes here must find them, or it would score their rows in other windows."""
+        self.scores.flush()
+
     # ---- what is saved -----------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the policy as its source was: key names, ties, dtypes, config, tokenizer. Checkpoints, which have a folder of
         their own, keep the dtype that training resumes in."""
+        doing(f"saving {output_dir or self.args.output_dir}")
         self._save_as_source = not _internal_call or output_dir is None
         super().save_model(output_dir, _internal_call)
 
@@ -313,10 +343,14 @@ class MRPOTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
+        doing(f"evaluating after step {self.state.global_step}")
         prefix = kwargs.get("metric_key_prefix", "eval")
-        self._eval_scores = self._score_held_out(dataloader)
-        self._eval_pairs, self._eval_rows = dataloader.dataset.pairs, []
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        with torch.random.fork_rng(
+            devices=()
+        ):  # a loader draws a number; training must not notice how often it was evaluated
+            self._eval_scores = self._score_held_out(dataloader)
+            self._eval_pairs, self._eval_rows = dataloader.dataset.pairs, []
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         means = self._eval_metrics.means(self._sum_over_ranks)
         self._keep_held_out(self.args.folder / f"{prefix}_logps.npz")
         metrics = {**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in means.items()}}
@@ -324,6 +358,7 @@ class MRPOTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Measure one batch of held-out pairs; the metrics are summed here, not gathered by the Trainer."""
+        self.poll()
         ref_logps_KP2 = torch.stack([self._eval_scores[e.row] for e in inputs], dim=1)
         batch = policy_batches(
             inputs, ref_logps_KP2, 1, shared_prompt=self.shared_prompt, pad_token_id=self.pad_token_id
@@ -364,6 +399,7 @@ class MRPOTrainer(Trainer):
                 disable=self.args.disable_tqdm or not self.is_local_process_zero(),
             )
             for examples in progress:
+                self.poll()
                 ref_logps_KP2 = self.scores.score(examples, dataloader.dataset.pairs)
                 scores.update({e.row: ref_logps_KP2[:, i] for i, e in enumerate(examples)})
             self.scores.flush()

@@ -27,6 +27,7 @@ from mrpo_scale.eval.records import RecordFile
 from mrpo_scale.eval.tasks import find_tasks, run_tasks, tasks_table
 from mrpo_scale.eval.verdicts import Verdicts, confirm, estimate
 from mrpo_scale.eval.win_rate import Comparison, WinRate, win_rate, win_rate_table
+from mrpo_scale.heartbeat import heartbeat
 from mrpo_scale.recipe import parse_keys
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.tokenization import ModelText, PairDataset, prepare_pairs
@@ -34,7 +35,7 @@ from mrpo_scale.toyworld import resolve
 
 logger = logging.getLogger(__name__)
 
-# Rank 0 may wait for the judge, or work on tasks, for hours; a rank that dies is noticed by the launcher, not by this.
+# Rank 0 may wait for the judge, or work on tasks, for hours; a rank that dies is noticed by its heartbeat, not by this.
 PATIENCE = timedelta(days=2)
 
 
@@ -47,6 +48,11 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     args = parse_keys(EvalConfig, words, "mrpo eval")
     judge = _judge(args) if args.judge_model else None
     state = _join_processes()
+    with heartbeat():
+        return _evaluate(args, judge, state)
+
+
+def _evaluate(args: EvalConfig, judge: Judge | None, state: PartialState) -> dict[str, Any]:
     models, reference, texts = plan_models(args, state.device)
     manager = find_tasks(args) if args.tasks else None
     report = _Report(args, [model.name for model in models], state.is_main_process)

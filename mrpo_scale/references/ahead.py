@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import TrainingError
+from mrpo_scale.heartbeat import doing
 from mrpo_scale.models import RunPlan
 from mrpo_scale.ranks import fail_together, from_first, world_group
 from mrpo_scale.references.cache import PartWriter, ReferenceStore
@@ -91,6 +92,7 @@ def score_ahead(
     for k in which:
         ranks = placement.group_of(k, args.process_index)
         assert ranks is not None
+        doing(f"scoring all pairs with {plan.names[k]}")
         reference = load_reference(plan.references[k], groups.get(ranks), args)
         fill(reference, stores[k], pair_sets, args)
         del reference

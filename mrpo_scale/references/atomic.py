@@ -43,7 +43,7 @@ def write_whole(folder: Path, name: Callable[[], str], data: bytes | bytearray, 
             _rename_to_new(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(folder)
+    sync_folder(folder)
     return final
 
 
@@ -71,7 +71,7 @@ def _rename_to_new(old: Path, new: Path) -> None:
         old.rename(new)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the new name survive a power cut, on file systems that have such a call."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.heartbeat import doing
 from mrpo_scale.models import RunPlan
 from mrpo_scale.ranks import agree_on_most, all_say, fail_together, from_first, world_group
 from mrpo_scale.references.ahead import score_ahead
@@ -35,8 +36,8 @@ from mrpo_scale.references.placement import (
     spread,
 )
 from mrpo_scale.references.scoring import PartitionScorer, Reference, SpreadScorer, load_reference
-from mrpo_scale.references.source import local_folder, num_parameters
-from mrpo_scale.tokenization import PairDataset
+from mrpo_scale.references.source import ReferenceSource, local_folder, num_parameters
+from mrpo_scale.tokenization import ModelText, PairDataset
 from mrpo_scale.window import PairExample, TokenizedPairs
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ class ReferenceScores:
             self.live, desc="Loading references", disable=args.disable_tqdm or args.local_process_index != 0
         )
         for k in progress:
+            doing(f"loading reference {self.names[k]}")
             ranks = placement.group_of(k, args.process_index)
             if ranks is not None:
                 self.references[k] = load_reference(plan.references[k], groups.get(ranks), args)
@@ -202,22 +204,24 @@ def open_stores(
         if not there.is_dir():
             raise ConfigError(f"`ref_cache_dir: {root}`: {there} is a file; name another folder.")
     wanted = distinct_rows(pair_sets)
-    stores = [ReferenceStore(root, identity, wanted) for identity in _identities(plan, args, root)]
+    models = [(reference.source, plan.texts[reference.view]) for reference in plan.references]
+    stores = [ReferenceStore(root, identity, wanted) for identity in identify_models(models, args, root)]
     with fail_together(world_group()):
         for store in stores if read else ():
             store.refresh()
     return stores
 
 
-def _identities(plan: RunPlan, args: MRPOConfig, root: Path) -> list[ReferenceIdentity]:
-    """Of all references; one process of each node reads its files, and all nodes must have the same."""
-    folders = [local_folder(reference.source, world_group()) for reference in plan.references]
+def identify_models(
+    models: Sequence[tuple[ReferenceSource, ModelText]], args: MRPOConfig, memo_dir: Path
+) -> list[ReferenceIdentity]:
+    """Of each model; one process of each node reads its files, and all nodes must have the same. Collective over the world."""
+    folders = [local_folder(source, world_group()) for source, _ in models]
     mine: list[ReferenceIdentity] | None = None
     with fail_together(world_group()):
         if args.local_process_index == 0:
             mine = [
-                identify(reference.source, folder, plan.texts[reference.view], root)
-                for reference, folder in zip(plan.references, folders, strict=True)
+                identify(source, folder, text, memo_dir) for (source, text), folder in zip(models, folders, strict=True)
             ]
     everybody = all_say(mine, world_group())
     first = everybody[0]
@@ -243,6 +247,7 @@ def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MR
     Raises:
         ConfigError: no row came for ``ref_follow_timeout`` minutes.
     """
+    doing("waiting for scores")
     total = len(keys) * len(stores)
     have, last_news = -1, time.monotonic()
     with tqdm(

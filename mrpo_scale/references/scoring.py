@@ -78,10 +78,10 @@ class SpreadScorer:
     def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int]) -> Tensor:
         """Raw log-probs [len(which), P, 2] float32 of this rank's P >= 0 examples, in their order, by the references ``which``."""
         references = [self.references[k] for k in which]
-        # One order for all references, so that pair p is the same pair in each; longest first, so that neighbours pad little.
-        order = sorted(
-            range(len(examples)), key=lambda i: -sum(_length(examples[i].tokens[r.view]) for r in references)
-        )
+        # One order for all references, so that pair p is the same pair in each; longest first, so that neighbours pad little. Of
+        # all texts, not of those read by ``which``: a resumed run may find one reference's scores in the cache and not another's,
+        # and must score that one's pairs beside the same neighbours.
+        order = sorted(range(len(examples)), key=lambda i: -sum(map(_length, examples[i].tokens)))
         batches_K = [
             r.batches([examples[i].tokens[r.view] for i in order], self.tokens_per_forward) for r in references
         ]

@@ -142,7 +142,7 @@ class ShardedReference:
 
     def _load(self, files: list[Path]) -> None:
         stored = stored_tensors(self.model, files, self.name)
-        plan = _match_names(self.model, stored, self.name)
+        plan = match_names(self.model, stored, self.name)
         enable_pair_scoring(self.model, self.name)
         mesh = None
         if self.group is not None:
@@ -272,7 +272,7 @@ def stored_tensors(model: PreTrainedModel, files: list[Path], name: str) -> dict
     return stored
 
 
-def _match_names(model: PreTrainedModel, stored: Mapping[str, _Stored], name: str) -> dict[str, list[str]]:
+def match_names(model: PreTrainedModel, stored: Mapping[str, _Stored], name: str) -> dict[str, list[str]]:
     """{a name that is on disk: all names that the model has for that tensor}, several if tied.
 
     Raises:

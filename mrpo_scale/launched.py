@@ -1,0 +1,77 @@
+"""What a launcher may have left or asked for that would make every rank wait for ever, looked at before any rank waits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+from mrpo_scale.errors import ConfigError
+
+BUILD_SECONDS = 300.0  #: no DeepSpeed op takes longer to compile
+
+logger = logging.getLogger(__name__)
+
+
+def check_restarts() -> None:
+    """Refuse ``--max_restarts`` where the second attempt would read the first one's addresses and wait for dead processes.
+
+    That is so wherever the launcher itself keeps the store (pytorch/pytorch issue 135712).
+
+    Raises:
+        ConfigError: the launcher may restart this job, and its store outlives the attempt.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            f"`--max_restarts {restarts}` would not survive its first restart: the launcher keeps the addresses of dead ranks. "
+            "Add `--rdzv_backend c10d` and export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every host, or set it to 0."
+        )
+
+
+def clear_stale_build_locks() -> None:
+    """Remove the lock of a DeepSpeed op whose build was killed: torch waits for it for ever and says nothing.
+
+    A lock that a process of this host has open is a build that goes on. One that none has may be another host's, where the folder
+    is shared; after ``BUILD_SECONDS`` it is nobody's.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
+        said = False
+        while (age := _age(lock)) is not None and not _is_open_here(lock):
+            if age > BUILD_SECONDS:
+                logger.warning("removing %s: its build was killed %.0f minutes ago", lock, age / 60)
+                lock.unlink(missing_ok=True)
+                break
+            if not said:
+                logger.warning(
+                    "%s is %.0f s old and no process of this host compiles: waiting up to %.0f s for another host's build. If "
+                    "none is running, delete the file.", lock, age, BUILD_SECONDS - age,
+                )  # fmt: skip
+                said = True
+            time.sleep(1.0)
+
+
+def _age(file: Path) -> float | None:
+    """Seconds since the file was written; None where it is gone."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_open_here(file: Path) -> bool:
+    """Whether a process of this host that this user may look into has the file open."""
+    wanted = str(file.resolve())
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(descriptor.readlink()) == wanted:
+                return True
+        except OSError:
+            continue  # closed or gone meanwhile, or another user's
+    return False

@@ -1,0 +1,72 @@
+"""What a launcher left behind: locks of builds that were killed, restarts that cannot work."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mrpo_scale import launched
+from mrpo_scale.errors import ConfigError
+
+
+@pytest.fixture
+def lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    file = tmp_path / "deepspeed_shm_comm_op" / "lock"
+    file.parent.mkdir()
+    return file
+
+
+def write(lock, age):
+    lock.touch()
+    os.utime(lock, (time.time() - age,) * 2)
+
+
+def test_a_killed_builds_lock_is_removed_and_named(lock, caplog):
+    write(lock, age=launched.BUILD_SECONDS + 60)
+    launched.clear_stale_build_locks()
+    assert not lock.exists()
+    assert str(lock) in caplog.text and "killed 6 minutes ago" in caplog.text
+
+
+def test_a_young_lock_may_be_another_hosts(lock, caplog, monkeypatch):
+    """It is waited for, aloud; it goes when that host has finished, and is taken away when it never does."""
+    write(lock, age=launched.BUILD_SECONDS - 1.5)
+    threading.Timer(0.3, lock.unlink).start()
+    launched.clear_stale_build_locks()
+    assert "waiting up to" in caplog.text and str(lock) in caplog.text and "removing" not in caplog.text
+    write(lock, age=launched.BUILD_SECONDS - 1.5)
+    launched.clear_stale_build_locks()
+    assert "removing" in caplog.text and not lock.exists()
+
+
+def test_a_build_that_goes_on_is_left_alone(lock, caplog):
+    """However old: torch keeps the lock open while it compiles."""
+    code = "import sys, time; file = open(sys.argv[1], 'w'); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE) as builder:
+        assert builder.stdout is not None and builder.stdout.readline()
+        write(lock, age=launched.BUILD_SECONDS + 60)
+        launched.clear_stale_build_locks()
+        assert lock.exists() and not caplog.text
+        builder.kill()
+
+
+def test_one_rank_of_a_host_looks(lock, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    write(lock, age=launched.BUILD_SECONDS + 60)
+    launched.clear_stale_build_locks()
+    assert lock.exists()
+
+
+def test_restarts_within_a_store_that_outlives_them_are_refused(monkeypatch):
+    launched.check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    launched.check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ConfigError, match=r"`--max_restarts 2`.*c10d.*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        launched.check_restarts()

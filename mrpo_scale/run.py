@@ -16,6 +16,7 @@ from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_memory_gib, reset_peak_memory
 from mrpo_scale.html_report import read_run, write_report
 from mrpo_scale.inputs import read_rows
+from mrpo_scale.output_folder import check_output_folder
 from mrpo_scale.recipe import parse
 from mrpo_scale.report import RunSummary, comparison_table, plot_comparison
 from mrpo_scale.toyworld import resolve
@@ -33,6 +34,7 @@ def run(words: Sequence[str]) -> list[RunSummary]:
         ConfigError, TrainingError: see errors.py.
     """
     script, config = parse(words)
+    check_output_folder(config, [str(script.model_name_or_path)])  # before the baselines, which take as long as the run
     rows: list[RunSummary] = []
     histories: dict[str, list[dict[str, Any]]] = {}
     for baseline in script.baselines:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from mrpo_scale.artifacts import write_artifacts
 from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
-from mrpo_scale.config import MRPOConfig, ScriptArguments
+from mrpo_scale.config import MRPOConfig, ScriptArguments, parse_ref_models
 from mrpo_scale.device import peak_flops
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
@@ -30,11 +30,12 @@ from mrpo_scale.held_out import HeldOutScores
 from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
 from mrpo_scale.objective import preference_loss
+from mrpo_scale.output_folder import check_output_folder
 from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.validation import with_validation_weights
 from mrpo_scale.report import RunSummary
-from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of
+from mrpo_scale.saving import cast_as_stored, check_small_files, copy_small_files, dtypes_on_disk, folder_of
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
     choose_shared_prompt,
@@ -75,7 +76,10 @@ class MRPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else MRPOConfig()
+        references = [spec.model for spec in parse_ref_models([*ref_models, *([args.anchor] if args.anchor else [])])]
+        check_output_folder(args, [*([model] if isinstance(model, str) else []), *references])
         self.plan = plan_models(model, ref_models, args, processing_class)
+        check_small_files(Path(self.plan.policy.path))
         self.pair_sets = prepare_sets(self.plan, args, train_dataset, eval_dataset)
         if args.objective == "dpo" and ref_models:
             logger.info(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from mrpo_scale.config import MRPOConfig
+from mrpo_scale.config import MRPOConfig, parse_ref_models
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.untrusted import refuse_links
 
@@ -14,11 +15,11 @@ _OVERWRITTEN = ("README.md", ".gitignore", "config.json", "*.safetensors", "toke
 _OF_A_RUN = ("run.json", "trainer_state.json", "training_args.bin", "checkpoint-*")
 
 
-def check_output_folder(args: MRPOConfig, models: Iterable[str]) -> None:
+def check_output_folder(args: MRPOConfig, model: Any, ref_models: Sequence[str | Mapping[str, Any]]) -> None:
     """Make ``output_dir`` where it is missing, and refuse one that a run would do harm in; before anything is loaded.
 
     Args:
-        models: names or folders of the policy and the references.
+        model, ref_models: as the trainer takes them; only those that are folders matter.
 
     Raises:
         ConfigError: it cannot be made or is a file, is a model that the run reads, has a link to elsewhere for a file of its own,
@@ -31,10 +32,11 @@ def check_output_folder(args: MRPOConfig, models: Iterable[str]) -> None:
         raise ConfigError(
             f"`output_dir: {folder}` cannot be made ({error.strerror}); name another folder, or make room for this one."
         ) from error
-    for model in models:
-        if Path(model).is_dir() and Path(model).samefile(folder):
+    references = parse_ref_models([*ref_models, *([args.anchor] if args.anchor else [])])
+    for name in (*([model] if isinstance(model, str) else []), *(spec.model for spec in references)):
+        if Path(name).is_dir() and Path(name).samefile(folder):
             raise ConfigError(
-                f"`output_dir: {folder}` is the folder of the model `{model}`, which would be overwritten; name another folder."
+                f"`output_dir: {folder}` is the folder of the model `{name}`, which would be overwritten; name another folder."
             )
     refuse_links(folder, "output_dir")
     if not any(next(folder.glob(pattern), None) for pattern in _OF_A_RUN):

@@ -34,7 +34,9 @@ def run(words: Sequence[str]) -> list[RunSummary]:
         ConfigError, TrainingError: see errors.py.
     """
     script, config = parse(words)
-    check_output_folder(config, [str(script.model_name_or_path)])  # before the baselines, which take as long as the run
+    check_output_folder(
+        config, script.model_name_or_path, script.ref_models
+    )  # before the baselines, which take as long as the run
     rows: list[RunSummary] = []
     histories: dict[str, list[dict[str, Any]]] = {}
     for baseline in script.baselines:

@@ -49,7 +49,7 @@ class Recipe:
         config.anchor = resolve(config.anchor) if config.anchor else None
         references = [resolve(reference) for reference in script.ref_models]
         policy = resolve(str(script.model_name_or_path))
-        check_output_folder(config, [policy])
+        check_output_folder(config, policy, references)
         plan = plan_models(policy, references, config, None)
         return cls(script, config, plan, prepare_sets(plan, config, train, held_out))
 

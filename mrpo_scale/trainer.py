@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from mrpo_scale.artifacts import write_artifacts
 from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
-from mrpo_scale.config import MRPOConfig, ScriptArguments, parse_ref_models
+from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import peak_flops
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
@@ -76,8 +76,7 @@ class MRPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else MRPOConfig()
-        references = [spec.model for spec in parse_ref_models([*ref_models, *([args.anchor] if args.anchor else [])])]
-        check_output_folder(args, [*([model] if isinstance(model, str) else []), *references])
+        check_output_folder(args, model, ref_models)
         self.plan = plan_models(model, ref_models, args, processing_class)
         check_small_files(Path(self.plan.policy.path))
         self.pair_sets = prepare_sets(self.plan, args, train_dataset, eval_dataset)

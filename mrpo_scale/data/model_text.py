@@ -246,7 +246,7 @@ def _limited_time(name: str) -> Iterator[None]:
 
     def stop(*_: Any) -> None:
         raise ConfigError(
-            f"{name}: its chat template has computed for {_MOST_SECONDS:.0f} s on one conversation; give a `chat_template`."
+            f"{name}: its chat template has computed for {_MOST_SECONDS:g} s on one conversation; give a `chat_template`."
         )
 
     before = signal.signal(signal.SIGVTALRM, stop)

@@ -14,6 +14,7 @@ from mrpo_scale.references.parts import PART_NAME, PartError, Rows, part_names, 
 from mrpo_scale.untrusted import read_json
 
 DESCRIPTION = "reference.json"
+_MOST_BYTES = 4 << 20  # a name and a hash for each weight file
 _KEY = re.compile(r"[0-9a-f]{32}")
 
 
@@ -101,7 +102,7 @@ def read_description(path: Path) -> dict[str, Any]:
     if path.is_symlink():
         raise PartError("is a link, and a cache holds its files itself", remedy)
     try:
-        description = read_json(path)
+        description = read_json(path, _MOST_BYTES)
     except ValueError as error:
         raise PartError(str(error), remedy) from error
     if not isinstance(description, dict) or not isinstance(description.get("parts"), dict):

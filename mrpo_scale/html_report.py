@@ -10,6 +10,7 @@ import argparse
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -59,9 +60,9 @@ def read_run(folder: Path) -> Run:
     facts = _read_object(folder / RUN_FACTS) if (folder / RUN_FACTS).is_file() else {}
     log = _read_object(state).get("log_history")
     if not isinstance(log, list) or not all(map(_is_entry, log)):
-        raise ConfigError(f"{state}: `log_history` is not a list of entries with numbers; name a run's own folder.")
+        raise ConfigError(f"{state}: `log_history` is not a list of entries with a `step`; name a run's own folder.")
     _check_facts(facts, folder / RUN_FACTS)
-    return Run(folder.resolve().name, facts, log)
+    return Run(folder.resolve().name, facts, [{k: v for k, v in entry.items() if _is_number(v)} for entry in log])
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -74,11 +75,12 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 60)
+
+
 def _is_entry(entry: Any) -> bool:
-    """Of a log: step and epoch are numbers, and so is what is drawn (the Trainer may add other things, which are not)."""
-    return isinstance(entry, dict) and all(
-        isinstance(value, (int, float)) for key, value in entry.items() if key in ("step", "epoch") or "loss" in key
-    )
+    return isinstance(entry, dict) and _is_number(entry.get("step")) and math.isfinite(entry["step"])
 
 
 def _check_facts(facts: Mapping[str, Any], file: Path) -> None:
@@ -86,7 +88,12 @@ def _check_facts(facts: Mapping[str, Any], file: Path) -> None:
     numbers = {f.name for f in fields(RunSummary)} - {"name"}
 
     def is_row(row: Any) -> bool:
-        return isinstance(row, dict) and isinstance(row.get("name"), str) and row.keys() <= {"name", *numbers}
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not row.keys() <= {"name", *numbers}:
+            return False
+        held = [row[key] for key in numbers & row.keys()]
+        return all(
+            value is None or all(map(_is_number, value if isinstance(value, list) else [value])) for value in held
+        )
 
     def is_reference(value: Any) -> bool:
         return (
@@ -227,7 +234,7 @@ def _sentences(run: Run) -> list[str]:
         sentences.append(
             f"The model finds the chosen response likelier than the rejected one in {accuracy:.1%} of held-out pairs{was}."
         )
-    if "eval_rewards/margins" in last:
+    if {"eval_rewards/margins", "eval_rewards/accuracies"} <= last.keys():
         sentences.append(
             f"Measured against the run's own reference, the chosen response is ahead in {last['eval_rewards/accuracies']:.1%} of "
             f"them, by {last['eval_rewards/margins']:+.3f} on average (beta times a difference of log-probabilities, in nats)."

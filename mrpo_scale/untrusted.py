@@ -12,6 +12,7 @@ from typing import Any
 
 from mrpo_scale.errors import ConfigError
 
+_MOST_DEPTH = 100  # whoever writes a value out again, as YAML or HTML, calls itself a few times for each level
 _MOST_BYTES = 64 << 20  # the index of a checkpoint with 100,000 tensors has 10 MB
 
 
@@ -51,9 +52,18 @@ def read_json(path: Path, most: int = _MOST_BYTES) -> Any:
     """A file's JSON value. Raises as :func:`read_text`, and ValueError where it is not JSON."""
     text = read_text(path, most)
     try:
-        return parse_json(text)
+        value = parse_json(text)
     except ValueError as error:
         raise ValueError(f"is not JSON ({error})") from error
+    level, depth = [value], 0
+    while level:
+        level = [
+            child for v in level for child in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())
+        ]
+        depth += 1
+    if depth > _MOST_DEPTH:
+        raise ValueError(f"is nested {depth} levels deep, which no such file is")
+    return value
 
 
 def printable(text: str) -> str:

@@ -119,6 +119,9 @@ REPORTS = {
     "rows of something else": (LOG, {"rows": [{"name": "x", "evil": 1}]}, ["run.json", "`rows`"]),
     "references that are numbers": (LOG, {"references": [5]}, ["run.json", "`references`"]),
     "settings that are a list": (LOG, {"settings": []}, ["run.json", "`settings`"]),
+    "rows of text": (LOG, {"rows": [{"name": "x", "ranking_accuracy": "y"}]}, ["run.json", "`rows`"]),
+    "a step without end": ('{"log_history": [{"step": Infinity}]}', {}, ["log_history"]),
+    "a recipe of 200 levels": (LOG, '{"recipe": ' + '{"a": ' * 200 + "1" + "}" * 201, ["run.json", "levels deep"]),
     "data without pairs": (LOG, {"data": {"train": {}}}, ["run.json", "`data`"]),
 }
 

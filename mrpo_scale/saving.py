@@ -67,6 +67,13 @@ def check_small_files(source: Path) -> None:
             )
 
 
+def share_weights(folder: Path) -> None:
+    """Let whoever may read the config read the weights: safetensors makes files that only their owner may read, and then a server
+    of another user cannot load the model."""
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod((folder / "config.json").stat().st_mode)
+
+
 def copy_small_files(source: Path, folder: Path, *, tokenizer: bool, chat_template: str | None) -> None:
     """The source's config, and where ``tokenizer`` its tokenizer, over what transformers wrote to ``folder``.
 

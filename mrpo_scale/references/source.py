@@ -78,7 +78,7 @@ def check_source(source: ReferenceSource) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"{name}: transformers cannot read config.json of `{source.path}`: {one_line(error)}; get the model again."
         ) from error
@@ -111,8 +111,10 @@ def check_weights(folder: Path, config: PretrainedConfig, name: str) -> list[Pat
         tensors += len(shapes)
         elements += sum(math.prod(shape) for shape in shapes)
     text_config = config.get_text_config()
-    hidden, vocabulary = (getattr(text_config, key, None) or 0 for key in ("hidden_size", "vocab_size"))
-    layers = getattr(text_config, "num_hidden_layers", None) or 0
+    said = (getattr(text_config, key, 0) for key in ("hidden_size", "vocab_size", "num_hidden_layers"))
+    hidden, vocabulary, layers = (
+        value if isinstance(value, int) else 0 for value in said
+    )  # code of its own may say lists
     if hidden * vocabulary > elements or layers > tensors:
         raise ConfigError(
             f"{name}: config.json in {folder} speaks of {layers} layers, {hidden} features and {vocabulary} tokens, but its weight "

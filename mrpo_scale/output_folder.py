@@ -34,9 +34,16 @@ def check_output_folder(args: MRPOConfig, model: Any, ref_models: Sequence[str |
         ) from error
     references = parse_ref_models([*ref_models, *([args.anchor] if args.anchor else [])])
     for name in (*([model] if isinstance(model, str) else []), *(spec.model for spec in references)):
-        if Path(name).is_dir() and Path(name).samefile(folder):
+        if not Path(name).is_dir():
+            continue
+        if Path(name).samefile(folder):
             raise ConfigError(
                 f"`output_dir: {folder}` is the folder of the model `{name}`, which would be overwritten; name another folder."
+            )
+        if Path(name).resolve().parent == folder.resolve() and Path(name).resolve().name.startswith("checkpoint-"):
+            raise ConfigError(
+                f"`output_dir: {folder}` holds the model `{name}` among its checkpoints, where this run's would overwrite it and "
+                "`save_total_limit` delete it; name another folder."
             )
     refuse_links(folder, "output_dir")
     if not any(next(folder.glob(pattern), None) for pattern in _OF_A_RUN):

@@ -33,6 +33,11 @@ def a_baseline_that_is_the_policy(place):
     return {"model_name_or_path": place.run / "dpo", "baselines": "dpo"}
 
 
+def a_checkpoint_that_is_the_policy(place):
+    shutil.copytree(place.models["llama"], place.run / "checkpoint-1")
+    return {"model_name_or_path": place.run / "checkpoint-1", "save_strategy": "steps", "save_steps": 1}
+
+
 def a_file(place):
     place.write("run", "mine")
     return {}
@@ -71,6 +76,10 @@ OUTPUTS = {
     "a baseline's folder that is the policy's": (
         a_baseline_that_is_the_policy,
         ["output_dir", "is the folder of the model"],
+    ),
+    "a checkpoint's folder that is the policy's": (
+        a_checkpoint_that_is_the_policy,
+        ["output_dir", "among its checkpoints"],
     ),
     "a file": (a_file, ["output_dir", "cannot be made"]),
     "below what is no folder": (lambda place: {"output_dir": place.data / "run"}, ["output_dir", "cannot be made"]),

@@ -48,6 +48,7 @@ def run_command(command: str, argv: Sequence[str] | None = None) -> None:
     """Run one of COMMANDS. Exits with 2 on a ConfigError, with 1 on a TrainingError, or with the status that it returns."""
     _log_to_stderr()
     from mrpo_scale.errors import ConfigError, TrainingError
+    from mrpo_scale.untrusted import printable
 
     words = list(sys.argv[1:] if argv is None else argv)
     if command in ("score", "inspect", "compare") and words and words[0] in ("-h", "--help"):
@@ -58,7 +59,10 @@ def run_command(command: str, argv: Sequence[str] | None = None) -> None:
         status = getattr(importlib.import_module(module), function)(words)
     except (ConfigError, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
+            # One line of a mistake; of a failed run perhaps the last lines of its log. Either may quote a file of anybody's.
+            text = str(error) if isinstance(error, TrainingError) else " ".join(str(error).split())
+            lines = [printable(line) for line in text.splitlines()]
+            print("\nerror: " + "\n".join(lines) + "\n", file=sys.stderr, flush=True)
         # The other ranks may be waiting in a collective of a rank that failed: leave at once, the launcher ends them.
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     if isinstance(status, int) and status:

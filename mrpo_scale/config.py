@@ -6,7 +6,6 @@ have them; docs/from_trl.md has the table. Reading a recipe is in :mod:`mrpo_sca
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from mrpo_scale.heartbeat import TIMEOUT
 from mrpo_scale.launched import check_restarts, clear_stale_build_locks
 from mrpo_scale.objective import REF_WEIGHTS, Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
+from mrpo_scale.untrusted import parse_json
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -282,6 +282,10 @@ class MRPOConfig(TrainingArguments):
                 raise ConfigError(f"`{key}: {value}` must be at least {least}.")
         if self.max_hours is not None and not self.max_hours > 0:
             raise ConfigError(f"`max_hours: {self.max_hours}` must be above 0.")
+        for key in ("seed", "data_seed"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < 1 << 32:
+                raise ConfigError(f"`{key}: {value}` must be from 0 to {(1 << 32) - 1}.")
         if not math.isfinite(self.learning_rate) or self.learning_rate < 0:
             raise ConfigError(f"`learning_rate: {self.learning_rate}` must be 0 or more.")
 
@@ -361,8 +365,8 @@ def parse_ref_models(ref_models: list[str | Mapping[str, Any]], key: str = "ref_
         values: Any = entry
         if isinstance(entry, str):
             try:
-                values = json.loads(entry) if entry.lstrip().startswith("{") else {"model": entry}
-            except json.JSONDecodeError as error:
+                values = parse_json(entry) if entry.lstrip().startswith("{") else {"model": entry}
+            except ValueError as error:
                 raise ConfigError(f"`{key}: {entry}` is not a model name nor a JSON mapping: {error}.") from None
         if not isinstance(values, Mapping):
             raise ConfigError(f"`{key}: {entry}` must be a model name or a mapping, got {type(entry).__name__}.")
@@ -370,7 +374,14 @@ def parse_ref_models(ref_models: list[str | Mapping[str, Any]], key: str = "ref_
         if unknown or "model" not in values:
             problem = f"unknown key `{min(unknown)}`" if unknown else "key `model` is missing"
             raise ConfigError(f"`{key}: {dict(values)}`: {problem}; known keys are {', '.join(sorted(known))}.")
-        spec = ModelSpec(**{k: v for k, v in values.items() if v is not None})
+        values = {k: v for k, v in values.items() if v is not None}
+        for k, value in values.items():
+            # Not the truth of the value: the text "false" is true, and would let the model's code run.
+            wanted = bool if k == "trust_remote_code" else str
+            if not isinstance(value, wanted):
+                what = "true or false, without quotes" if wanted is bool else "text"
+                raise ConfigError(f"`{key}.{k}: {value!r}` must be {what}.")
+        spec = ModelSpec(**values)
         _within(f"{key}.dtype", spec.dtype, DTYPES)
         _within(f"{key}.system", spec.system, ("native", "merge", "error"))
         specs.append(spec)

@@ -10,8 +10,9 @@ import argparse
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.html_curves import Run, labels, sections
+from mrpo_scale.references.atomic import write_whole
 from mrpo_scale.report import (
     DECIDES_NOTHING,
     TABLE_HEADER,
@@ -30,6 +32,7 @@ from mrpo_scale.report import (
     points,
     table_cells,
 )
+from mrpo_scale.untrusted import read_json
 
 RUN_FACTS = "run.json"  #: what a run's report says besides curves, in its output folder
 _NO_FACTS: dict[str, Any] = {
@@ -47,16 +50,70 @@ def read_run(folder: Path) -> Run:
         ConfigError: no log there.
     """
     states = [folder / "trainer_state.json"] if (folder / "trainer_state.json").is_file() else []
-    states += sorted(
-        folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name.split("-")[1])
-    )
+    checkpoints = [c for c in folder.glob("checkpoint-*/trainer_state.json") if c.parent.name[11:].isdecimal()]
+    states += sorted(checkpoints, key=lambda file: int(file.parent.name[11:]))
     if not states:
         raise ConfigError(
             f"{folder} holds no trainer_state.json, nor do checkpoints in it; name the `output_dir` of a run that has logged."
         )
     state = states[0] if states[0].parent == folder else states[-1]
-    facts = json.loads((folder / RUN_FACTS).read_text()) if (folder / RUN_FACTS).is_file() else {}
-    return Run(folder.resolve().name, facts, json.loads(state.read_text())["log_history"])
+    facts = _read_object(folder / RUN_FACTS) if (folder / RUN_FACTS).is_file() else {}
+    log = _read_object(state).get("log_history")
+    if not isinstance(log, list) or not all(map(_is_entry, log)):
+        raise ConfigError(f"{state}: `log_history` is not a list of entries with a `step`; name a run's own folder.")
+    _check_facts(facts, folder / RUN_FACTS)
+    return Run(folder.resolve().name, facts, [{k: v for k, v in entry.items() if _is_number(v)} for entry in log])
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = read_json(file)
+    except ValueError as error:
+        raise ConfigError(f"{file} {error}; name a run's own folder.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file} is not a JSON object; name a run's own folder.")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 60)
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and _is_number(entry.get("step")) and math.isfinite(entry["step"])
+
+
+def _check_facts(facts: Mapping[str, Any], file: Path) -> None:
+    """What the page assumes of facts, which may have come from anywhere. Raises ConfigError where they are otherwise."""
+    numbers = {f.name for f in fields(RunSummary)} - {"name"}
+
+    def is_row(row: Any) -> bool:
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not row.keys() <= {"name", *numbers}:
+            return False
+        held = [row[key] for key in numbers & row.keys()]
+        return all(
+            value is None or all(map(_is_number, value if isinstance(value, list) else [value])) for value in held
+        )
+
+    def is_reference(value: Any) -> bool:
+        return (
+            isinstance(value, dict)
+            and isinstance(value.get("name"), str)
+            and {"source", "revision", "key"} <= value.keys()
+        )
+
+    def is_split(value: Any) -> bool:
+        return isinstance(value, dict) and "pairs" in value
+
+    members = {"rows": is_row, "references": is_reference, "data": is_split}
+    for key, empty in _NO_FACTS.items():
+        value = facts.get(key, empty)
+        wanted = (str, type(None)) if empty is None else type(empty)
+        held = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        if not isinstance(value, wanted) or not all(map(members.get(key, lambda _: True), held)):
+            raise ConfigError(
+                f"{file}: `{key}` is not what a run writes there; delete the file, and the report does without."
+            )
 
 
 def report(words: Sequence[str]) -> None:
@@ -99,9 +156,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         script_digest=digest,
     )
     # Readers of a run that still goes on never see half a page.
-    partial = path.with_suffix(".partial")
-    partial.write_text(html, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path.parent, lambda: path.name, html.encode(), replace=True)
 
 
 # ---- words and numbers -----------------------------------------------------------------------------------------------
@@ -179,7 +234,7 @@ def _sentences(run: Run) -> list[str]:
         sentences.append(
             f"The model finds the chosen response likelier than the rejected one in {accuracy:.1%} of held-out pairs{was}."
         )
-    if "eval_rewards/margins" in last:
+    if {"eval_rewards/margins", "eval_rewards/accuracies"} <= last.keys():
         sentences.append(
             f"Measured against the run's own reference, the chosen response is ahead in {last['eval_rewards/accuracies']:.1%} of "
             f"them, by {last['eval_rewards/margins']:+.3f} on average (beta times a difference of log-probabilities, in nats)."

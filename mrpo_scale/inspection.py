@@ -20,6 +20,7 @@ from mrpo_scale.references.scores import distinct_rows, open_stores
 from mrpo_scale.references.validation import validation_weights
 from mrpo_scale.report import DECIDES_NOTHING, PALETTE, aligned
 from mrpo_scale.score import Recipe
+from mrpo_scale.untrusted import refuse_links
 
 #: Above this correlation of margins a reference tells pairs apart as the anchor does.
 SAME_AS_ANCHOR = 0.98
@@ -87,6 +88,7 @@ def inspect(words: Sequence[str]) -> None:
     if recipe.config.process_index != 0:
         return
     folder = flags.output or recipe.config.folder
+    refuse_links(folder, "--output")
     stores = open_stores(recipe.plan, recipe.config, recipe.pair_sets)
     keys = distinct_rows(recipe.pair_sets)
     stored = [store.lookup(keys) for store in stores]

@@ -170,7 +170,7 @@ def load_tokenizer(spec: ModelSpec, name: str = "policy") -> PreTrainedTokenizer
         return AutoTokenizer.from_pretrained(
             spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{name}: no tokenizer could be read from `{spec.model}`: {reason}") from error
 

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 
 from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.untrusted import read_text
 
 _FULL_FINETUNING = "this project finetunes all weights"
 # TRL keys that have no counterpart here: the values that ask for nothing, and what to say of all others.
@@ -64,20 +65,51 @@ RENAMED_TRL_KEYS = {"torch_dtype": "dtype", "chat_template_path": "chat_template
 T = TypeVar("T")
 
 
+_MOST_BYTES = 1 << 20  #: of a recipe
+_MOST_VALUES = 100_000
+_MERGE = "tag:yaml.org,2002:merge"
+_UNFINISHED = -1
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}.")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error, not the last one's win."""
+    """Safe YAML in which a key given twice is an error, not the last one's win. A key may override one that ``<<`` merges in."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise ConfigError(f"key `{twice[0]}` is given twice; leave one.")
-        return super().construct_mapping(node, deep)
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _check_nodes(node, {}) > _MOST_VALUES:
+            raise ConfigError(f"its aliases stand for more than {_MOST_VALUES} values; write out what they mean.")
+        return node
+
+
+def _check_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node has once every alias is written out: a few lines can stand for more than any memory holds.
+
+    Args:
+        known: sizes of the nodes that were seen, by identity.
+
+    Raises:
+        ConfigError: a key is given twice, or an alias stands inside what it names.
+    """
+    if known.setdefault(id(node), _UNFINISHED) != _UNFINISHED:
+        return known[id(node)]
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
+        if len(set(keys)) < len(keys):
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise ConfigError(f"key `{twice}` is given twice; leave one.")
+        children = [one for pair in node.value for one in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    if any(known.get(id(child)) == _UNFINISHED for child in children):
+        raise ConfigError("an alias stands inside the value that it names, which has no end; write out what it means.")
+    known[id(node)] = 1 + sum(_check_nodes(child, known) for child in children)
+    return known[id(node)]
 
 
 def resource(kind: str) -> Path:
@@ -99,11 +131,19 @@ def find_recipe(config: str) -> Path:
 def read_recipe(path: Path) -> dict[str, Any]:
     """A YAML file's flat mapping. Raises ConfigError where it is none."""
     try:
-        values = yaml.load(path.read_text(), _Loader)  # noqa: S506 (a SafeLoader)
+        text = read_text(path, _MOST_BYTES)
+    except ValueError as error:
+        raise ConfigError(f"{path} {error}; name a YAML recipe.") from None
+    try:
+        values = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{path} is not valid YAML: its values are nested too deep; a recipe is a flat mapping."
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or a date that Python has no value for
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}; correct the file.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values, got {type(values).__name__}.")
     return values

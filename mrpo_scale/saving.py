@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mrpo_scale.errors import ConfigError
 from mrpo_scale.references.sharding import match_names, stored_tensors
 from mrpo_scale.references.source import ReferenceSource, snapshot, weight_files
 
@@ -64,6 +65,21 @@ def cast_as_stored(state: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> 
         if address not in cast:
             cast[address] = tensor.to(dtype_of.get(address, tensor.dtype))
     return {name: cast[tensor.data_ptr()] for name, tensor in state.items()}
+
+
+def check_small_files(source: Path) -> None:
+    """Check, before a run of hours, that what will be copied and published with the model is the model's own.
+
+    Raises:
+        ConfigError: a file of a local folder is a link to one elsewhere. (A hub snapshot's link to their repository's blobs.)
+    """
+    home = source.resolve().parents[1] if source.resolve().parent.name == "snapshots" else source.resolve()
+    for name in (*_MODEL_FILES, *_TOKENIZER_FILES):
+        if (source / name).is_file() and not (source / name).resolve().is_relative_to(home):
+            raise ConfigError(
+                f"policy: {source / name} is a link to {(source / name).resolve()}, outside the model's folder, and would be "
+                "copied into the trained model; put the file itself there, or remove the link."
+            )
 
 
 def share_weights(folder: Path) -> None:

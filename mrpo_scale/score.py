@@ -13,6 +13,7 @@ from mrpo_scale.errors import ConfigError
 from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.inputs import prepare_sets, read_rows
 from mrpo_scale.models import RunPlan, plan_models
+from mrpo_scale.output_folder import check_output_folder
 from mrpo_scale.recipe import parse
 from mrpo_scale.references.ahead import score_ahead
 from mrpo_scale.references.cache import CacheEntry, ReferenceStore, list_cache
@@ -21,6 +22,7 @@ from mrpo_scale.references.scores import count_missing, distinct_rows, open_stor
 from mrpo_scale.report import aligned
 from mrpo_scale.tokenization import PairDataset
 from mrpo_scale.toyworld import resolve
+from mrpo_scale.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Recipe:
         train, held_out = read_rows(script, config)
         config.anchor = resolve(config.anchor) if config.anchor else None
         references = [resolve(reference) for reference in script.ref_models]
-        plan = plan_models(resolve(str(script.model_name_or_path)), references, config, None)
+        policy = resolve(str(script.model_name_or_path))
+        check_output_folder(config, policy, references)
+        plan = plan_models(policy, references, config, None)
         return cls(script, config, plan, prepare_sets(plan, config, train, held_out))
 
 
@@ -131,7 +135,9 @@ def _overview(recipe: Recipe, stores: Sequence[ReferenceStore], total: int) -> s
         state = "complete" if have == total else f"{total - have} to score"
         rows.append((store.identity.name, *_cells(entry, f"{have} of {total}", state)))
     for entry in entries.values():
-        rows.append((f"({entry.description.get('name', '?')})", *_cells(entry, "-", "not in this recipe")))
+        rows.append(
+            (f"({printable(str(entry.description.get('name', '?')))})", *_cells(entry, "-", "not in this recipe"))
+        )
     return f"{root}\n{aligned(rows)}"
 
 

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 #: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
 SCHEME = 2
+# A row with more text, about a million tokens, is bad: it would take minutes and gigabytes to tokenize, and then be cut.
+MOST_CHARACTERS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: 
 
     Raises:
         BadRow: the pair cannot be scored by every model. Reasons: ``empty_response``, ``identical_responses``, ``empty_prompt``,
-            ``prompt_too_long``, ``context_exceeded:<name>``, ``template_rejected:<name>``.
+            ``prompt_too_long``, ``context_exceeded:<name>``, ``template_rejected:<name>``, ``text_too_long``.
         ConfigError: see :meth:`ModelText.render_prompt`.
     """
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -81,6 +83,9 @@ def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: 
             raise BadRow("empty_response", f"{side} has no text")
     if pair.chosen == pair.rejected:
         raise BadRow("identical_responses", "chosen and rejected are the same text")
+    characters = len(pair.chosen) + len(pair.rejected) + _characters(pair.prompt) + _characters(pair.tools)
+    if characters > MOST_CHARACTERS:
+        raise BadRow("text_too_long", f"{characters} characters, more than {MOST_CHARACTERS}")
     raw = isinstance(pair.prompt, str)
     prompts = [text._prompt_ids(pair) for text in texts]
     for text, (prompt_ids, _) in zip(texts, prompts, strict=True):
@@ -110,6 +115,14 @@ def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: 
             raise BadRow(f"context_exceeded:{text.name}", f"{length} tokens, its context is {text.max_context}")
     scored = replace(pair, chosen=chosen, rejected=rejected)
     return TokenizedPair(scored, tokens, (chosen_cut, rejected_cut), tuple(merged for _, merged in prompts))
+
+
+def _characters(value: Any) -> int:
+    """Of all strings in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_characters, items))
 
 
 def _fit(response: str, policy: ModelText, room: int | None, raw: bool) -> tuple[str, bool]:

@@ -33,12 +33,20 @@ from mrpo_scale.held_out import HeldOutScores
 from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
 from mrpo_scale.objective import preference_loss
+from mrpo_scale.output_folder import check_output_folder
 from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.validation import with_validation_weights
 from mrpo_scale.report import RunSummary
 from mrpo_scale.resume import ResumableTrainer
-from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of, share_weights
+from mrpo_scale.saving import (
+    cast_as_stored,
+    check_small_files,
+    copy_small_files,
+    dtypes_on_disk,
+    folder_of,
+    share_weights,
+)
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
     choose_shared_prompt,
@@ -80,7 +88,9 @@ class MRPOTrainer(ResumableTrainer):
     ) -> None:
         args = args if args is not None else MRPOConfig()
         doing("preparing the pairs")
+        check_output_folder(args, model, ref_models)
         self.plan = plan_models(model, ref_models, args, processing_class)
+        check_small_files(Path(self.plan.policy.path))
         self.pair_sets = prepare_sets(self.plan, args, train_dataset, eval_dataset)
         if args.objective == "dpo" and ref_models:
             logger.info(

@@ -21,6 +21,7 @@ from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.recipe import find_recipe, parse, read_recipe
 from mrpo_scale.references.scores import count_missing, distinct_rows, open_stores
 from mrpo_scale.score import Recipe
+from mrpo_scale.untrusted import refuse_links
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,13 @@ def _plan(flags: argparse.Namespace, words: list[str]) -> _Plan:
     values = read_recipe(find_recipe(flags.config)) if flags.config else {}
     values.pop("baselines", None)
     script, config = parse([*(["--config", flags.config] if flags.config else []), *words])
+    if config.hub_token:
+        raise ConfigError(
+            "`hub_token`: a comparison keeps the words of its runs in files, and the token with them; leave it out, and "
+            "set HF_TOKEN."
+        )
     folder = flags.output or config.folder / "compare"
+    refuse_links(folder, "--output")
     if config.weights_fraction is None and any("validation" in word for word in (*flags.objectives, *flags.vary)):
         words = [*words, "--weights_split=0.5"]  # for all runs alike, or their held-out pairs would differ
 

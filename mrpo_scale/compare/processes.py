@@ -20,6 +20,7 @@ from typing import Any
 
 from mrpo_scale.compare.plan import Run
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.untrusted import read_json, refuse_links
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def is_complete(run: Run) -> bool:
 
 def mark(run: Run, words: Sequence[str]) -> None:
     """Say in the run's folder what is about to run there."""
+    refuse_links(run.folder, "--output")
     run.folder.mkdir(parents=True, exist_ok=True)
     marker = {"arm": run.arm.name, "seed": run.seed, "settings": run.settings, "command": shlex.join(words)}
     (run.folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
@@ -182,12 +184,16 @@ def _end(process: subprocess.Popen, how: signal.Signals) -> None:
 def _read_json(path: Path) -> dict[str, Any] | None:
     """None where there is no such file or a kill cut it short."""
     try:
-        return json.loads(path.read_text())
+        value = read_json(path)
+        if isinstance(value, dict):
+            return value
+        error: Exception = ValueError("is not what a run writes")
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        logger.warning("%s is not whole (%s): its run starts again", path, error)
-        return None
+    except ValueError as damage:
+        error = damage
+    logger.warning("%s %s: its run starts again", path, error)
+    return None
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import yaml
 
 from mrpo_scale.data.layouts import LAYOUTS, AnyLayout
 from mrpo_scale.data.mixing import Entry, mix, parse_datasets
@@ -20,6 +21,21 @@ from mrpo_scale.errors import ConfigError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 DEFAULT_TEST_SPLIT = "test"
+# First bytes of what `datasets` would unpack to disk without asking, whatever the file is called.
+_ARCHIVES = {
+    b"PK\x03\x04": "zip",
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+_ARCHIVES |= {b"\x04\x22\x4d\x18": "lz4", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar"}
+# RuntimeError: a loading script, which `datasets` no longer runs. The others: state.json, dataset_info.json and the YAML of a
+# README.md that are not what they should be.
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
+    *(yaml.YAMLError, datasets.exceptions.DatasetsError),
+)
 
 
 def load_rows(
@@ -155,9 +171,14 @@ def _load_splits(dataset_name: str, config: str | None) -> datasets.DatasetDict:
         )
     if path.is_file() and path.suffix not in BUILDERS:
         raise ConfigError(f"`dataset_name: {dataset_name}`: not one of {', '.join(BUILDERS)}; convert the file.")
+    if path.is_file() and (kind := _compression(path)):
+        raise ConfigError(
+            f"`dataset_name: {dataset_name}` is a {kind} archive by its contents, of any size once unpacked; unpack it "
+            "yourself and name what comes out."
+        )
     try:
         splits = _read(path, dataset_name, config)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error.__cause__ or error).split())
         remedy = "check the file's contents" if path.exists() else "check the name, the network and HF_TOKEN"
         raise ConfigError(f"`dataset_name: {dataset_name}` cannot be read: {reason}; {remedy}.") from error
@@ -170,7 +191,31 @@ def _read(path: Path, dataset_name: str, config: str | None) -> datasets.Dataset
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         saved: Any = datasets.load_from_disk(str(path))
         return saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
+    if path.is_dir():
+        _stay_inside(path, config)
     return datasets.load_dataset(str(path) if path.exists() else dataset_name, config)
+
+
+def _stay_inside(folder: Path, config: str | None) -> None:
+    """The README.md of a data folder may name its files, but none elsewhere on this machine or on another. Links are followed.
+
+    Raises:
+        ValueError: it names one.
+    """
+    builder = datasets.load_dataset_builder(str(folder), config)
+    root = str(folder.resolve()) + os.sep
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            if not os.path.normpath(file).startswith((root, str(folder.absolute()) + os.sep)):
+                raise ValueError(f"its README.md names {file}, which is not in the folder")
+
+
+def _compression(file: Path) -> str | None:
+    with open(file, "rb") as stream:
+        head = stream.read(512)
+    if head[257:262] == b"ustar":
+        return "tar"
+    return next((kind for magic, kind in _ARCHIVES.items() if head.startswith(magic)), None)
 
 
 def _looks_local(name: str) -> bool:

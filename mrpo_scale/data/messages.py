@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mrpo_scale.data.pairs import BadRow, PreferencePair
+from mrpo_scale.untrusted import parse_json
 
 Message = dict[str, Any]
 
@@ -44,8 +44,8 @@ def read_tools(value: Any) -> list[Any] | None:
     """The ``tools`` of a row, which may be a list or JSON text of one; None when there are none."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise BadRow("malformed", f"`tools` is not JSON: {error}") from error
     if not value:
         return None

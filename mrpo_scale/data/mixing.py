@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def _parse(entry: Entry) -> DatasetSpec:
     values: Any = entry
     if isinstance(entry, str):
         try:
-            values = json.loads(entry) if entry.lstrip().startswith("{") else {"name": entry}
-        except json.JSONDecodeError as error:
+            values = parse_json(entry) if entry.lstrip().startswith("{") else {"name": entry}
+        except ValueError as error:
             raise ConfigError(f"`dataset_name: {entry}` is not a name nor a JSON mapping: {error}.") from None
     if not isinstance(values, Mapping):
         raise ConfigError(f"`dataset_name: {entry}` must be a name or a mapping, got {type(entry).__name__}.")
@@ -70,6 +70,9 @@ def _parse(entry: Entry) -> DatasetSpec:
     if unknown or not values.get("name"):
         problem = f"unknown key `{unknown[0]}`" if unknown else "key `name` is missing"
         raise ConfigError(f"`dataset_name: {dict(values)}`: {problem}; known keys are {', '.join(known)}.")
+    for key in known:
+        if key != "weight" and not isinstance(values.get(key), (str, type(None))):
+            raise ConfigError(f"`dataset_name: {dict(values)}`: `{key}: {values[key]!r}` must be text.")
     weight = values.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0):
         raise ConfigError(f"`dataset_name: {dict(values)}`: `weight: {weight}` must be a number above 0.")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from mrpo_scale.data.messages import Message, merge_turns
 from mrpo_scale.data.pairs import BadRow, PreferencePair
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.untrusted import read_text
 
 #: For models without a chat template.
 PLAIN_TEMPLATE = (
@@ -27,6 +31,7 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
 SENTINEL = "SENTINELRESPONSE"
+_MOST_SECONDS = 20.0  #: of computing for one conversation, which takes a millisecond
 
 
 class ModelText:
@@ -160,13 +165,21 @@ class ModelText:
         return "drops system turns" if dropped else None
 
     def _apply(self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool) -> str:
-        rendered: Any = self.tokenizer.apply_chat_template(
-            list(messages),
-            tools=tools,
-            chat_template=self.template,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-        )
+        """Rendered by transformers, in Jinja's immutable sandbox. Raises TemplateError, whatever the template does wrong."""
+        try:
+            with _limited_time(self.name):
+                rendered: Any = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=tools,
+                    chat_template=self.template,
+                    add_generation_prompt=generation_prompt,
+                    tokenize=False,
+                )
+        except (TemplateError, ConfigError):
+            raise
+        except Exception as error:
+            # A template is a program of its author's: it divides by zero, runs out of memory or calls itself for ever.
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
         return rendered
 
     def _encode(self, text: str) -> list[int]:
@@ -187,7 +200,7 @@ class ModelText:
             turn = self._apply([user, {"role": "assistant", "content": SENTINEL}], None, generation_prompt=False)
             bare = self._apply([user], None, generation_prompt=False)
             prompt = self._apply([user], None, generation_prompt=True)
-        except (TemplateError, ValueError) as error:
+        except TemplateError as error:
             raise ConfigError(
                 f"{self.name}: its chat template cannot be rendered: {error}; give a `chat_template`."
             ) from error
@@ -213,4 +226,33 @@ def _read_template(template: str, name: str) -> str:
     path = Path(template).expanduser()
     if not path.is_file():
         raise ConfigError(f"{name}: `chat_template: {template}` is neither Jinja text nor a file; correct the path.")
-    return path.read_text(encoding="utf-8")
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise ConfigError(f"{name}: `chat_template: {template}` {error}; correct the file.") from error
+
+
+@contextmanager
+def _limited_time(name: str) -> Iterator[None]:
+    """End a template that loops without end; nested loops are within the sandbox's rules. It counts the time that this process
+    computes, so that a machine that sleeps or is busy does not matter. Only the main thread can be interrupted.
+
+    Raises:
+        ConfigError: the time is up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise ConfigError(
+            f"{name}: its chat template has computed for {_MOST_SECONDS:g} s on one conversation; give a `chat_template`."
+        )
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

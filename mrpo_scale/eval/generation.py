@@ -129,7 +129,11 @@ def _key(fingerprint: str, prompt_ids: Sequence[int], max_new_tokens: int) -> st
 
 
 def _known(folder: Path) -> dict[str, str]:
-    records = [record for file in sorted(folder.glob("responses-*.jsonl")) for record in read_records(file)]
+    records = [
+        record
+        for file in sorted(folder.glob("responses-*.jsonl"))
+        for record in read_records(file, ("key", "response"))
+    ]
     return {record["key"]: record["response"] for record in records}
 
 

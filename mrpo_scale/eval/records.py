@@ -6,15 +6,20 @@ import fcntl
 import json
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.untrusted import parse_json
 
 
 class RecordFile:
     """Records of one writer. Appending is safe from several threads; a second process is refused.
+
+    Args:
+        fields: what each record must have.
 
     Attributes:
         records: what the file held when it was opened, in order.
@@ -23,7 +28,7 @@ class RecordFile:
         ConfigError: another process writes it, or a line in it is no record.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fields: Sequence[str] = ()) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
@@ -36,7 +41,7 @@ class RecordFile:
                 f"{path} is being written by another process; wait for it or name another folder."
             ) from None
         self._drop_half_a_line()
-        self.records = read_records(path)
+        self.records = read_records(path, fields)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record and wait until it is on disk."""
@@ -63,16 +68,17 @@ class RecordFile:
         self._file.close()
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that another process may be writing. Raises ConfigError where one is no JSON object."""
+def read_records(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The whole lines of a file that another process may be writing. Raises ConfigError where one is no object with
+    ``fields``."""
     records = []
     lines = path.read_bytes().split(b"\n")[:-1]
     for n, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line.decode())
         except ValueError:
             record = None
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) or not record.keys() >= set(fields):
             raise ConfigError(f"{path}, line {n} is not a record; delete that line.")
         records.append(record)
     return records

@@ -32,6 +32,7 @@ from mrpo_scale.recipe import parse_keys
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.tokenization import ModelText, PairDataset, prepare_pairs
 from mrpo_scale.toyworld import resolve
+from mrpo_scale.untrusted import refuse_links
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def run(words: Sequence[str]) -> dict[str, Any]:
         ConfigError: see errors.py.
     """
     args = parse_keys(EvalConfig, words, "mrpo eval")
+    refuse_links(Path(args.output_dir), "output_dir")
     judge = _judge(args) if args.judge_model else None
     state = _join_processes()
     with heartbeat():
@@ -183,7 +185,7 @@ def _win_rates(
 
 def _judge_all(matches: dict[str, list[Comparison]], judge: Judge, args: EvalConfig) -> dict[str, WinRate]:
     calls = [call for match in matches.values() for c in match if not c.identical for call in c.calls]
-    with RecordFile(Path(args.output_dir) / "verdicts.jsonl") as file:
+    with RecordFile(Path(args.output_dir) / "verdicts.jsonl", ("key", "verdict")) as file:
         verdicts = Verdicts(judge, file)
         confirm(estimate(verdicts, calls, args.judge_price), judge, args.yes)
         verdicts.collect(calls, args.judge_concurrency)

@@ -80,6 +80,7 @@ class ReferenceStore:
         Raises:
             ConfigError: a part that cannot be used, or a ``reference.json`` of something else; nothing is added then.
         """
+        self._refuse_link()
         try:
             self._check_description()
             names = [name for name in part_names(self.folder) if name not in self._names]
@@ -129,6 +130,7 @@ class ReferenceStore:
         Raises:
             ConfigError: the folder cannot be written, or is another reference's.
         """
+        self._refuse_link()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._check_description():
@@ -199,6 +201,13 @@ class ReferenceStore:
         while len(self._runs) > 1 and len(self._runs[-2].keys_N) < 2 * len(self._runs[-1].keys_N):
             self._runs[-2:] = [sorted_rows(self._runs[-2:])]
         return len(rows.keys_N)
+
+    def _refuse_link(self) -> None:
+        if self.folder.is_symlink():
+            raise ConfigError(
+                f"`ref_cache_dir`: {self.folder} is a link to {self.folder.readlink()}, out of the cache, so it is neither read "
+                "nor written; put that folder in its place. The whole `ref_cache_dir` may be a link."
+            )
 
     def _check_description(self) -> bool:
         """Whether ``reference.json`` is there."""

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.references.atomic import write_whole
+from mrpo_scale.untrusted import read_json
 
 if TYPE_CHECKING:
     from mrpo_scale.data.model_text import ModelText
@@ -174,7 +175,7 @@ def _recall(file: Path, memo_dir: Path | None) -> str | None:
     state = _state(file)
     memo = _memo_folder(memo_dir) / _memo_name(state)
     try:
-        record = json.loads(memo.read_bytes())
+        record = read_json(memo)
         digest = record["sha256"]
         if record == _record(state, digest) and _SHA256.fullmatch(digest):
             return digest

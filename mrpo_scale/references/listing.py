@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from mrpo_scale.references.parts import PART_NAME, PartError, Rows, part_names, read_part
+from mrpo_scale.untrusted import read_json
 
 DESCRIPTION = "reference.json"
+_MOST_BYTES = 4 << 20  # a name and a hash for each weight file
 _KEY = re.compile(r"[0-9a-f]{32}")
 
 
@@ -67,6 +68,9 @@ def examine(folder: Path, key: str) -> Iterator[tuple[PartReport, Rows | None]]:
     """Every part, with its rows if it is sound, and whatever else a user should know of."""
     if not folder.is_dir():
         return
+    if folder.is_symlink():
+        yield PartReport(folder.name, 0, 0, f"is a link to {folder.readlink()} and is not read"), None
+        return
     try:
         read_description(folder / DESCRIPTION)
     except FileNotFoundError:
@@ -95,14 +99,12 @@ def examine(folder: Path, key: str) -> Iterator[tuple[PartReport, Rows | None]]:
 def read_description(path: Path) -> dict[str, Any]:
     """Raises FileNotFoundError, or PartError where it is damaged."""
     remedy = "delete the file, and it is written again"
+    if path.is_symlink():
+        raise PartError("is a link, and a cache holds its files itself", remedy)
     try:
-        description = json.loads(path.read_bytes())
+        description = read_json(path, _MOST_BYTES)
     except ValueError as error:
-        raise PartError(f"is not JSON ({error})", remedy) from error
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise PartError(f"cannot be read: {error.strerror}", "make it readable, or delete it") from error
+        raise PartError(str(error), remedy) from error
     if not isinstance(description, dict) or not isinstance(description.get("parts"), dict):
         raise PartError("does not describe a reference", remedy)
     return description

@@ -9,7 +9,6 @@ Nothing of a file is believed before its checksum is verified, and no row of a f
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import re
@@ -23,6 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
+
+from mrpo_scale.untrusted import parse_json
 
 FORMAT = "1"
 KEY_BYTES = 16
@@ -157,7 +158,7 @@ def _verify_bytes(data: memoryview, reference_key: str) -> dict[str, Any]:
         raise PartError(f"says that its header has {length} bytes, which no part of {len(data)} bytes has")
     head = data[: 8 + length].tobytes()
     try:
-        header = json.loads(head[8:])
+        header = parse_json(head[8:].decode())
         metadata = header.pop("__metadata__")
         written_format = metadata["format"]
         if written_format != FORMAT:
@@ -177,14 +178,16 @@ def _verify_bytes(data: memoryview, reference_key: str) -> dict[str, Any]:
     if reference != reference_key:
         raise PartError(
             f"was written for the reference {reference}, not for the one of this folder",
-            f"move it to the folder {reference}, or delete it",
+            "move it to the folder of that name, or delete it",
         )
     return header
 
 
 def _read_tensors(path: Path, header: dict[str, Any]) -> Rows:
-    found = {name: [entry.get("dtype"), entry.get("shape")] for name, entry in header.items()}
-    n = found.get("row_key", [None, None])[1][0] if "row_key" in found else 0
+    entries = {name: entry if isinstance(entry, dict) else {} for name, entry in header.items()}
+    found = {name: [entry.get("dtype"), entry.get("shape")] for name, entry in entries.items()}
+    shape = found["row_key"][1] if "row_key" in found else None
+    n = shape[0] if isinstance(shape, list) and shape else 0
     wanted = {"row_key": ["U8", [n, KEY_BYTES]], "logps": ["F32", [n, 2]], "tokens": ["I32", [n, 2]]}
     if n == 0 or found != wanted:
         raise PartError(

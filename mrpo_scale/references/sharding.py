@@ -19,7 +19,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from accelerate.big_modeling import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -32,7 +31,15 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.ranks import fail_together
-from mrpo_scale.references.source import ReferenceSource, check_source, local_folder, one_line, some, weight_files
+from mrpo_scale.references.source import (
+    ReferenceSource,
+    check_source,
+    check_weights,
+    local_folder,
+    one_line,
+    open_weights,
+    some,
+)
 from mrpo_scale.sequence_logps import (
     FusedHead,
     check_pair_scoring,
@@ -89,9 +96,11 @@ class ShardedReference:
         self.gathers = 0
         folder = local_folder(source, self.group)
         with fail_together(self.group):
-            self.model = _build(source, check_source(source))
+            config = check_source(source)
+            files = check_weights(folder, config, source.name)  # of a download for the first time
+            self.model = _build(source, config)
             self.shared_prompt = choose_shared_prompt(shared_prompt, self.config, source.name)
-            self._load(weight_files(folder, source.name))
+            self._load(files)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self.bytes_per_rank = sum(_local(p).numel() * p.element_size() for p in self.model.parameters())
         smallest = PairTokens(prompt_ids=[0], chosen_ids=[0], rejected_ids=[0])
@@ -149,7 +158,7 @@ class ShardedReference:
             mesh = DeviceMesh.from_group(self.group, self.device.type)
             _shard(self.model, mesh, self.name, offload=self.offload)
         for file in files:
-            with _open(file, self.name) as tensors:
+            with open_weights(file, self.name) as tensors:
                 for name, names in plan.items():
                     if stored[name].file == file:
                         _fill(self.model, names, tensors.get_slice(stored[name].key), self, mesh)
@@ -230,22 +239,13 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str, *, offload: bool
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
 
 
-def _open(file: Path, name: str) -> Any:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise ConfigError(
-            f"{name}: {file} is not a whole safetensors file ({one_line(error)}); copy it again."
-        ) from error
-
-
 @dataclass(frozen=True)
 class _Stored:
     file: Path
     key: str
 
     def read(self, name: str) -> Tensor:
-        with _open(self.file, name) as tensors:
+        with open_weights(self.file, name) as tensors:
             return tensors.get_tensor(self.key)
 
 
@@ -258,7 +258,7 @@ def stored_tensors(model: PreTrainedModel, files: list[Path], name: str) -> dict
     state = model.state_dict()
     stored = {}
     for file in files:
-        with _open(file, name) as tensors:
+        with open_weights(file, name) as tensors:
             keys = sorted(tensors.keys())
         for key in keys:
             target, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)

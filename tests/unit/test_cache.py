@@ -178,7 +178,7 @@ def test_reference_json_of_another_reference_or_damaged(tmp_path):
         (json.dumps({**whole, "parts": {**PARTS, "dtype": "bfloat16"}}), "describes another reference"),
         (path.read_text()[:-20], "is not JSON"),
         ("[]", "does not describe"),
-        ("\xff", "is not JSON"),
+        ("\xff", "is not UTF-8"),
     ]:
         path.write_bytes(content.encode("latin-1"))
         for act in (lambda: opened(tmp_path), lambda: new_store(tmp_path)):

@@ -166,10 +166,11 @@ def measure(
         from deepspeed import comm
 
         comm.init_distributed(dist_backend="gloo")
+    launched = "ACCELERATE_USE_DEEPSPEED" in os.environ  # then accelerate's config names the file
     reset_peak_memory()
     config = MRPOConfig(
         output_dir=output_dir,
-        deepspeed=str(resource("ds_configs") / "zero3_cpu.json"),
+        deepspeed=None if launched else str(resource("ds_configs") / "zero3_cpu.json"),
         per_device_train_batch_size=2,
         max_steps=2,
         gradient_checkpointing=checkpointing,

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mrpo_scale.flops import forward_flops
 from mrpo_scale.planner.cluster import Cluster, Traffic
 from mrpo_scale.planner.parts import MOVED_FORWARD, Job, Phase, PlannedModel, Setting, seconds_of
-from mrpo_scale.references.placement import Placement, partition, spread
+from mrpo_scale.references.placement import partition, spread
+
+
+@functools.lru_cache(maxsize=1024)
+def _lay_out(
+    kind: str, costs: tuple[tuple[int, float], ...], cluster: Cluster, shard_size: int | None
+) -> tuple[set[tuple[int, ...]], dict[int, int], dict[int, int]]:
+    """(which references lie on one rank together, ranks of the largest group of each, ranks of each)."""
+    if kind == "spread":
+        placement = spread([k for k, _ in costs], cluster.nodes, shard_size)
+    else:
+        placement = partition(dict(costs), cluster.nodes, shard_size)
+    of_rank: dict[int, list[int]] = {}
+    for k, _ in costs:
+        for rank in placement.ranks(k):
+            of_rank.setdefault(rank, []).append(k)
+    groups = {k: max(map(len, placement.groups[k])) for k, _ in costs}
+    return {tuple(which) for which in of_rank.values()}, groups, {k: len(placement.ranks(k)) for k, _ in costs}
 
 
 class ScoredLive:
@@ -18,29 +36,21 @@ class ScoredLive:
         planned: Sequence[PlannedModel] = job.references[:1] if setting.only_anchor else job.references
         self.models = dict(enumerate(planned))
         pairs = setting.micro_batch * accumulation
-        if setting.placement == "spread":
-            self.placement: Placement = spread(list(self.models), cluster.nodes, setting.shard_size)
-        else:
-            mean = job.workload.lengths_NV3.sum(-1).mean(0)
-            costs = {k: m.size.parameters * float(mean[m.view]) for k, m in self.models.items()}
-            self.placement = partition(costs, cluster.nodes, setting.shard_size)
+        mean = job.workload.lengths_NV3.sum(-1).mean(0)
+        costs = {k: m.size.parameters * float(mean[m.view]) for k, m in self.models.items()}
+        layout = _lay_out(setting.placement, tuple(costs.items()), cluster, setting.shard_size)
+        self.held_together, self.group, self.num_ranks = layout
         # Pairs of a window that one rank of each reference scores.
         self.pairs = {
-            k: pairs if setting.placement == "spread" else -(-pairs * cluster.gpus // len(self.placement.ranks(k)))
+            k: pairs if setting.placement == "spread" else -(-pairs * cluster.gpus // self.num_ranks[k])
             for k in self.models
         }
-        of_rank: dict[int, list[int]] = {}
-        for k in self.models:
-            for rank in self.placement.ranks(k):
-                of_rank.setdefault(rank, []).append(k)
-        self.held_together = {tuple(which) for which in of_rank.values()}
-        self.group = {k: max(map(len, self.placement.groups[k])) for k in self.models}
         self.shares = {
             k: job.workload.reference(
                 m.size,
                 m.view,
                 pairs=self.pairs[k],
-                ranks=len(self.placement.ranks(k)),
+                ranks=self.num_ranks[k],
                 tokens_per_forward=job.tokens_per_forward,
             )
             for k, m in self.models.items()
@@ -95,8 +105,7 @@ class ScoredLive:
 
     def flops(self) -> int:
         return sum(
-            forward_flops(m.size.costs, self.shares[k].mean).total * len(self.placement.ranks(k))
-            for k, m in self.models.items()
+            forward_flops(m.size.costs, self.shares[k].mean).total * self.num_ranks[k] for k, m in self.models.items()
         )
 
     def _of_rank(self, which: Sequence[int]) -> Traffic:

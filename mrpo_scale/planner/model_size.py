@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -67,8 +68,7 @@ def model_size(source: ReferenceSource, *, itemsize: int, shared_prompt: str = "
     model = build_on_meta(source, config)
     layers = decoder_layers(model)
     costs = unit_costs(model)  # first: it complains of what a config lacks
-    embedding: Tensor = model.get_input_embeddings().weight
-    head: Tensor = model.get_output_embeddings().weight
+    embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     return ModelSize(
         name=source.name,
         model_type=model.config.model_type,

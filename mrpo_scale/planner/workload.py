@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,7 +36,8 @@ class Workload:
 
     lengths_NV3: np.ndarray
     seed: int = 0
-    _known: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False, compare=False)
+    _shares: dict[tuple[object, ...], Share] = field(default_factory=dict, repr=False, compare=False)
+    _largest: dict[tuple[object, ...], tuple[Work, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def policy(self, size: ModelSize, *, micro_batch: int, accumulation: int, ranks: int) -> Share:
         """The policy's micro-batches: pairs of like length, as window.py makes them."""
@@ -61,18 +62,24 @@ class Workload:
 
     def largest_micro_batch(self, size: ModelSize, micro_batch: int) -> Work:
         """The longest pairs, which meet sooner or later: what activations need room for."""
-        lengths = self._sorted(self.lengths_NV3[:, 0], size.shared_prompt)
-        return _work(np.resize(lengths[:micro_batch], (micro_batch, 3)), size)
+        key = ("largest", size.name, micro_batch)
+        if key not in self._largest:
+            lengths = self._sorted(self.lengths_NV3[:, 0], size.shared_prompt)
+            self._largest[key] = (_work(np.resize(lengths[:micro_batch], (micro_batch, 3)), size),)
+        return self._largest[key][0]
 
     def largest_scoring(self, size: ModelSize, view: int, pairs: int, tokens_per_forward: int) -> tuple[Work, Work]:
         """(largest forward, all of the window) of a reference that scores the longest ``pairs``."""
-        lengths = self._sorted(self.lengths_NV3[:, view], size.shared_prompt)
-        forwards = _reference_forwards(np.resize(lengths[:pairs], (pairs, 3)), size, tokens_per_forward)
-        return max(forwards), total_work(forwards)
+        key = ("scoring", size.name, view, pairs, tokens_per_forward)
+        if key not in self._largest:
+            lengths = self._sorted(self.lengths_NV3[:, view], size.shared_prompt)
+            self._largest[key] = _reference_forwards(np.resize(lengths[:pairs], (pairs, 3)), size, tokens_per_forward)
+        return max(self._largest[key]), total_work(self._largest[key])
 
-    def _share(self, key: tuple[object, ...], forwards: object, pairs: int, ranks: int) -> Share:
-        if key not in self._known:
-            assert callable(forwards)
+    def _share(
+        self, key: tuple[object, ...], forwards: Callable[[np.ndarray], tuple[Work, ...]], pairs: int, ranks: int
+    ) -> Share:
+        if key not in self._shares:
             random = np.random.default_rng(self.seed)
             busiest: list[tuple[Work, ...]] = []
             everything: list[Work] = []
@@ -83,10 +90,8 @@ class Workload:
             mean = Work(*(round(total / len(everything)) for total in total_work(everything)))
             # Of the drawn steps the one whose busiest rank is in the middle.
             middle = sorted(busiest, key=lambda works: total_work(works).positions)[(STEPS - 1) // 2]
-            self._known[key] = Share(middle, mean)
-        share = self._known[key]
-        assert isinstance(share, Share)
-        return share
+            self._shares[key] = Share(middle, mean)
+        return self._shares[key]
 
     def _draw(self, random: np.random.Generator, pairs: int) -> np.ndarray:
         total = len(self.lengths_NV3)

@@ -238,8 +238,8 @@ class _Check:
     def _say_cheapest(self, job: Job, own: Estimate, searches: dict[str, Found]) -> None:
         if not own.fits:
             self.warnings.append(
-                f"this recipe needs {own.peak / GIB:.1f} GiB at {own.moment}, more than the {own.cluster.usable / GIB:.1f} that one "
-                f"can count on of a {own.cluster.name}: it will run out of memory"
+                f"this recipe needs {own.peak / GIB:.1f} GiB at {own.moment}, more than the {own.cluster.usable / GIB:.1f} of a "
+                f"{own.cluster.name} that one can count on: it will run out of memory"
             )
         for name, found in searches.items():
             print(f"cheapest with references {name}, {found.fitting} of {found.tried} settings fit: ", end="")

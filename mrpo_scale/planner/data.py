@@ -94,7 +94,7 @@ def plot_lengths(lengths_NV3: np.ndarray, names: Sequence[str], max_length: int 
             lengths = lengths_NV3[:, view, i]
             label = f"{part}: median {np.median(lengths):.0f}, longest {lengths.max()}"
             axes.hist(lengths, bins, histtype="step", linewidth=1.6, color=PALETTE[i], label=label)
-        if view == 0 and max_length is not None and max_length <= bins[-1]:
+        if view == 0 and max_length is not None and max_length < 1.1 * bins[-1]:
             axes.axvline(
                 max_length, color="#888888", linestyle=":", label=f"max_length {max_length}, prompt + response"
             )

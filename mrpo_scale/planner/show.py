@@ -29,13 +29,13 @@ KINDS = {
 def assumptions(cluster: Cluster) -> str:
     """What every figure in seconds rests on."""
     a = cluster.assumed
+    hops = f"{a.node_hop * 1e6:g} and {a.network_hop * 1e6:g} microseconds a hop inside a node and between nodes"
     return (
-        f"Seconds are a roofline, not a measurement: {a.matmul:.0%} of the data sheet's FLOP/s in matrix products, {a.attention:.0%} "
-        f"in attention, {a.memory:.0%} of\nthe memory bandwidth, {a.links:.0%} of a link's rate, {a.node_hop * 1e6:g} and "
-        f"{a.network_hop * 1e6:g} microseconds a hop inside a node and between nodes, gathers\nhidden behind arithmetic where "
-        "overlap_comm is on. These shares are assumed: this project had no GPU to measure them. Bytes held and\n"
-        "FLOPs are counted, and agree with real runs on a CPU (docs/performance.md). Cached, MRPO does the work of DPO: no reference\n"
-        "is loaded."
+        "Seconds are a roofline, not a measurement. Assumed, since this project had no GPU to measure them: "
+        f"{a.matmul:.0%} of the data\nsheet's FLOP/s in matrix products, {a.attention:.0%} in attention, {a.memory:.0%} of the "
+        f"memory bandwidth, {a.links:.0%} of a link's rate,\n{hops}; gathers hidden behind arithmetic where\n"
+        "overlap_comm is on. Bytes held and FLOPs are counted, and agree with real runs on a CPU (docs/performance.md).\n"
+        "Cached, MRPO does the work of DPO: no reference is loaded."
     )
 
 
@@ -141,13 +141,16 @@ def plot_memory(estimates: Mapping[str, Estimate], path: Path) -> None:
                 bottom += size / GIB
         axes.text(i, bottom, f"{bottom:.1f}", ha="center", va="bottom", fontsize=9)
     some = next(iter(estimates.values()))
-    axes.axhline(some.cluster.usable / GIB, color="#444444", linestyle=":", linewidth=1)
-    axes.text(
-        -0.45, some.cluster.usable / GIB, f"usable of {some.cluster.gpu.memory / GIB:.0f} GiB", fontsize=8, va="bottom"
+    usable, most = some.cluster.usable / GIB, max(e.peak for e in estimates.values()) / GIB
+    if most > usable / 4:  # else the bars would be a line at the bottom
+        axes.axhline(usable, color="#444444", linestyle=":", linewidth=1)
+        most = max(most, usable)
+    axes.set_title(
+        f"{usable:.1f} of a {some.cluster.name}'s {some.cluster.gpu.memory / GIB:.0f} GiB are usable", fontsize=10
     )
     axes.set_xticks(range(len(estimates)), [f"{name}\n({e.moment})" for name, e in estimates.items()], fontsize=8)
     axes.set_ylabel("GiB on the fullest rank at its worst moment", fontsize=9)
-    axes.set_ylim(0, 1.12 * max(some.cluster.usable, *(e.peak for e in estimates.values())) / GIB)
+    axes.set_ylim(0, 1.12 * most)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

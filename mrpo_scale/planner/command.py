@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -160,13 +161,16 @@ class _Check:
             return plan_models(policy, references, self.config, None, weights_needed=False)
         except ConfigError as error:
             self.errors.append(str(error))
+        each = copy.copy(self.config)
+        each.ref_weights = ["uniform"]  # a list of weights is for all of them
         for reference in references:
             with self._collected():
-                plan_models(reference, [], replace_anchor(self.config), None, weights_needed=False)
+                plan_models(policy, [reference], each, None, weights_needed=False)
         return None
 
     def _look_for_weights(self, plan: RunPlan) -> None:
-        for source in dict.fromkeys([plan.policy, *(reference.source for reference in plan.references)]):
+        sources = [plan.policy, *(reference.source for reference in plan.references)]
+        for source in {(source.path, source.revision): source for source in reversed(sources)}.values():
             try:
                 check_weight_files(source)
             except ConfigError as error:
@@ -291,10 +295,3 @@ class _Check:
 
     def _accumulation(self) -> int:
         return int(self.config.gradient_accumulation_steps)
-
-
-def replace_anchor(config: MRPOConfig) -> MRPOConfig:
-    """The same keys for a model looked at on its own."""
-    alone = MRPOConfig.__new__(MRPOConfig)
-    alone.__dict__.update(config.__dict__, anchor=None, chat_template=None, ref_weights=["uniform"])
-    return alone

@@ -98,7 +98,7 @@ class ShardedReference:
         with fail_together(self.group):
             config = check_source(source)
             files = check_weights(folder, config, source.name)  # of a download for the first time
-            self.model = _build(source, config)
+            self.model = build_on_meta(source, config)
             self.shared_prompt = choose_shared_prompt(shared_prompt, self.config, source.name)
             self._load(files)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -183,7 +183,7 @@ def _zero3_unset() -> Iterator[None]:
             hf_deepspeed.set_hf_deepspeed_config(alive)
 
 
-def _build(source: ReferenceSource, config: PretrainedConfig) -> PreTrainedModel:
+def build_on_meta(source: ReferenceSource, config: PretrainedConfig) -> PreTrainedModel:
     """The model with its parameters on meta and its buffers real, frozen and in eval mode."""
     options: dict[str, Any] = {"dtype": source.dtype, "trust_remote_code": source.trust_remote_code}
     if source.attn_implementation is not None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from mrpo_scale.gpus import GPUS, recognise_gpu
+
 
 def reset_peak_memory() -> None:
     """Start a new peak, so that two runs in one process do not report each other's."""
@@ -27,13 +29,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return int(match.group(1)) / 2**20 if match else 0.0
 
 
-# Dense bf16 tensor-core peak in FLOP/s, from the makers' data sheets, by a part of the device's name.
-_PEAK_FLOPS = {"B200": 2.25e15, "H200": 9.89e14, "H100": 9.89e14, "A100": 3.12e14}
-
-
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s that ``mfu`` is a share of (the policy's 6 x parameters x tokens; references are not counted); None if not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+    name = recognise_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if name is None else GPUS[name].bf16_flops

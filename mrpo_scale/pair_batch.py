@@ -68,7 +68,7 @@ def collate_pairs(pairs: Sequence[PairTokens], *, shared_prompt: bool, pad_token
         ]
     lengths = [sum(len(ids) for ids, _ in segment) for segment in segments]
     width = max(lengths)
-    rows = _pack(lengths, width) if shared_prompt else [[s] for s in range(len(segments))]
+    rows = packed_rows(lengths, width) if shared_prompt else [[s] for s in range(len(segments))]
 
     shape = (len(rows), width)
     input_ids_BL = torch.full(shape, pad_token_id)
@@ -107,8 +107,8 @@ def collate_pairs(pairs: Sequence[PairTokens], *, shared_prompt: bool, pad_token
     )
 
 
-def _pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """First-fit decreasing: segments into rows of ``width``."""
+def packed_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Which segments share a row of ``width`` positions: first-fit decreasing."""
     rows: list[list[int]] = []
     room: list[int] = []
     for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):

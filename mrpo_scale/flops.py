@@ -1,0 +1,200 @@
+"""Exact FLOPs of a step: what every matrix product of policy and references costs, from a model's config and token counts.
+
+A product of [m, k] and [k, n] is 2mkn; nothing else is counted (norms, activations and softmax are thousandths of it). Attention
+counts what the kernel computes, not what the mask lets through: under sdpa and eager a mask over pairs is applied to a full square
+of scores. tests/unit/test_flops.py compares with torch's own counter over real forwards and backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.pair_batch import PairBatch, packed_rows
+
+#: Attention kernels that skip what lies above the diagonal and take sequences without their padding.
+SKIPS_THE_MASKED = ("flash_attention_2", "flash_attention_3")
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """FLOPs of one forward of a model, per unit of work."""
+
+    per_position: int  #: all linear layers but the head
+    per_score: int  #: both products of attention, all layers and heads, per (query, key) pair
+    per_response_token: int  #: the output head
+    recomputed_per_position: int  #: the linear layers that gradient checkpointing runs once more
+    attn_implementation: str = "sdpa"
+
+
+class Work(NamedTuple):
+    """What a model is given in one forward, or in several: add them up."""
+
+    positions: int  #: rows times width, padding included
+    scores: int  #: (query, key) pairs that attention computes in one head of one layer
+    response_tokens: int  #: what reaches the head
+
+    def __add__(self, other: tuple[int, ...]) -> Work:  # type: ignore[override]
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+NO_WORK = Work(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Of one model: the scoring of a window by a reference, say."""
+
+    body: int
+    attention: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.body + self.attention + self.head
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """Of the policy: what a step executes, part by part.
+
+    ``backward``: of the body and its attention. ``recompute``: the decoder layers once more, under gradient checkpointing, and the
+    scores that fused attention kernels compute again. ``head``: everything the head does, in the forward or in the backward.
+    """
+
+    forward: int
+    backward: int
+    recompute: int
+    head: int
+    useful: int  #: forward and backward as mathematics asks for them, recomputation left out: what an MFU is a share of
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward + self.recompute + self.head
+
+
+def unit_costs(model: PreTrainedModel) -> UnitCosts:
+    """Of a causal LM, loaded, partitioned or on the meta device: only the sizes of its layers are read.
+
+    Raises:
+        ConfigError: the config lacks a field that attention's size is made of; the message names it.
+    """
+    head = model.get_output_embeddings()
+    linear = sum(2 * _size(module) for module in model.modules() if _size(module) and module is not head)
+    config = model.config.get_text_config()
+    layers, heads = (_field(config, name) for name in ("num_hidden_layers", "num_attention_heads"))
+    return UnitCosts(
+        per_position=linear,
+        per_score=2 * 2 * layers * heads * head_size(config),
+        per_response_token=2 * _size(head),
+        recomputed_per_position=sum(map(_recomputed, decoder_layers(model))),
+        attn_implementation=str(config._attn_implementation),
+    )
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that gradient checkpointing recomputes and FSDP gathers, one by one."""
+    classes = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in classes]
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or _field(config, "hidden_size") // _field(config, "num_attention_heads")
+
+
+def work_of_batch(batch: PairBatch) -> Work:
+    """Of one forward under sdpa or eager attention."""
+    rows, width = batch.input_ids_BL.shape
+    return Work(rows * width, rows * width * width, len(batch.labels_T))
+
+
+def work_of_lengths(lengths_P3: np.ndarray, *, shared_prompt: bool, attn_implementation: str = "sdpa") -> Work:
+    """Of one forward over P pairs, laid out as :func:`~mrpo_scale.pair_batch.collate_pairs` does.
+
+    Args:
+        lengths_P3: tokens of prompt, chosen and rejected.
+    """
+    if not len(lengths_P3):
+        return NO_WORK
+    prompt_P, chosen_P, rejected_P = np.asarray(lengths_P3, dtype=np.int64).T
+    responses = int((chosen_P + rejected_P).sum())
+    if shared_prompt:
+        lengths = prompt_P + chosen_P + rejected_P
+        width = int(lengths.max())
+        rows = len(packed_rows(lengths.tolist(), width))
+    else:
+        lengths = np.concatenate([prompt_P + chosen_P, prompt_P + rejected_P])
+        rows, width = len(lengths), int(lengths.max())
+    if attn_implementation in SKIPS_THE_MASKED:
+        return Work(rows * width, int((lengths * (lengths + 1) // 2).sum()), responses)
+    return Work(rows * width, rows * width * width, responses)
+
+
+def forward_flops(costs: UnitCosts, work: Work) -> ForwardFlops:
+    """Of a forward without gradient, such as a reference's."""
+    return ForwardFlops(
+        body=costs.per_position * work.positions,
+        attention=costs.per_score * work.scores,
+        head=costs.per_response_token * work.response_tokens,
+    )
+
+
+def training_flops(
+    costs: UnitCosts, work: Work, *, gradient_checkpointing: bool, gradients_in_forward: bool
+) -> TrainingFlops:
+    """Of the policy's forward and backward.
+
+    Args:
+        gradients_in_forward: ``head_backward``: 6TDV, or 8TDV where the backward computes the logits again.
+    """
+    forward = forward_flops(costs, work)
+    layers = forward.body + forward.attention
+    # A fused kernel keeps no scores: its backward starts with the product of queries and keys, half of its forward.
+    scores_again = 0 if costs.attn_implementation == "eager" else forward.attention // 2
+    rerun = costs.recomputed_per_position * work.positions + forward.attention
+    return TrainingFlops(
+        forward=layers,
+        backward=2 * layers,
+        recompute=scores_again + rerun * gradient_checkpointing,
+        head=forward.head * (3 if gradients_in_forward else 4),
+        useful=3 * forward.total,
+    )
+
+
+def total_work(parts: Sequence[Work]) -> Work:
+    """The sum; none at all is no work."""
+    return Work(*(sum(column) for column in zip(NO_WORK, *parts, strict=True)))
+
+
+def _recomputed(layer: nn.Module) -> int:
+    """FLOPs per position of a decoder layer's second forward, attention left out. Torch stops it once everything that the backward
+    needs is there again, and nothing needs the output of the last projection unless a norm follows."""
+    products = [2 * _size(module) for module in layer.modules() if _size(module)]
+    return sum(products) - (0 if hasattr(layer, "post_feedforward_layernorm") else products[-1])
+
+
+def _size(module: nn.Module) -> int:
+    """Elements of a linear layer's weight; from its attributes, because ZeRO-3 leaves the weight itself empty."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    if isinstance(module, Conv1D):  # GPT-2's name for a linear layer
+        return module.nx * module.nf
+    return 0
+
+
+def _field(config: PretrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int):
+        raise ConfigError(
+            f"the config of model type {config.model_type!r} has no number `{name}`, so its cost cannot be estimated; complete its "
+            "config.json or choose a decoder with ordinary attention."
+        )
+    return value

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-#: Steps of each arm before the clock counts: collectives are counted, then profiled, then the peak of memory is taken.
-COUNT, PROFILE, MEMORY, TIMED = "count", "profile", "memory", "timed"
-UNTIMED = (COUNT, PROFILE, MEMORY)
+Kind = Literal["settle", "count", "profile", "memory", "timed"]
 
-Kind = Literal["count", "profile", "memory", "timed"]
+#: Steps of each arm before the clock counts: one in which caches fill and ZeRO-3 learns its order of gathers, then one each in which
+#: collectives are counted, collectives are profiled, and the peak of memory is taken.
+UNTIMED: tuple[Kind, ...] = ("settle", "count", "profile", "memory")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def plan_arms(references: Sequence[int], scoring: Sequence[str], placements: Seq
 def plan_steps(arms: Sequence[Arm], rounds: int, windows: int, heaviest: int, seed: int) -> list[Step]:
     """First each arm's untimed steps on the heaviest window, arm after arm; then ``rounds`` rounds in which every arm trains the
     same window, in an order drawn anew for each round, so that drift of the machine hits all alike. The same on all ranks."""
-    steps = [Step(arm, kind, -1, heaviest) for arm in arms for kind in UNTIMED]  # type: ignore[arg-type]
+    steps = [Step(arm, kind, -1, heaviest) for arm in arms for kind in UNTIMED]
     rng = random.Random(seed)
     for i in range(rounds):
-        steps += [Step(arm, TIMED, i, i % windows) for arm in rng.sample(list(arms), len(arms))]
+        steps += [Step(arm, "timed", i, i % windows) for arm in rng.sample(list(arms), len(arms))]
     return steps

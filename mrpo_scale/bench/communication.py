@@ -16,9 +16,7 @@ _KINDS = {
     **dict.fromkeys(
         ("_allgather_base_", "allgather_", "allgather_coalesced_", "allgather_into_tensor_coalesced_"), "all_gather"
     ),
-    **dict.fromkeys(
-        ("_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"), "reduce_scatter"
-    ),
+    **dict.fromkeys(("_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"), "reduce_scatter"),
     **dict.fromkeys(("allreduce_", "allreduce_coalesced_"), "all_reduce"),
     "broadcast_": "broadcast",
 }

@@ -19,9 +19,10 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
-from mrpo_scale.bench.arms import COUNT, MEMORY, PROFILE, Arm, Step
+from mrpo_scale.bench.arms import Arm, Step
 from mrpo_scale.bench.clock import PhaseClock
 from mrpo_scale.bench.communication import CollectiveCounter, busy_seconds, link_profiler
+from mrpo_scale.callbacks import ProgressLine
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.device import peak_memory_gib, reset_peak_memory
 from mrpo_scale.flops import NO_WORK, UnitCosts, Work, forward_flops, training_flops, unit_costs, work_of_batch
@@ -82,7 +83,8 @@ class BenchTrainer(MRPOTrainer):
         self.measured: list[Measured] = []
         self.surveys = {arm: Survey() for arm in arms}
         super().__init__(*args, **kwargs)
-        self.remove_callback(PrinterCallback)
+        for shows_steps in (PrinterCallback, ProgressLine):
+            self.remove_callback(shows_steps)
         self.full_plan = self.plan
         self.phases = PhaseClock(self.args.device)
         self._policy_costs: UnitCosts | None = None
@@ -112,7 +114,7 @@ class BenchTrainer(MRPOTrainer):
     # ---- arms --------------------------------------------------------------------------------------------------------
 
     def _open_scores(self, args: MRPOConfig) -> ReferenceScores:
-        """Those of the cached arms, the one with most references first, because it scores what the cache lacks; or of the first arm."""
+        """Those of the cached arms, most references first, because that one scores what the cache lacks; or of the first arm."""
         cached = [arm for arm in self._arms if arm.scoring == "cached"]
         for arm in [*cached[::-1], self._arms[0]]:
             if arm not in self._scores_of:
@@ -134,6 +136,13 @@ class BenchTrainer(MRPOTrainer):
         self.plan = self.full_plan.first(arm.references)
         self.scores = self._scores_of[arm]
         self.preference_objective = objective_of(arm, self.args)
+
+    def forget_arms(self) -> None:
+        """Free all references."""
+        for scores in self._scores_of.values():
+            scores.references.clear()
+        self._scores_of.clear()
+        self._pool.clear()
 
     def resident_unused_gib(self) -> float:
         """Shards of references in memory that the present arm would not hold."""
@@ -198,7 +207,7 @@ class BenchTrainer(MRPOTrainer):
                     self._costs_of[id(reference)] = unit_costs(reference.model.model)
                     reference.model.model.register_forward_pre_hook(self._count_reference(reference), with_kwargs=True)
         if "backward" not in vars(self.accelerator):
-            self.accelerator.backward = clock.timed("backward", self.accelerator.backward)  # type: ignore[method-assign]
+            self.accelerator.backward = clock.timed("backward", self.accelerator.backward)
             stepper: Any = self.deepspeed if self.deepspeed is not None else self.optimizer
             stepper.step = clock.timed("optimizer", stepper.step)
             # Before and after all other hooks, so that gathers of ZeRO-3 count as part of the forward that needs them.
@@ -219,11 +228,11 @@ class BenchTrainer(MRPOTrainer):
         return count
 
     def _watch(self, step: Step) -> None:
-        if step.kind == COUNT:
+        if step.kind == "count":
             self._counter = self._guards.enter_context(CollectiveCounter())
-        elif step.kind == PROFILE:
+        elif step.kind == "profile":
             self._profiler = self._guards.enter_context(link_profiler(self.args.device))
-        elif step.kind == MEMORY:
+        elif step.kind == "memory":
             reset_peak_memory()
 
     def _keep(self, phases: dict[str, float]) -> None:
@@ -231,11 +240,11 @@ class BenchTrainer(MRPOTrainer):
         now, self._now = self._now, None
         assert now is not None
         survey = self.surveys[now.step.arm]
-        if now.step.kind == COUNT:
+        if now.step.kind == "count":
             survey.bytes, survey.calls = dict(self._counter.bytes), dict(self._counter.calls)
-        elif now.step.kind == PROFILE:
+        elif now.step.kind == "profile":
             survey.link_seconds = busy_seconds(self._profiler)
-        elif now.step.kind == MEMORY:
+        elif now.step.kind == "memory":
             survey.peak_memory_gib = peak_memory_gib(self.args.device) - self.resident_unused_gib()
         else:
             now.phases = phases

@@ -9,8 +9,8 @@ from typing import Literal
 
 Kind = Literal["settle", "count", "profile", "memory", "timed"]
 
-#: Steps of each arm before the clock counts: one in which caches fill and ZeRO-3 learns its order of gathers, then one each in which
-#: collectives are counted, collectives are profiled, and the peak of memory is taken.
+#: Steps of each arm before the clock counts: one in which caches fill and ZeRO-3 learns its order of gathers; then collectives are
+#: counted in one, profiled in the next, and the peak of memory is taken in the last.
 UNTIMED: tuple[Kind, ...] = ("settle", "count", "profile", "memory")
 
 

@@ -32,6 +32,8 @@ from kernel_report import figure, tables
 from mrpo_kernels import combine_references, sequence_logps
 from torch import Tensor
 
+from mrpo_scale.device import device_name
+
 GPU_CASES = [
     Case(16384, 4096, 128256, 512),
     Case(8192, 4096, 32000, 512),
@@ -281,7 +283,7 @@ def _status_bytes(key: str) -> int:
 
 
 def machine(device: str, dtype: torch.dtype) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{_cpu_name()} ({torch.get_num_threads()} cores)"
+    name = device_name(torch.device(device)) + f" ({torch.get_num_threads()} cores)" * (device == "cpu")
     versions = {}
     for package in ("triton", "liger-kernel", "cut-cross-entropy"):
         try:
@@ -289,11 +291,6 @@ def machine(device: str, dtype: torch.dtype) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "absent"
     return {"name": name, "host": platform.platform(), "torch": torch.__version__, "dtype": str(dtype), **versions}
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def save(report: dict[str, Any], folder: Path) -> None:

@@ -21,6 +21,8 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
   compare  objectives, settings and seeds against each other and against DPO on every single reference:
            [--objectives mrpo multi_dpo mrpo:KEY=VALUE,...] [--vary KEY=VALUE,VALUE ...] [--seeds 3] [--output FOLDER]
            [--launch "accelerate launch --config_file X"] [--jobs 1] [--dry_run | --slurm | --report]
+  bench    what a training step costs with K references, over DPO's: [--references 1 2 3] [--scoring live cached]
+           [--placement spread partition] [--steps 30] [--repeat_references] [--output FOLDER]
 
 RECIPE is a YAML file or the name of a recipe of the package. `mrpo train --help` lists all keys; every command that
 takes a recipe takes them.
@@ -36,6 +38,7 @@ COMMANDS = {
     "eval": "mrpo_scale.eval.run:run",
     "report": "mrpo_scale.html_report:report",
     "compare": "mrpo_scale.compare.command:compare",
+    "bench": "mrpo_scale.bench.command:bench",
 }
 
 
@@ -54,7 +57,7 @@ def run_command(command: str, argv: Sequence[str] | None = None) -> None:
     from mrpo_scale.untrusted import printable
 
     words = list(sys.argv[1:] if argv is None else argv)
-    if command in ("score", "inspect", "compare") and words and words[0] in ("-h", "--help"):
+    if command in ("score", "inspect", "compare", "bench") and words and words[0] in ("-h", "--help"):
         print(USAGE)
         return
     module, _, function = COMMANDS[command].partition(":")

@@ -299,6 +299,11 @@ class MRPOConfig(TrainingArguments):
         return Path(str(self.output_dir))
 
     @property
+    def window_size(self) -> int:
+        """Pairs per optimizer step over all ranks."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
     def weights_from_validation(self) -> bool:
         return list(self.ref_weights) == ["validation"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def peak_memory_gib(device: torch.device) -> float:
     status = Path("/proc/self/status")
     match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(match.group(1)) / 2**20 if match else 0.0
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor as Linux names it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -47,10 +47,10 @@ class RunPlan:
     def names(self) -> list[str]:
         return [reference.name for reference in self.references]
 
-    def anchor_alone(self) -> RunPlan:
-        """Without the other references, but with their views of the text: what ``objective: dpo`` runs with, on pairs that every
-        model of the recipe can score."""
-        return replace(self, references=self.references[:1])
+    def first(self, count: int) -> RunPlan:
+        """With the first ``count`` references, the anchor among them, but with all views of the text: runs that compare train on
+        pairs that every model of the recipe can score."""
+        return replace(self, references=self.references[:count])
 
 
 def plan_models(

@@ -114,7 +114,7 @@ def _train(
         trainer.comparison = [*others, *(row for row in summaries if row.name not in known)]
         save_final(trainer)
     history = _log(trainer)
-    _release(trainer)
+    release(trainer)
     return summaries, history
 
 
@@ -189,8 +189,8 @@ def save_final(trainer: MRPOTrainer) -> None:
         trainer.create_model_card()
 
 
-def _release(trainer: MRPOTrainer) -> None:
-    """Let go of a finished run's engine and shards, so that the next one in this process starts clean."""
+def release(trainer: MRPOTrainer) -> None:
+    """Let go of a finished run's engine and shards, so that the next one in this process starts clean. Collective."""
     if trainer.deepspeed is not None:
         trainer.deepspeed.destroy()
     trainer.scores.references.clear()

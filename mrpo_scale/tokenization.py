@@ -9,6 +9,7 @@ tokens, by cutting the response *text*: every model scores that text, without an
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -210,6 +211,14 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
             PairTokens(*(stored[f"{field}_{i}"] for field in PairTokens.__dataclass_fields__))
             for i in range(self.num_texts)
         )
+
+    def select(self, rows: Sequence[int]) -> PairDataset:
+        """Only these pairs, in this order; ``counts``, ``truncated`` and ``merged`` stay those of the whole set."""
+        selected = copy.copy(self)
+        for computed in ("row_keys", "lengths"):
+            vars(selected).pop(computed, None)
+        selected._good = self._good[np.asarray(rows, dtype=np.int64)]
+        return selected
 
     def source_row(self, row: int) -> int:
         """The number, from 0, of the (first) row in the data set that this pair was read from."""

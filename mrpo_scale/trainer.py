@@ -17,6 +17,7 @@ import datasets
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -54,9 +55,21 @@ from mrpo_scale.sequence_logps import (
     preference_step,
     score_pairs,
 )
+from mrpo_scale.tokenization import PairDataset
 from mrpo_scale.window import MicroBatch, PairExample, WeightedPairs, WindowSampler, policy_batches
 
 logger = logging.getLogger(__name__)
+
+
+def window_sampler(args: MRPOConfig, num_rows: int) -> WindowSampler:
+    """The order in which a run with these arguments trains its rows."""
+    return WindowSampler(
+        num_rows,
+        args.window_size,
+        shuffle=getattr(args, "train_sampling_strategy", "random") == "random",
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        drop_last=args.dataloader_drop_last,
+    )
 
 
 class MRPOTrainer(ResumableTrainer):
@@ -91,19 +104,19 @@ class MRPOTrainer(ResumableTrainer):
         check_output_folder(args, model, ref_models)
         self.plan = plan_models(model, ref_models, args, processing_class)
         check_small_files(Path(self.plan.policy.path))
-        self.pair_sets = prepare_sets(self.plan, args, train_dataset, eval_dataset)
+        self.pair_sets = self._prepare_sets(args, train_dataset, eval_dataset)
         if args.objective == "dpo" and ref_models:
             logger.info(
                 "objective dpo: the anchor alone is used, the %d other references are not loaded; their tokenizers decide which "
                 "pairs every model can score, so that runs compare",
                 len(ref_models),
             )
-            self.plan = self.plan.anchor_alone()
+            self.plan = self.plan.first(1)
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
         evals = {split: pairs for split, pairs in weighted.items() if split not in ("train", WEIGHTS_SET)}
 
         # Before the policy: what is scored ahead of training has the memory to itself.
-        self.scores = ReferenceScores(self.plan, args, self.pair_sets)
+        self.scores = self._open_scores(args)
         self.preference_objective = with_validation_weights(args, self.scores, self.pair_sets)
         doing("loading the policy")
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
@@ -153,17 +166,17 @@ class MRPOTrainer(ResumableTrainer):
     @property
     def window_size(self) -> int:
         """Pairs per optimizer step over all ranks."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return self.args.window_size
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> WindowSampler:
+    def _prepare_sets(self, args: MRPOConfig, train: Any, evals: Any) -> dict[str, PairDataset]:
+        return prepare_sets(self.plan, args, train, evals)
+
+    def _open_scores(self, args: MRPOConfig) -> ReferenceScores:
+        return ReferenceScores(self.plan, args, self.pair_sets)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        self.train_sampler = WindowSampler(
-            len(dataset),
-            self.window_size,
-            shuffle=getattr(self.args, "train_sampling_strategy", "random") == "random",
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
+        self.train_sampler = window_sampler(self.args, len(dataset))
         return self.train_sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> WindowSampler:

@@ -28,6 +28,7 @@ from mrpo_scale.references.cache import PartWriter, ReferenceStore
 from mrpo_scale.references.identity import ReferenceIdentity, identify
 from mrpo_scale.references.placement import (
     Placement,
+    Ranks,
     Share,
     find_nodes,
     partition,
@@ -50,6 +51,7 @@ class ReferenceScores:
 
     Args:
         pair_sets: every set that will be scored.
+        pool: references that are in memory already, by number and ranks; those that load now join them.
 
     Attributes:
         references: {k: reference} as far as this rank holds a part; none of those whose scores are all cached.
@@ -59,7 +61,13 @@ class ReferenceScores:
             that cannot be loaded.
     """
 
-    def __init__(self, plan: RunPlan, args: MRPOConfig, pair_sets: Mapping[str, PairDataset]) -> None:
+    def __init__(
+        self,
+        plan: RunPlan,
+        args: MRPOConfig,
+        pair_sets: Mapping[str, PairDataset],
+        pool: dict[tuple[int, Ranks], Reference] | None = None,
+    ) -> None:
         self.names, self.device = plan.names, args.device
         self.stores = open_stores(plan, args, pair_sets)
         everything = distinct_rows(pair_sets)
@@ -81,7 +89,7 @@ class ReferenceScores:
                     self.stores[k].prepare_to_write()
             self._writers = {k: PartWriter(self.stores[k]) for k in self.live}
         if self.live:
-            self._load(plan, args, pair_sets)
+            self._load(plan, args, pair_sets, {} if pool is None else pool)
 
     def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs) -> Tensor:
         """Raw log-probs [K, P, 2] float32 of this rank's examples, all rows of ``pairs``, in their order.
@@ -135,7 +143,13 @@ class ReferenceScores:
             tokens_N2 = pairs.lengths[rows[new], self._views[k], 1:]
             self._writers[k].add(pairs.row_keys[rows[new]], scores_KP2[k].cpu().numpy()[new], tokens_N2)
 
-    def _load(self, plan: RunPlan, args: MRPOConfig, pair_sets: Mapping[str, PairDataset]) -> None:
+    def _load(
+        self,
+        plan: RunPlan,
+        args: MRPOConfig,
+        pair_sets: Mapping[str, PairDataset],
+        pool: dict[tuple[int, Ranks], Reference],
+    ) -> None:
         """The references that are needed live, one after the other, and a table of what went where."""
         self._views = {k: reference.view for k, reference in enumerate(plan.references)}
         window = args.train_batch_size * args.gradient_accumulation_steps
@@ -150,7 +164,9 @@ class ReferenceScores:
             doing(f"loading reference {self.names[k]}")
             ranks = placement.group_of(k, args.process_index)
             if ranks is not None:
-                self.references[k] = load_reference(plan.references[k], groups.get(ranks), args)
+                if (k, ranks) not in pool:
+                    pool[k, ranks] = load_reference(plan.references[k], groups.get(ranks), args)
+                self.references[k] = pool[k, ranks]
         everybody = [entry for some in all_say(self._shares(), world_group()) for entry in some.items()]
         shares = dict(sorted(everybody, key=lambda entry: entry[1].bytes_per_rank))  # the rank that holds most is shown
         forwards = {}

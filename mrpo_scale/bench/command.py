@@ -1,0 +1,188 @@
+"""`mrpo bench`: plan the arms, take the steps, and say what each of them cost."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from mrpo_scale.bench.arms import Arm, plan_arms, plan_steps
+from mrpo_scale.bench.results import summarise
+from mrpo_scale.bench.show import plot, tables
+from mrpo_scale.bench.trainer import BenchTrainer
+from mrpo_scale.config import MRPOConfig, ScriptArguments
+from mrpo_scale.device import device_name, peak_flops
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.inputs import read_rows
+from mrpo_scale.ranks import all_say, world_group
+from mrpo_scale.recipe import parse
+from mrpo_scale.run import release
+from mrpo_scale.toyworld import resolve
+
+logger = logging.getLogger(__name__)
+
+#: Put behind the recipe's own keys: nothing but steps. The optimizer works in full and moves nothing: see bench/trainer.py.
+_STEPS_ALONE = {
+    "learning_rate": "0",
+    "logging_strategy": "steps",
+    "logging_steps": "1",
+    "report_to": "none",
+    "eval_strategy": "no",
+    "eval_on_start": "false",
+    "save_strategy": "no",
+    "load_best_model_at_end": "false",
+    "push_to_hub": "false",
+    "num_train_epochs": "1",
+}
+
+
+class _Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"mrpo bench: {message}.")
+
+
+def bench(words: Sequence[str]) -> None:
+    """Run the command. Collective over the world.
+
+    Raises:
+        ConfigError, TrainingError: see errors.py.
+    """
+    flags, rest = _flags().parse_known_args(list(words))
+    _check(flags)
+    script, config = parse([*rest, *(f"--{key}={value}" for key, value in _STEPS_ALONE.items())])
+    arms = plan_arms(flags.references, flags.scoring, flags.placement or [config.ref_placement])
+    ref_models = _ref_models(script, arms[-1].references, flags.repeat_references)
+    _adapt(config, arms, flags)
+    rows, _ = read_rows(script, config)
+    trainer = BenchTrainer(
+        resolve(str(script.model_name_or_path)),
+        ref_models=[resolve(reference) for reference in ref_models],
+        args=config,
+        train_dataset=rows,
+        arms=arms,
+        rounds=flags.steps,
+        plan_steps=partial(_steps, arms, flags.steps, config.seed),
+    )
+    trainer.train()
+    everybody = all_say((trainer.measured, trainer.surveys), world_group())
+    if config.process_index == 0:
+        figures = summarise(arms, everybody, peak_flops(config.device))
+        _report(_result(trainer, rest, figures, flags.steps), config.folder)
+    trainer.forget_arms()
+    release(trainer)
+
+
+def _flags() -> argparse.ArgumentParser:
+    parser = _Flags(prog="mrpo bench", add_help=False, allow_abbrev=False)
+    parser.add_argument("--references", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--scoring", nargs="+", choices=("live", "cached"), default=["live", "cached"])
+    parser.add_argument("--placement", nargs="+", choices=("spread", "partition"))
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--repeat_references", action="store_true")
+    parser.add_argument("--output", type=Path)
+    return parser
+
+
+def _check(flags: argparse.Namespace) -> None:
+    if min(flags.references) < 1:
+        raise ConfigError(f"`--references {min(flags.references)}`: a run has at least 1, the anchor, which is DPO.")
+    if flags.steps < 5:
+        raise ConfigError(f"`--steps {flags.steps}`: an interval needs at least 5 timed steps of each arm.")
+
+
+def _ref_models(script: ScriptArguments, most: int, repeat: bool) -> list[str]:
+    """``ref_models`` of the arm with most references; the others take the first of them."""
+    have = script.ref_models
+    if most <= 1 + len(have):
+        return have[: most - 1]
+    if not repeat:
+        names = f" ({', '.join(have)})" if have else ""
+        raise ConfigError(
+            f"`--references {most}`: the recipe has {1 + len(have)}: the anchor and {len(have)} `ref_models`{names}; name more "
+            f"there, ask for at most {1 + len(have)}, or add --repeat_references, which loads the same models several times to "
+            "measure their cost."
+        )
+    again = have or [str(script.model_name_or_path)]
+    logger.info("--repeat_references: K=%d is reached by loading %s again", most, ", ".join(again))
+    return list(islice(cycle(again), most - 1))
+
+
+def _steps(arms: Sequence[Arm], rounds: int, seed: int, windows: int, heaviest: int) -> list[Any]:
+    return plan_steps(arms, rounds, windows, heaviest, seed)
+
+
+def _adapt(config: MRPOConfig, arms: Sequence[Arm], flags: argparse.Namespace) -> None:
+    """What the arms of one trainer need, said where it is not the recipe's own."""
+    config.output_dir = str(flags.output or config.folder / "bench")
+    config.max_steps = len(_steps(arms, flags.steps, config.seed, 1, 0))
+    if config.objective == "dpo" and len(arms) > 1:
+        config.objective = "mrpo"
+    config.weights_split = None
+    if list(config.ref_weights) not in (["confidence"], ["uniform"]):
+        logger.info("ref_weights: %s fits one K only; measured with uniform", " ".join(map(str, config.ref_weights)))
+        config.ref_weights = ["uniform"]
+
+
+def _result(trainer: BenchTrainer, words: Sequence[str], arms: list[dict[str, Any]], rounds: int) -> dict[str, Any]:
+    args = trainer.args
+    packages = ("mrpo-scale", "torch", "transformers", "accelerate", "deepspeed")
+    return {
+        "machine": {
+            "name": device_name(args.device),
+            "device": args.device.type,
+            "ranks": args.world_size,
+            "threads_per_rank": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "recipe": _recipe_name(words),
+        "words": list(words),
+        "models": {
+            "policy": {"path": trainer.full_plan.policy.path, "parameters": trainer._num_parameters},
+            "references": [
+                {"name": r.name, "path": r.source.path, "dtype": str(r.source.dtype).removeprefix("torch.")}
+                for r in trainer.full_plan.references
+            ],
+        },
+        "settings": {
+            "precision": "bf16"
+            if args.bf16
+            else "fp16"
+            if args.fp16
+            else str(args.policy_dtype).removeprefix("torch."),
+            "zero_stage": args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "gradient_checkpointing": args.gradient_checkpointing,
+            "max_length": args.max_length,
+            "ref_shard_size": args.ref_shard_size,
+            "ref_offload": args.ref_offload,
+        },
+        "rounds": rounds,
+        "windows": len(trainer.windows),
+        "pairs_per_step": trainer.window_size,
+        "arms": arms,
+    }
+
+
+def _recipe_name(words: Sequence[str]) -> str:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "--config" or word.startswith("--config="):
+            return Path(word.partition("=")[2] or following).stem
+    return "command line"
+
+
+def _report(result: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, folder / "bench.png")
+    print(f"\n{tables(result)}\n\n{folder / 'bench.json'}, {folder / 'bench.png'}", flush=True)

@@ -6,7 +6,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import SHARED_PROMPT_MODELS, collate_pairs, supports_shared_prompt
-from mrpo_scale.sequence_logps import check_pair_scoring, choose_shared_prompt, enable_pair_scoring, score_pairs
+from mrpo_scale.sequence_logps import (
+    check_pair_scoring,
+    choose_end_to_end,
+    choose_shared_prompt,
+    enable_pair_scoring,
+    score_pairs,
+)
 from mrpo_scale.tokenization import PairTokens
 
 VOCABULARY, WINDOW = 97, 8
@@ -75,12 +81,17 @@ def plain_logps(model, pairs):
 
 @pytest.mark.parametrize(("model_type", "attention"), CASES)
 @pytest.mark.parametrize("shared_prompt", [True, False], ids=["shared", "separate"])
-def test_equals_two_plain_forwards(model_type, attention, shared_prompt):
+@pytest.mark.parametrize("end_to_end", [False, True], ids=["padded", "end_to_end"])
+def test_equals_two_plain_forwards(model_type, attention, shared_prompt, end_to_end):
+    if end_to_end and attention == "eager":
+        pytest.skip("eager attention takes a mask over padded rows")
     model = tiny_model(model_type, attention)
     expected = plain_logps(model, PAIRS)
     enable_pair_scoring(model, model_type)
+    if end_to_end:
+        assert choose_end_to_end(model, torch.device("cpu"))
     with torch.no_grad():
-        got = score_pairs(model, collate_pairs(PAIRS, shared_prompt=shared_prompt))
+        got = score_pairs(model, collate_pairs(PAIRS, shared_prompt=shared_prompt, end_to_end=end_to_end))
     assert ((got - expected) / expected).abs().max() < 1e-5
     # The model's own logits are what they were.
     torch.testing.assert_close(plain_logps(model, PAIRS), expected)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from mrpo_kernels import LinearPreferenceLoss, linear_preference_loss, sequence_logps
+from mrpo_kernels.cpu_linear import CpuLinear, has_fast_products
 from mrpo_kernels.linear_preference_loss import LossOfPairs
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -91,6 +92,10 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
     fused = cast(FusedHead, head)
     fused.softcap, fused.logit_scale = logit_transform(model.config)
     fused.impl = impl
+    if has_fast_products():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = CpuLinear
     plain_forward = model.forward
 
     def forward(

@@ -69,6 +69,6 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             product(d_y_MO, weight_OI.t()).view_as(x) if needs_x else None,
-            product(d_y_MO.t(), x_MI.t()) if needs_weight else None,
+            product(d_y_MO.t().contiguous(), x_MI.t().contiguous()) if needs_weight else None,
             d_y_MO.sum(0) if needs_bias else None,
         )

@@ -31,10 +31,10 @@ def has_fast_products() -> bool:
 def fast(*tensors: Tensor) -> bool:
     """Whether :func:`product` takes these: float32 on such a CPU, and nobody is compiling or casting."""
     return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+        not torch.compiler.is_compiling()
+        and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
         and has_fast_products()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

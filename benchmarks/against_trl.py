@@ -4,13 +4,13 @@
     python benchmarks/against_trl.py --model models/smollm2 --pairs pairs.json --output benchmarks/results/against-trl.json
 
 Every run is a process of its own, so that its peak resident memory (VmHWM, from start to end) is its own; the two programs take
-turns, so that a busy machine slows both. The clock is around ``trainer.train()``: one epoch, the reference's forwards inside it when
-they are live, optimizer, clipping and logging of every step included; imports, loading and tokenizing are outside. Both read the
-very same token ids, in the same order, and both report the loss, the two log-probs and the gradient norm of every step: if these
-differ, there is nothing to compare and the benchmark stops.
+turns, so that a busy machine slows both. The clock is around ``trainer.train()``: one epoch, the reference's forwards inside it
+when they are live, optimizer, clipping and logging of every step included; imports, loading and tokenizing are outside. Both read
+the very same token ids, in the same order, and both report the loss, the two log-probs and the gradient norm of every step: if
+these differ, there is nothing to compare and the benchmark stops.
 
-The pairs are the first ``--num_pairs`` whose two sides (prompt + response) fit ``--max_length`` uncut. TRL runs with what is fastest for
-it here: its chunked head is always on; its Liger kernels need Triton's GPU, its padding-free batches are switched off in TRL 1.16.
+The pairs are the first ``--num_pairs`` whose two sides (prompt + response) fit ``--max_length`` uncut. TRL runs with what is
+fastest for it here: its chunked head is always on; its Liger kernels need a GPU, its padding-free batches are switched off in 1.16.
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ def figures_of(trainer: Any) -> dict[str, Any]:
 
     from mrpo_scale.device import peak_memory_gib
 
-    steps = [{k: v for k, v in entry.items() if k in COMPARED} for entry in trainer.state.log_history if "loss" in entry]
+    steps = [
+        {k: v for k, v in entry.items() if k in COMPARED} for entry in trainer.state.log_history if "loss" in entry
+    ]
     return {
         "peak_rss_gib": peak_memory_gib(torch.device("cpu")),
         "steps": steps,
@@ -267,9 +269,7 @@ def trl_trainer(flags: argparse.Namespace, scoring: str) -> Any:
         processing_class=AutoTokenizer.from_pretrained(flags.model),
     )
     rows = datasets.Dataset.from_list(json.loads((flags.work / "ids.json").read_text()))
-    trainer.train_dataset = (
-        trainer._precompute_ref_logps(rows, "train", flags.pairs_per_step) if precompute else rows
-    )
+    trainer.train_dataset = trainer._precompute_ref_logps(rows, "train", flags.pairs_per_step) if precompute else rows
     return trainer
 
 

@@ -4,9 +4,9 @@ Two ways to lay a pair out. **Shared prompt**: one segment [prompt, chosen, reje
 and restart their positions after the prompt, so the prompt is computed once. **Separate**: one segment per response, [prompt,
 response]; any causal model takes it.
 
-Two ways to put segments into rows. **Padded**: shared-prompt segments are packed into rows as long as the longest pair, because the
-mask that keeps responses apart keeps pairs apart as well; separate ones get a row each and an ordinary padding mask. **End to end**:
-one row without any padding, for an attention that is told where each segment lies: flash-attention's varlen calls, or
+Two ways to put segments into rows. **Padded**: shared-prompt segments are packed into rows as long as the longest pair, because
+the mask that keeps responses apart keeps pairs apart as well; separate ones get a row each and an ordinary padding mask. **End to
+end**: one row without any padding, for an attention that is told where each segment lies: flash-attention's varlen calls, or
 :mod:`~mrpo_scale.span_attention`.
 
 P pairs, S = 2P responses ordered (pair 0 chosen, pair 0 rejected, pair 1 chosen, ...), B rows of L positions, T response tokens.
@@ -161,7 +161,11 @@ SHARED_PROMPT_MODELS = {
 
 def supports_shared_prompt(config: PretrainedConfig) -> bool:
     """Whether chosen and rejected can share one forward over their prompt: a tested model type under a maskable attention."""
-    return config.model_type in SHARED_PROMPT_MODELS and config._attn_implementation in ("sdpa", "eager", SPAN_ATTENTION)
+    return config.model_type in SHARED_PROMPT_MODELS and config._attn_implementation in (
+        "sdpa",
+        "eager",
+        SPAN_ATTENTION,
+    )
 
 
 def supports_end_to_end(config: PretrainedConfig) -> bool:

@@ -50,6 +50,12 @@ class FusedHead(nn.Linear):
     ) -> Tensor | LinearPreferenceLoss:
         if labels_T is None or cu_seqlens is None:
             return super().forward(hidden)
+        return self._score(hidden, labels_T, cu_seqlens, loss_of_pairs)
+
+    @torch.compiler.disable  # large products in chunks whose number depends on the batch: nothing to fuse, much to recompile
+    def _score(
+        self, hidden: Tensor, labels_T: Tensor, cu_seqlens: Tensor, loss_of_pairs: LossOfPairs | None
+    ) -> Tensor | LinearPreferenceLoss:
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if weight.dtype != hidden.dtype:  # under autocast the body is bf16 and the head's master weight float32
@@ -147,10 +153,15 @@ def choose_shared_prompt(setting: str, config: PretrainedConfig, name: str) -> b
 
 
 def choose_end_to_end(model: PreTrainedModel, device: torch.device, *, compiled: bool = False) -> bool:
-    """Whether ``model``'s batches should be laid end to end: under flash-attention, and under sdpa on a CPU, where ``model`` is given
-    the attention that goes span by span. Not when it will be compiled, which lengths that change with every batch undo."""
+    """Whether ``model``'s batches should be laid end to end: under flash-attention, and under sdpa on a CPU, where ``model`` is
+    given the attention that goes span by span. Not when it will be compiled, which lengths that change with every batch undo."""
     config = model.config
-    if device.type == "cpu" and config._attn_implementation == "sdpa" and supports_shared_prompt(config) and not compiled:
+    if (
+        device.type == "cpu"
+        and config._attn_implementation == "sdpa"
+        and supports_shared_prompt(config)
+        and not compiled
+    ):
         model.set_attn_implementation(SPAN_ATTENTION)
     return supports_end_to_end(config)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mrpo_kernels.cpu_linear import fast, product
+from mrpo_kernels.cpu_linear import fast, fast_product
 
 # Bytes of one tile of logits. On a CPU few large operations beat small ones that fit the L2 (a tile is read four times, and every
 # operation ends in a barrier of the threads); on a GPU a tile must fill the device, which [16384, 4096] does.
@@ -50,7 +50,7 @@ class OutputHead(NamedTuple):
         if fast(hidden_CD, self.weight_VD, out_CV):
             logits_CV = out_CV
             for words in _product_tiles(len(self.weight_VD)):
-                logits_CV[:, words] = product(hidden_CD, self.weight_VD[words])
+                logits_CV[:, words] = fast_product(hidden_CD, self.weight_VD[words])
         elif hidden_CD.dtype == out_CV.dtype:
             logits_CV = torch.mm(hidden_CD, self.weight_VD.t(), out=out_CV)
         else:
@@ -144,7 +144,10 @@ def d_logits_(softmax_CV: Tensor, labels_C: Tensor, first_word: int, d_token_C: 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """``total = a @ b`` if first, else ``total += a @ b``, summed in the wider of the dtypes. A total wider than the operands is
     a GPU's, see :func:`operand_dtype`."""
-    if total.dtype == a.dtype:
+    if fast(total, a, b):
+        product = fast_product(a.contiguous(), b.t())
+        total.copy_(product) if first else total.add_(product)
+    elif total.dtype == a.dtype:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
     elif total.itemsize < a.itemsize:
         product = torch.mm(a, b)
@@ -258,53 +261,20 @@ def add_tile_gradients(
     if part.scale != 1.0:
         d_logits_CV.mul_(part.scale)
     d_operand_CV = d_logits_CV.to(hidden_CD.dtype)
-    if fast(d_operand_CV, part.weight_VD):
-        _add_fast_products(d_operand_CV, hidden_CD, part, words, d_hidden_CD, totals, first)
-    else:
-        _add_products(d_operand_CV, hidden_CD, part, words, d_hidden_CD, totals, first)
+    quick = fast(d_operand_CV, part.weight_VD)
+    for tile in _product_tiles(d_operand_CV.shape[1]) if quick else [slice(None)]:
+        d_tile_CW = d_operand_CV[:, tile]
+        if (
+            quick
+        ):  # rows of logits lie a vocabulary apart: transposing them as they are misses the cache with every number
+            d_tile_CW = d_tile_CW.contiguous()
+        if d_hidden_CD is not None:
+            add_product_(d_hidden_CD, d_tile_CW, part.weight_VD[tile], first=first[0] and not tile.start)
+        if totals.weight_VD is not None:
+            add_product_(totals.weight_VD[words][tile], d_tile_CW.t(), hidden_CD, first=first[1])
     if totals.bias_V is not None:
         d_bias_V = d_logits_CV.sum(0)
         totals.bias_V[words].copy_(d_bias_V) if first[1] else totals.bias_V[words].add_(d_bias_V)
-
-
-def _add_products(
-    d_operand_CV: Tensor,
-    hidden_CD: Tensor,
-    part: OutputHead,
-    words: slice,
-    d_hidden_CD: Tensor | None,
-    totals: HeadGradients,
-    first: tuple[bool, bool],
-) -> None:
-    if d_hidden_CD is not None:
-        add_product_(d_hidden_CD, d_operand_CV, part.weight_VD, first=first[0])
-    if totals.weight_VD is not None:
-        add_product_(totals.weight_VD[words], d_operand_CV.t(), hidden_CD, first=first[1])
-
-
-def _add_fast_products(
-    d_operand_CV: Tensor,
-    hidden_CD: Tensor,
-    part: OutputHead,
-    words: slice,
-    d_hidden_CD: Tensor | None,
-    totals: HeadGradients,
-    first: tuple[bool, bool],
-) -> None:
-    """The same by :func:`~mrpo_kernels.cpu_linear.product`, whose results come in memory of their own: a few words at a time, so
-    that they are added up from the cache."""
-    hidden_DC = hidden_CD.t().contiguous()
-    for tile in _product_tiles(d_operand_CV.shape[1]):
-        # Rows of logits lie a vocabulary apart, which transposing directly would pay for with a cache miss per number.
-        d_tile_CW = d_operand_CV[:, tile].contiguous()
-        if d_hidden_CD is not None:
-            d_hidden_part_CD = product(d_tile_CW, part.weight_VD[tile].t())
-            is_first = first[0] and tile.start == 0
-            d_hidden_CD.copy_(d_hidden_part_CD) if is_first else d_hidden_CD.add_(d_hidden_part_CD)
-        if totals.weight_VD is not None:
-            total_WD = totals.weight_VD[words][tile]
-            d_weight_WD = product(d_tile_CW.t().contiguous(), hidden_DC)
-            total_WD.copy_(d_weight_WD) if first[1] else total_WD.add_(d_weight_WD)
 
 
 def _product_tiles(num_words: int) -> Iterator[slice]:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from mrpo_kernels.cpu_linear import CpuLinear, fast, has_fast_products, product
+from mrpo_kernels.cpu_linear import CpuLinear, fast, fast_product, has_fast_products
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-needs_products = pytest.mark.skipif(not has_fast_products(), reason="this CPU or torch has no AVX-512 products in oneDNN")
+needs_products = pytest.mark.skipif(
+    not has_fast_products(), reason="this CPU or torch has no AVX-512 products in oneDNN"
+)
 
 
 def error(got, exact):
@@ -20,9 +22,9 @@ def test_products_are_as_exact_as_torchs(m, i, o):
     a, b, bias = (torch.randn(*shape, generator=generator) for shape in ((m, i), (o, i), (o,)))
     exact = a.double() @ b.double().t() + bias.double()
     eager = error(torch.addmm(bias, a, b.t()), exact)
-    assert error(product(a, b, bias), exact) <= 3 * eager + 1e-7
+    assert error(fast_product(a, b, bias), exact) <= 3 * eager + 1e-7
     # Transposed views are read as what they are.
-    assert error(product(a.t().contiguous().t(), b.t().contiguous().t(), bias), exact) <= 3 * eager + 1e-7
+    assert error(fast_product(a.t().contiguous().t(), b.t().contiguous().t(), bias), exact) <= 3 * eager + 1e-7
 
 
 @needs_products

@@ -1,9 +1,13 @@
 """Pairs as tensors: rows of tokens, which of them see each other, and which positions the head scores.
 
-Two layouts. **Shared prompt**: a pair is one segment [prompt, chosen, rejected] in which the responses do not see each other and
-restart their positions after the prompt, so the prompt is computed once; short segments are packed into rows as long as the
-longest pair, because the mask that keeps responses apart keeps pairs apart as well. **Separate**: one row per response,
-[prompt, response], with an ordinary padding mask; any causal model takes it.
+Two ways to lay a pair out. **Shared prompt**: one segment [prompt, chosen, rejected] in which the responses do not see each other
+and restart their positions after the prompt, so the prompt is computed once. **Separate**: one segment per response, [prompt,
+response]; any causal model takes it.
+
+Two ways to put segments into rows. **Padded**: shared-prompt segments are packed into rows as long as the longest pair, because
+the mask that keeps responses apart keeps pairs apart as well; separate ones get a row each and an ordinary padding mask. **End to
+end**: one row without any padding, for an attention that is told where each segment lies: flash-attention's varlen calls, or
+:mod:`~mrpo_scale.span_attention`.
 
 P pairs, S = 2P responses ordered (pair 0 chosen, pair 0 rejected, pair 1 chosen, ...), B rows of L positions, T response tokens.
 """
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from mrpo_scale.span_attention import SPAN_ATTENTION, Spans
 from mrpo_scale.tokenization import PairTokens
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
@@ -35,6 +40,7 @@ class PairBatch:
     labels_T: Tensor
     cu_seqlens: Tensor  #: [2P+1] int32 boundaries of the responses in T
     shared_prompt: bool
+    spans: Spans | None  #: where segments lie end to end, B = 1; None: padded rows
 
     @property
     def num_pairs(self) -> int:
@@ -46,8 +52,8 @@ class PairBatch:
         return int((self.segment_BL >= 0).sum())
 
     def to(self, device: torch.device | str) -> PairBatch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shared_prompt"}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)})
 
 
 def segment_length(pair: PairTokens, shared_prompt: bool) -> int:
@@ -56,7 +62,9 @@ def segment_length(pair: PairTokens, shared_prompt: bool) -> int:
     return len(pair.prompt_ids) + (chosen + rejected if shared_prompt else max(chosen, rejected))
 
 
-def collate_pairs(pairs: Sequence[PairTokens], *, shared_prompt: bool, pad_token_id: int = 0) -> PairBatch:
+def collate_pairs(
+    pairs: Sequence[PairTokens], *, shared_prompt: bool, end_to_end: bool = False, pad_token_id: int = 0
+) -> PairBatch:
     """Lay P >= 1 pairs out as rows; the order of the responses in the result is the order of ``pairs``."""
     if shared_prompt:
         segments = [[(p.prompt_ids, PROMPT), (p.chosen_ids, CHOSEN), (p.rejected_ids, REJECTED)] for p in pairs]
@@ -67,8 +75,11 @@ def collate_pairs(pairs: Sequence[PairTokens], *, shared_prompt: bool, pad_token
             for ids, part in ((p.chosen_ids, CHOSEN), (p.rejected_ids, REJECTED))
         ]
     lengths = [sum(len(ids) for ids, _ in segment) for segment in segments]
-    width = max(lengths)
-    rows = packed_rows(lengths, width) if shared_prompt else [[s] for s in range(len(segments))]
+    width = sum(lengths) if end_to_end else max(lengths)
+    if end_to_end:
+        rows = [list(range(len(segments)))]
+    else:
+        rows = packed_rows(lengths, width) if shared_prompt else [[s] for s in range(len(segments))]
 
     shape = (len(rows), width)
     input_ids_BL = torch.full(shape, pad_token_id)
@@ -104,7 +115,13 @@ def collate_pairs(pairs: Sequence[PairTokens], *, shared_prompt: bool, pad_token
         labels_T=torch.tensor([i for _, ids in responses for i in ids], dtype=torch.long),
         cu_seqlens=counts.cumsum(0).to(torch.int32),
         shared_prompt=shared_prompt,
+        spans=_spans(segments, shared_prompt) if end_to_end else None,
     )
+
+
+def _spans(segments: Sequence[Sequence[tuple[Sequence[int], int]]], shared_prompt: bool) -> Spans:
+    lengths = [tuple(len(ids) for ids, _ in segment) for segment in segments]
+    return Spans(tuple((n[0], n[1:]) if shared_prompt else (sum(n), ()) for n in lengths))
 
 
 def packed_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -144,7 +161,37 @@ SHARED_PROMPT_MODELS = {
 
 def supports_shared_prompt(config: PretrainedConfig) -> bool:
     """Whether chosen and rejected can share one forward over their prompt: a tested model type under a maskable attention."""
-    return config.model_type in SHARED_PROMPT_MODELS and config._attn_implementation in ("sdpa", "eager")
+    return config.model_type in SHARED_PROMPT_MODELS and config._attn_implementation in (
+        "sdpa",
+        "eager",
+        SPAN_ATTENTION,
+    )
+
+
+def supports_end_to_end(config: PretrainedConfig) -> bool:
+    """Whether segments can lie end to end in one row: nothing but attention mixes positions in these model types, and the
+    attention can be told where they lie."""
+    told = config._attn_implementation == SPAN_ATTENTION or is_flash(config)
+    return config.model_type in SHARED_PROMPT_MODELS and told
+
+
+def is_flash(config: PretrainedConfig) -> bool:
+    return "flash" in str(config._attn_implementation)
+
+
+def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments that tell ``config``'s model which positions of ``batch`` see each other."""
+    if batch.spans is None:
+        return {"attention_mask": attention_mask(batch, config, dtype)}
+    if is_flash(config):
+        lengths = [trunk for trunk, _ in batch.spans.lengths]
+        starts = torch.tensor([0, *lengths], device=batch.input_ids_BL.device).cumsum(0).to(torch.int32)
+        varlen = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+        return {"attention_mask": None, **varlen, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+    unused: Any = batch.segment_BL.new_zeros(1, 1, 1, 1)  # a 4-D mask is passed on as it is: none is made
+    if SHARED_PROMPT_MODELS[config.model_type] == "layer_types":
+        unused = dict.fromkeys(("full_attention", "sliding_attention"))
+    return {"attention_mask": unused, "spans": batch.spans}
 
 
 def attention_mask(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:

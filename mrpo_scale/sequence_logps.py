@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from mrpo_kernels import LinearPreferenceLoss, linear_preference_loss, sequence_logps
+from mrpo_kernels.cpu_linear import CpuLinear, has_fast_products
 from mrpo_kernels.linear_preference_loss import LossOfPairs
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,10 +23,12 @@ from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import (
     SHARED_PROMPT_MODELS,
     PairBatch,
-    attention_mask,
+    attention_inputs,
     collate_pairs,
+    supports_end_to_end,
     supports_shared_prompt,
 )
+from mrpo_scale.span_attention import SPAN_ATTENTION
 from mrpo_scale.tokenization import PairTokens
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,12 @@ class FusedHead(nn.Linear):
     ) -> Tensor | LinearPreferenceLoss:
         if labels_T is None or cu_seqlens is None:
             return super().forward(hidden)
+        return self._score(hidden, labels_T, cu_seqlens, loss_of_pairs)
+
+    @torch.compiler.disable  # large products in chunks whose number depends on the batch: nothing to fuse, much to recompile
+    def _score(
+        self, hidden: Tensor, labels_T: Tensor, cu_seqlens: Tensor, loss_of_pairs: LossOfPairs | None
+    ) -> Tensor | LinearPreferenceLoss:
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if weight.dtype != hidden.dtype:  # under autocast the body is bf16 and the head's master weight float32
@@ -89,6 +98,10 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
     fused = cast(FusedHead, head)
     fused.softcap, fused.logit_scale = logit_transform(model.config)
     fused.impl = impl
+    if has_fast_products():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = CpuLinear
     plain_forward = model.forward
 
     def forward(
@@ -113,9 +126,9 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
 def _response_hidden(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
     hidden_BLD = model.base_model(
         input_ids=pairs.input_ids_BL,
-        attention_mask=attention_mask(pairs, model.config, model.dtype),
         position_ids=pairs.position_ids_BL,
         use_cache=False,
+        **attention_inputs(pairs, model.config, model.dtype),
     ).last_hidden_state
     # Only the positions that predict a response token reach the head.
     return hidden_BLD.flatten(0, 1).index_select(0, pairs.logit_index_T)
@@ -137,6 +150,20 @@ def choose_shared_prompt(setting: str, config: PretrainedConfig, name: str) -> b
     way = "one forward over prompt, chosen and rejected" if shared else "two sequences per pair"
     logger.info("%s (%s, %s attention): %s", name, config.model_type, config._attn_implementation, way)
     return shared
+
+
+def choose_end_to_end(model: PreTrainedModel, device: torch.device, *, compiled: bool = False) -> bool:
+    """Whether ``model``'s batches should be laid end to end: under flash-attention, and under sdpa on a CPU, where ``model`` is
+    given the attention that goes span by span. Not when it will be compiled, which lengths that change with every batch undo."""
+    config = model.config
+    if (
+        device.type == "cpu"
+        and config._attn_implementation == "sdpa"
+        and supports_shared_prompt(config)
+        and not compiled
+    ):
+        model.set_attn_implementation(SPAN_ATTENTION)
+    return supports_end_to_end(config)
 
 
 def score_pairs(model: nn.Module, pairs: PairBatch) -> Tensor:
@@ -161,7 +188,9 @@ _PROBE = [
 
 
 @torch.no_grad()
-def check_pair_scoring(model: nn.Module, name: str, *, shared_prompt: bool, device: torch.device) -> float:
+def check_pair_scoring(
+    model: nn.Module, name: str, *, shared_prompt: bool, end_to_end: bool = False, device: torch.device
+) -> float:
     """Compare the pair forward with the model's own logits on a few tokens; every rank must call it.
 
     It catches what no table of architectures can: a model that transforms its logits or its positions in a way this module
@@ -172,7 +201,9 @@ def check_pair_scoring(model: nn.Module, name: str, *, shared_prompt: bool, devi
     """
     was_training = model.training
     model.eval()
-    got_P2 = score_pairs(model, collate_pairs(_PROBE, shared_prompt=shared_prompt).to(device)).double()
+    got_P2 = score_pairs(
+        model, collate_pairs(_PROBE, shared_prompt=shared_prompt, end_to_end=end_to_end).to(device)
+    ).double()
     separate = collate_pairs(_PROBE, shared_prompt=False).to(device)
     logits_BLV = model(
         input_ids=separate.input_ids_BL, attention_mask=(separate.segment_BL >= 0).long(), use_cache=False

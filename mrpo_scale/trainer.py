@@ -50,6 +50,7 @@ from mrpo_scale.saving import (
 )
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
+    choose_end_to_end,
     choose_shared_prompt,
     enable_pair_scoring,
     preference_step,
@@ -138,6 +139,7 @@ class MRPOTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.shared_prompt = choose_shared_prompt(args.shared_prompt, policy.config, "policy")
+        self.end_to_end = choose_end_to_end(policy, args.device, compiled=bool(args.torch_compile))
         self.pad_token_id = self.plan.references[0].pad_token_id
         self.clock = StepClock()
         self.add_callback(self.clock)
@@ -192,17 +194,29 @@ class MRPOTrainer(ResumableTrainer):
         examples = [example for _ in range(num_batches) for example in next(epoch_iterator)]
         ref_logps_KP2 = self.scores.score(examples, self.pair_sets["train"])
         self.clock.references_done()
-        batches = policy_batches(
-            examples, ref_logps_KP2, num_batches, shared_prompt=self.shared_prompt, pad_token_id=self.pad_token_id
-        )
+        batches = self._batches(examples, ref_logps_KP2, num_batches)
         pairs = torch.tensor(sum(e.weight for e in examples), device=device)
         return batches, self._sum_over_ranks(pairs)
+
+    def _batches(self, examples: list[PairExample], ref_logps_KP2: Tensor, num_batches: int) -> list[MicroBatch]:
+        return policy_batches(
+            examples,
+            ref_logps_KP2,
+            num_batches,
+            shared_prompt=self.shared_prompt,
+            end_to_end=self.end_to_end,
+            pad_token_id=self.pad_token_id,
+        )
 
     def _check_policy(self) -> None:
         if not self._policy_checked:
             self._policy_checked = True
             check_pair_scoring(
-                self.model_wrapped, "policy", shared_prompt=self.shared_prompt, device=self.accelerator.device
+                self.model_wrapped,
+                "policy",
+                shared_prompt=self.shared_prompt,
+                end_to_end=self.end_to_end,
+                device=self.accelerator.device,
             )
 
     # ---- what a step minimises ---------------------------------------------------------------------------------------
@@ -383,9 +397,7 @@ class MRPOTrainer(ResumableTrainer):
         """Measure one batch of held-out pairs; the metrics are summed here, not gathered by the Trainer."""
         self.poll()
         ref_logps_KP2 = torch.stack([self._eval_scores[e.row] for e in inputs], dim=1)
-        batch = policy_batches(
-            inputs, ref_logps_KP2, 1, shared_prompt=self.shared_prompt, pad_token_id=self.pad_token_id
-        )[0]
+        batch = self._batches(inputs, ref_logps_KP2, 1)[0]
         with torch.no_grad(), self.compute_loss_context_manager():
             logps_P2 = score_pairs(model, batch.pairs)
         loss = preference_loss(logps_P2, batch.ref_logps_KP2, self.preference_objective)

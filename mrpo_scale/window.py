@@ -99,7 +99,13 @@ def sorted_by_length(pairs: Sequence[PairTokens], shared_prompt: bool) -> list[i
 
 
 def policy_batches(
-    examples: Sequence[PairExample], ref_logps_KP2: Tensor, num_batches: int, *, shared_prompt: bool, pad_token_id: int
+    examples: Sequence[PairExample],
+    ref_logps_KP2: Tensor,
+    num_batches: int,
+    *,
+    shared_prompt: bool,
+    end_to_end: bool = False,
+    pad_token_id: int,
 ) -> list[MicroBatch]:
     """This rank's share of a window as ``num_batches`` equally large micro-batches of pairs of similar length."""
     order = sorted_by_length([e.tokens[0] for e in examples], shared_prompt)
@@ -109,7 +115,10 @@ def policy_batches(
     for start in range(0, num_batches * size, size):
         chosen = order[start : start + size]
         pairs = collate_pairs(
-            [examples[i].tokens[0] for i in chosen], shared_prompt=shared_prompt, pad_token_id=pad_token_id
+            [examples[i].tokens[0] for i in chosen],
+            shared_prompt=shared_prompt,
+            end_to_end=end_to_end,
+            pad_token_id=pad_token_id,
         )
         batches.append(
             MicroBatch(

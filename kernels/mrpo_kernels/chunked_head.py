@@ -21,11 +21,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mrpo_kernels.cpu_linear import fast, fast_product
+
 # Bytes of one tile of logits. On a CPU few large operations beat small ones that fit the L2 (a tile is read four times, and every
 # operation ends in a barrier of the threads); on a GPU a tile must fill the device, which [16384, 4096] does.
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 # Tokens per walk through the vocabulary: enough that streaming the weight costs little beside its products.
 _BLOCK_TOKENS = {"cpu": 1024, "cuda": 16384}
+# Words of one product that comes in memory of its own: small enough to be read back from the cache.
+_PRODUCT_WORDS = 2048
 
 
 class OutputHead(NamedTuple):
@@ -43,7 +47,11 @@ class OutputHead(NamedTuple):
 
     def uncapped(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
         """Logits [C, V] before the softcap in the accumulation dtype, in ``out_CV``'s memory where the device allows."""
-        if hidden_CD.dtype == out_CV.dtype:
+        if fast(hidden_CD, self.weight_VD, out_CV):
+            logits_CV = out_CV
+            for words in _product_tiles(len(self.weight_VD)):
+                logits_CV[:, words] = fast_product(hidden_CD, self.weight_VD[words])
+        elif hidden_CD.dtype == out_CV.dtype:
             logits_CV = torch.mm(hidden_CD, self.weight_VD.t(), out=out_CV)
         else:
             # cuBLAS can hand out its float32 sums; rounded to bfloat16 they would cost tenths of a nat per response.
@@ -136,7 +144,10 @@ def d_logits_(softmax_CV: Tensor, labels_C: Tensor, first_word: int, d_token_C: 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """``total = a @ b`` if first, else ``total += a @ b``, summed in the wider of the dtypes. A total wider than the operands is
     a GPU's, see :func:`operand_dtype`."""
-    if total.dtype == a.dtype:
+    if fast(total, a, b):
+        product = fast_product(a.contiguous(), b.t())
+        total.copy_(product) if first else total.add_(product)
+    elif total.dtype == a.dtype:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
     elif total.itemsize < a.itemsize:
         product = torch.mm(a, b)
@@ -250,13 +261,24 @@ def add_tile_gradients(
     if part.scale != 1.0:
         d_logits_CV.mul_(part.scale)
     d_operand_CV = d_logits_CV.to(hidden_CD.dtype)
-    if d_hidden_CD is not None:
-        add_product_(d_hidden_CD, d_operand_CV, part.weight_VD, first=first[0])
-    if totals.weight_VD is not None:
-        add_product_(totals.weight_VD[words], d_operand_CV.t(), hidden_CD, first=first[1])
+    quick = fast(d_operand_CV, part.weight_VD)
+    for tile in _product_tiles(d_operand_CV.shape[1]) if quick else [slice(None)]:
+        d_tile_CW = d_operand_CV[:, tile]
+        if (
+            quick
+        ):  # rows of logits lie a vocabulary apart: transposing them as they are misses the cache with every number
+            d_tile_CW = d_tile_CW.contiguous()
+        if d_hidden_CD is not None:
+            add_product_(d_hidden_CD, d_tile_CW, part.weight_VD[tile], first=first[0] and not tile.start)
+        if totals.weight_VD is not None:
+            add_product_(totals.weight_VD[words][tile], d_tile_CW.t(), hidden_CD, first=first[1])
     if totals.bias_V is not None:
         d_bias_V = d_logits_CV.sum(0)
         totals.bias_V[words].copy_(d_bias_V) if first[1] else totals.bias_V[words].add_(d_bias_V)
+
+
+def _product_tiles(num_words: int) -> Iterator[slice]:
+    return (slice(start, min(start + _PRODUCT_WORDS, num_words)) for start in range(0, num_words, _PRODUCT_WORDS))
 
 
 def recomputed_gradients(

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
-from mrpo_scale.pair_batch import collate_pairs
 from mrpo_scale.references.scoring import cut_by_tokens, segment_lengths
 from mrpo_scale.references.sharding import ShardedReference
 from mrpo_scale.report import aligned_table, number, percent
@@ -75,9 +74,7 @@ def score_model(
         rows = [] if part is None else order[part]
         batch = None
         if rows:
-            batch = collate_pairs(
-                [tokens[i] for i in rows], shared_prompt=loaded.shared_prompt, pad_token_id=model.pad_token_id
-            )
+            batch = loaded.batch([tokens[i] for i in rows], model.pad_token_id)
         logps_N2[rows] = loaded.score(batch).double()
     if dist.is_initialized():
         dist.all_reduce(logps_N2)  # every row is zero on all ranks but one, so the sum is exact

@@ -22,7 +22,7 @@ from torch import Tensor
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.models import PlannedReference
 from mrpo_scale.objective import Objective
-from mrpo_scale.pair_batch import PairBatch, collate_pairs, segment_length
+from mrpo_scale.pair_batch import PairBatch, segment_length
 from mrpo_scale.ranks import agree_on_most, world_group
 from mrpo_scale.references.placement import Placement
 from mrpo_scale.references.sharding import ShardedReference
@@ -42,8 +42,7 @@ class Reference:
     pad_token_id: int
 
     def batch(self, pairs: Sequence[PairTokens]) -> PairBatch:
-        shared = self.model.shared_prompt
-        return collate_pairs(pairs, shared_prompt=shared, pad_token_id=self.pad_token_id).to(self.model.device)
+        return self.model.batch(pairs, self.pad_token_id)
 
     def batches(self, pairs: Sequence[PairTokens], tokens_per_forward: int) -> list[PairBatch]:
         """``pairs``, in their order, as batches of at most ``tokens_per_forward`` padded tokens or of one pair."""

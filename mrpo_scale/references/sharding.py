@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from mrpo_scale.references.source import (
 from mrpo_scale.sequence_logps import (
     FusedHead,
     check_pair_scoring,
+    choose_end_to_end,
     choose_shared_prompt,
     enable_pair_scoring,
     response_hidden,
@@ -67,7 +68,7 @@ class ShardedReference:
             rank at least.
 
     Attributes:
-        shared_prompt: the layout that batches for this reference must have.
+        shared_prompt, end_to_end: the layout that :meth:`batch` makes.
         bytes_per_rank: of this rank's shard, parameters only.
         gathers: forwards so far, each of which gathers the whole model once.
 
@@ -100,13 +101,16 @@ class ShardedReference:
             files = check_weights(folder, config, source.name)  # of a download for the first time
             self.model = build_on_meta(source, config)
             self.shared_prompt = choose_shared_prompt(shared_prompt, self.config, source.name)
+            self.end_to_end = choose_end_to_end(self.model, device)
             self._load(files)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self.bytes_per_rank = sum(_local(p).numel() * p.element_size() for p in self.model.parameters())
         smallest = PairTokens(prompt_ids=[0], chosen_ids=[0], rejected_ids=[0])
-        self._smallest = collate_pairs([smallest], shared_prompt=self.shared_prompt).to(device)
+        self._smallest = self.batch([smallest])
         with _gathers_off_the_heap(self.group, device):
-            check_pair_scoring(self.model, self.name, shared_prompt=self.shared_prompt, device=device)
+            check_pair_scoring(
+                self.model, self.name, shared_prompt=self.shared_prompt, end_to_end=self.end_to_end, device=device
+            )
 
     @property
     def config(self) -> PretrainedConfig:
@@ -115,6 +119,11 @@ class ShardedReference:
     @property
     def group_size(self) -> int:
         return 1 if self.group is None else self.group.size()
+
+    def batch(self, pairs: Sequence[PairTokens], pad_token_id: int = 0) -> PairBatch:
+        """P >= 1 pairs, in their order, laid out as this model takes them, on its device."""
+        layout = {"shared_prompt": self.shared_prompt, "end_to_end": self.end_to_end}
+        return collate_pairs(pairs, **layout, pad_token_id=pad_token_id).to(self.device)
 
     @torch.no_grad()
     def score(self, pairs: PairBatch | None) -> Tensor:

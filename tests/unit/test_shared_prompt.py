@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import SHARED_PROMPT_MODELS, collate_pairs, supports_shared_prompt
-from mrpo_scale.sequence_logps import check_pair_scoring, choose_shared_prompt, enable_pair_scoring, score_pairs
+from mrpo_scale.sequence_logps import (
+    check_pair_scoring,
+    choose_end_to_end,
+    choose_shared_prompt,
+    enable_pair_scoring,
+    score_pairs,
+)
 from mrpo_scale.tokenization import PairTokens
 
 VOCABULARY, WINDOW = 97, 8
@@ -75,12 +82,17 @@ def plain_logps(model, pairs):
 
 @pytest.mark.parametrize(("model_type", "attention"), CASES)
 @pytest.mark.parametrize("shared_prompt", [True, False], ids=["shared", "separate"])
-def test_equals_two_plain_forwards(model_type, attention, shared_prompt):
+@pytest.mark.parametrize("end_to_end", [False, True], ids=["padded", "end_to_end"])
+def test_equals_two_plain_forwards(model_type, attention, shared_prompt, end_to_end):
+    if end_to_end and attention == "eager":
+        pytest.skip("eager attention takes a mask over padded rows")
     model = tiny_model(model_type, attention)
     expected = plain_logps(model, PAIRS)
     enable_pair_scoring(model, model_type)
+    if end_to_end:
+        assert choose_end_to_end(model, torch.device("cpu"))
     with torch.no_grad():
-        got = score_pairs(model, collate_pairs(PAIRS, shared_prompt=shared_prompt))
+        got = score_pairs(model, collate_pairs(PAIRS, shared_prompt=shared_prompt, end_to_end=end_to_end))
     assert ((got - expected) / expected).abs().max() < 1e-5
     # The model's own logits are what they were.
     torch.testing.assert_close(plain_logps(model, PAIRS), expected)
@@ -125,6 +137,60 @@ def test_rows_are_packed_and_order_is_kept():
     assert batch.labels_T.tolist() == [i for p in PAIRS for ids in (p.chosen_ids, p.rejected_ids) for i in ids]
     assert batch.num_tokens == sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in PAIRS)
     assert batch.num_pairs == len(PAIRS)
+
+
+def test_end_to_end_is_one_row_without_padding():
+    shared = collate_pairs(PAIRS, shared_prompt=True, end_to_end=True)
+    padded = collate_pairs(PAIRS, shared_prompt=True)
+    assert shared.input_ids_BL.shape == (1, padded.num_tokens)
+    assert shared.spans.lengths == ((20, (17, 25)), (3, (5, 2)), (9, (30, 1)), (1, (4, 4)), (12, (12, 13)))
+    assert torch.equal(shared.labels_T, padded.labels_T) and torch.equal(shared.cu_seqlens, padded.cu_seqlens)
+
+
+def test_gradients_end_to_end_equal_those_of_padded_rows():
+    gradients = []
+    for end_to_end in (False, True):
+        model = tiny_model("llama", "sdpa")
+        enable_pair_scoring(model, "llama")
+        assert not end_to_end or choose_end_to_end(model, torch.device("cpu"))
+        weights = torch.linspace(-1, 2, len(PAIRS) * 2).view(-1, 2)
+        logps_P2 = score_pairs(model, collate_pairs(PAIRS, shared_prompt=True, end_to_end=end_to_end))
+        (logps_P2 * weights).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flash_attention_gets_separate_responses_end_to_end():
+    """What a varlen attention is told, read by one that computes with it; flash-attn itself needs a GPU."""
+
+    def varlen(module, query, key, value, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **kwargs):
+        assert attention_mask is None and query.shape[0] == 1 and cu_seq_lens_q.dtype == torch.int32
+        assert torch.equal(cu_seq_lens_q, cu_seq_lens_k) and cu_seq_lens_q[-1] == query.shape[2]
+        lengths = cu_seq_lens_q.diff().tolist()
+        assert max(lengths) == max_length_q
+        rows = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+        return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
+
+    AttentionInterface.register("flash_varlen_in_torch", varlen)
+    model = tiny_model("llama", "sdpa")
+    expected = plain_logps(model, PAIRS)
+    enable_pair_scoring(model, "llama")
+    model.set_attn_implementation("flash_varlen_in_torch")
+    assert choose_end_to_end(model, torch.device("cpu"))
+    assert choose_shared_prompt("auto", model.config, "llama") is False
+    batch = collate_pairs(PAIRS, shared_prompt=False, end_to_end=True)
+    assert batch.input_ids_BL.shape == (1, batch.num_tokens)  # no padding
+    with torch.no_grad():
+        got = score_pairs(model, batch)
+    assert ((got - expected) / expected).abs().max() < 1e-5
+
+
+def test_what_is_compiled_keeps_its_mask():
+    """Lengths of spans are constants to a compiler, which would start again with every batch."""
+    model = tiny_model("llama", "sdpa")
+    assert not choose_end_to_end(model, torch.device("cpu"), compiled=True)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_that_changes_its_logits_unseen_is_refused():

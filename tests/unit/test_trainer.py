@@ -252,3 +252,20 @@ def test_a_card_from_python(folders, tmp_path):
     assert recipe["beta"] == 0.25 and recipe["learning_rate"] == 1e-3
     assert "output_dir" not in recipe and "bf16" not in recipe, "only what was typed, and no places"
     assert "report.html" in {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"gradient_checkpointing": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
+    ids=["gradient_checkpointing", "torch_compile"],
+)
+def test_options_for_memory_and_speed_do_not_change_the_run(folders, tmp_path, keys):
+    logs = []
+    for options in ({}, keys):
+        args = config(tmp_path, max_steps=2, **options)
+        trainer = MRPOTrainer(folders["llama"], args=args, train_dataset=pair_dataset(8))
+        trainer.train()
+        logs.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
+    assert len(logs[0]) == 2
+    for got, expected in zip(*logs, strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)

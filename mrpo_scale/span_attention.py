@@ -1,0 +1,82 @@
+"""Attention over pairs that lie end to end in one row, without a mask as large as the row squared and without padding.
+
+A *span* is a text that others continue: a trunk and its branches. A shared-prompt pair is the span (prompt, (chosen, rejected)), a
+separate response the span (prompt + response, ()). Every branch sees the trunk and itself, so each span takes one causal call of
+``scaled_dot_product_attention`` for the trunk with its first branch, and one call for each other branch. What a masked row would
+compute and throw away (every pair against every other, and padding in every layer) is never computed. On a CPU that is faster
+(docs/performance.md); a GPU is better served by one masked or varlen call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+#: Name of the attention below in a model's config. Without ``spans`` it is ``sdpa``.
+SPAN_ATTENTION = "sdpa_spans"
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Lengths of a row's spans, in order: (trunk, lengths of its branches)."""
+
+    lengths: tuple[tuple[int, tuple[int, ...]], ...]
+    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+        """[1, 1, queries, keys], True = seen: the last ``queries`` of ``keys`` positions see what is before them, no further than
+        the window. None where plain causal attention is just that. Made once for all layers."""
+        if window is not None and window >= keys:
+            window = None
+        if queries == keys and window is None:
+            return None
+        key = (queries, keys, window)
+        if key not in self._masks:
+            position_Q = torch.arange(keys - queries, keys, device=device)
+            back_QK = position_Q[:, None] - torch.arange(keys, device=device)
+            seen_QK = back_QK >= 0 if window is None else (back_QK >= 0) & (back_QK < window)
+            self._masks[key] = seen_QK[None, None]
+        return self._masks[key]
+
+
+def span_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    spans: Spans | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query, key, value [B, heads, L, d] to [B, L, heads, d]. With ``spans``, B is 1."""
+    if spans is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    def attend(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (keys, values))
+        mask = spans.mask(query.shape[2], key.shape[2], sliding_window, query.device)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+
+    # Split once: the backward of a split is one concatenation, that of many slices as many zero-filled tensors.
+    parts = [n for trunk, branches in spans.lengths for n in (trunk, *branches)]
+    firsts = [n for trunk, branches in spans.lengths for n in (trunk + sum(branches[:1]), *branches[1:])]
+    queries, keys, values = iter(query.split(firsts, 2)), iter(key.split(parts, 2)), iter(value.split(parts, 2))
+    outputs = []
+    for _, branches in spans.lengths:
+        trunk = next(keys), next(values)
+        if not branches:
+            outputs.append(attend(next(queries), [trunk[0]], [trunk[1]]))
+        for _ in branches:
+            outputs.append(attend(next(queries), [trunk[0], next(keys)], [trunk[1], next(values)]))
+    return torch.cat(outputs, 1), None
+
+
+AttentionInterface.register(SPAN_ATTENTION, span_attention)
+AttentionMaskInterface.register(SPAN_ATTENTION, sdpa_mask)

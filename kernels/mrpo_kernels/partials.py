@@ -101,26 +101,25 @@ class Partials(NamedTuple):
 
 
 @triton.jit
-def _distance_to_end(x, side, softcap):
-    """log2(e) * (softcap - side * softcapped(x)): how far it still is to the end of the range on that side, as a power of 2.
-
-    1 / (1 + e) as a square, because a division's extra steps take 40 registers more on sm_90, and spill.
-    """
-    root = tl.rsqrt(1.0 + tl.exp2(x * (side * 2.0 / softcap * LOG2_E)))
-    return softcap * (2.0 * LOG2_E) * (root * root)
+def _power(x, side, softcap):
+    """exp(2 * side * x / softcap), capped where tanh(x / softcap) has long been 1, so that no difference is inf - inf."""
+    return tl.exp2(tl.minimum(x * (side * 2.0 / softcap * LOG2_E), 60.0))
 
 
 @triton.jit
 def _sum_of_softcapped(logits, inside, row_max, softcap):
-    """Sum over the words inside of exp(softcapped(x) - softcapped(row_max)).
+    """Sum over the words inside of exp(softcapped(x) - softcapped(row_max)), where softcapped(x) = softcap * tanh(x / softcap).
 
-    The exponent is a difference of distances to the end of the range that the maximum is nearer to. Close to that end, where
-    saturated logits crowd, distances are small and keep the digits that softcapped(x) loses to its own size; and a word that equals
-    the maximum adds exactly 1.
+    The difference of two tanh is formed before either is rounded: with e = exp(2x / softcap), or exp(-2x / softcap) where the row's
+    maximum is negative, it is 2 * (e - e_max) / ((1 + e) * (1 + e_max)). softcapped(x) itself loses the digits of x to its own
+    size, near the ends of the range and in the middle; and words that equal the maximum, as saturated ones do, add exactly 1.
     """
     side = tl.where(row_max < 0, -1.0, 1.0)
-    to_end = _distance_to_end(logits, side[:, None], softcap)
-    below_max = side[:, None] * (_distance_to_end(row_max, side, softcap)[:, None] - to_end)
+    at_max, power = _power(row_max, side, softcap), _power(logits, side[:, None], softcap)
+    # 1 / (1 + e) as a square, because a division's extra steps take 40 registers more on sm_90, and spill.
+    root = tl.rsqrt(1.0 + power)
+    factor = side * softcap * (2.0 * LOG2_E) / (1.0 + at_max)
+    below_max = (power - at_max[:, None]) * (root * root) * factor[:, None]
     return tl.sum(tl.where(inside, tl.exp2(below_max), 0.0), 1)
 
 

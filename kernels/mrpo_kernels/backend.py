@@ -20,11 +20,15 @@ logger = logging.getLogger(__name__)
 
 IMPLS = ("auto", "triton", "torch")
 _TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
+# The finishing kernel holds a pair's references in one block, which has this many rows whatever their number.
+MAX_REFERENCES = 64
 _KERNEL_DTYPES = (*_TENSOR_CORE_DTYPES, torch.float32)
 
 
-def resolve_impl(impl: str, tensors: Sequence[Tensor], *, products: bool = True) -> str:
+def resolve_impl(impl: str, tensors: Sequence[Tensor], *, products: bool = True, references: int = 1) -> str:
     """``triton`` or ``torch`` for these hidden states and head weights; or, without ``products``, for log-probs.
+
+    ``references``: how many are combined.
 
     Raises:
         ValueError: an unknown ``impl``, or ``triton`` for tensors it cannot take.
@@ -37,6 +41,8 @@ def resolve_impl(impl: str, tensors: Sequence[Tensor], *, products: bool = True)
     devices, dtypes = {tensor.device for tensor in tensors}, {tensor.dtype for tensor in tensors}
     device, dtype = tensors[0].device, tensors[0].dtype
     unfit = _unfit_tensors(devices, dtypes)
+    if references > MAX_REFERENCES:
+        unfit = f"they are {references} references' and the kernel combines at most {MAX_REFERENCES}"
     unable = None if unfit else _unable_machine(device)
     if impl == "triton":
         if unfit:

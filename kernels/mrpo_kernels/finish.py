@@ -4,7 +4,8 @@ Design note. One program per response (``sequence_logps``) or per pair (``virtua
 reduces its tokens' (max, sum) over the vocabulary tiles, both read along the token axis, and adds the token log-probs up in
 float64: a 4,096-token response stays exact to the last float32 digit. The pair kernel keeps its K x 2 log-probs in registers and
 goes through Equations 9, 8, 10 and Proposition 1 at once, so K * S + S numbers leave the device and the arithmetic of a dozen
-small torch kernels costs none. It is the same arithmetic as :mod:`mrpo_kernels.virtual_reference`, in float32 from the rounded
+small torch kernels costs none. How to clip, weigh and aggregate are arguments, not constants, and a pair's block has room for
+``MAX_REFERENCES``: three variants of these kernels serve every run on a GPU, and all three are compiled by the tests. It is the same arithmetic as :mod:`mrpo_kernels.virtual_reference`, in float32 from the rounded
 log-probs, and reads given log-probs (partition, cache) with the same code: cached and live references agree bit for bit.
 """
 
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mrpo_kernels.backend import MAX_REFERENCES
 from mrpo_kernels.partials import (
     COLUMNS,
     CU_SEQLENS,
@@ -22,19 +24,33 @@ from mrpo_kernels.partials import (
     FIRST_TOKEN,
     FLOAT_COLUMNS,
     NUM_TOKENS,
-    VOCABULARY,
+    SOFTCAP,
+    TILES_V,
     WEIGHT_K,
     Partials,
 )
+from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTS
 
 BLOCK_T, BLOCK_N = 32, 32
 NUM_WARPS = 4
+ADAPTIVE, NO_CLIP = (tl.constexpr(CLIPS.index(name)) for name in ("adaptive", "none"))
+CONFIDENCE, UNIFORM = (tl.constexpr(WEIGHTS.index(name)) for name in ("confidence", "uniform"))
+HARMONIC, GEOMETRIC, ARITHMETIC = (tl.constexpr(AGGREGATES.index(name)) for name in ("harmonic", "geometric", "arithmetic"))
+
+
+@triton.jit
+def _softcapped(x, softcap):
+    """softcap * tanh(x / softcap) to float32's last digit, by way of float64; x where softcap is 0."""
+    if softcap > 0:
+        cap = softcap.to(tl.float64)
+        x = (cap - 2.0 * cap / (1.0 + tl.exp(x.to(tl.float64) * (2.0 / cap)))).to(tl.float32)
+    return x
 
 
 @triton.jit
 def _response_logp(
-    row_ptr, response, max_ptr, sum_ptr, label_logit_ptr, token_max_ptr, token_log_sum_ptr,
-    STORE_TOKENS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    row_ptr, softcap, response, max_ptr, sum_ptr, label_logit_ptr, token_max_ptr, token_log_sum_ptr,
+    STORE_TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One response's log-prob in float64; its tokens' logsumexp, as (max, log of sum), is stored for a backward."""
     cu_seqlens_ptr = tl.load(row_ptr + CU_SEQLENS).to(tl.pointer_type(tl.int32))
@@ -42,7 +58,7 @@ def _response_logp(
     num_tokens = tl.load(row_ptr + NUM_TOKENS)
     broken = (begin < 0) | (end < begin) | (end > num_tokens)  # nothing is read, and the log-prob is NaN
     end = tl.where(broken, begin, end)
-    tiles_v = tl.cdiv(tl.load(row_ptr + VOCABULARY), BLOCK_V)
+    tiles_v = tl.load(row_ptr + TILES_V)
     first_token, first_partial = tl.load(row_ptr + FIRST_TOKEN), tl.load(row_ptr + FIRST_PARTIAL)
     total = tl.zeros((BLOCK_T,), dtype=tl.float64)
     for start in range(begin, end, BLOCK_T):
@@ -54,7 +70,8 @@ def _response_logp(
             tiles = tile_v + tl.arange(0, BLOCK_N).to(tl.int64)
             at = first_partial + tiles[:, None] * num_tokens + tokens[None, :]
             mask = (tiles < tiles_v)[:, None] & exists[None, :]
-            maxima = tl.load(max_ptr + at, mask=mask, other=-float("inf"))
+            maxima = _softcapped(tl.load(max_ptr + at, mask=mask, other=-float("inf")), softcap)
+            maxima = tl.where(mask, maxima, -float("inf"))  # which the softcap has mapped to -softcap
             sums = tl.load(sum_ptr + at, mask=mask, other=0.0)
             new_max = tl.maximum(running_max, tl.max(maxima, 0))
             # While only banned words (and no running sum) were seen, the max is -inf and -inf - -inf would be NaN.
@@ -62,7 +79,7 @@ def _response_logp(
             running_sum = running_sum * tl.exp(running_max - shift) + tl.sum(sums * tl.exp(maxima - shift[None, :]), 0)
             running_max = new_max
         log_sum = tl.log(tl.where(exists, running_sum, 1.0).to(tl.float64))
-        label_logit = tl.load(label_logit_ptr + first_token + tokens, mask=exists, other=0.0)
+        label_logit = _softcapped(tl.load(label_logit_ptr + first_token + tokens, mask=exists, other=0.0), softcap)
         # The label's logit and the tiles' add the same products up in different orders: a word's log-prob could exceed zero by that
         # digit, which turns the clip's bounds around. NaN is not above zero and stays.
         token_logp = (label_logit - running_max).to(tl.float64) - log_sum
@@ -75,13 +92,13 @@ def _response_logp(
 
 @triton.jit
 def response_sums_kernel(
-    table_ptr, max_ptr, sum_ptr, label_logit_ptr, logps_ptr, token_max_ptr, token_log_sum_ptr,
-    BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    table_ptr, floats_ptr, max_ptr, sum_ptr, label_logit_ptr, logps_ptr, token_max_ptr, token_log_sum_ptr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     response = tl.program_id(0)
     logp = _response_logp(
-        table_ptr, response, max_ptr, sum_ptr, label_logit_ptr, token_max_ptr, token_log_sum_ptr,
-        True, BLOCK_V, BLOCK_T, BLOCK_N,
+        table_ptr, tl.load(floats_ptr + SOFTCAP), response, max_ptr, sum_ptr, label_logit_ptr, token_max_ptr, token_log_sum_ptr,
+        True, BLOCK_T, BLOCK_N,
     )  # fmt: skip
     tl.store(logps_ptr + response, logp.to(tl.float32))
 
@@ -95,19 +112,16 @@ def _logsumexp(x_K2):
 
 
 @triton.jit
-def _combine(
-    raw_K2, fixed_weights_K, ks, num_refs, epsilon_max,
-    CLIP: tl.constexpr, WEIGHTS: tl.constexpr, AGGREGATE: tl.constexpr,
-):  # fmt: skip
+def _combine(raw_K2, fixed_weights_K, ks, num_refs, epsilon_max, clip, weights, aggregate):
     """Equations 9, 8, 10 and the aggregate of one pair. Rows past num_refs are zeros and get weight zero."""
     anchor_2 = tl.sum(tl.where((ks == 0)[:, None], raw_K2, 0.0), 0)
-    epsilon_2 = tl.zeros_like(anchor_2) + (float("inf") if CLIP == "none" else epsilon_max)
-    if CLIP == "adaptive":
+    epsilon_2 = tl.zeros_like(anchor_2) + tl.where(clip == NO_CLIP, float("inf"), epsilon_max)
+    if clip == ADAPTIVE:
         size_2 = tl.abs(tl.sum(raw_K2, 0))
         size = tl.sum(size_2, 0)
         epsilon_2 = epsilon_max * tl.where(size > 0, size_2 / tl.where(size > 0, size, 1.0), 0.5)
     clipped_K2 = raw_K2
-    if CLIP != "none":
+    if clip != NO_CLIP:
         lower_2, upper_2 = (1.0 + epsilon_2) * anchor_2, (1.0 - epsilon_2) * anchor_2
         # A reference that scored NaN must stay NaN: without the flag the hardware's max would return the bound.
         inside_K2 = tl.maximum(raw_K2, lower_2[None, :], propagate_nan=tl.PropagateNan.ALL)
@@ -115,9 +129,9 @@ def _combine(
         clipped_K2 = tl.where((ks == 0)[:, None], raw_K2, inside_K2)
 
     weights_K = fixed_weights_K
-    if WEIGHTS == "uniform":
+    if weights == UNIFORM:
         weights_K = tl.zeros_like(fixed_weights_K) + 1.0 / num_refs
-    elif WEIGHTS == "confidence":
+    elif weights == CONFIDENCE:
         sign_2 = 1.0 - 2.0 * tl.arange(0, 2)
         gaps_K = tl.abs(tl.sum(raw_K2 * sign_2[None, :], 1))
         gap = tl.sum(gaps_K, 0)
@@ -126,11 +140,11 @@ def _combine(
 
     used_K1 = (weights_K != 0)[:, None]
     log_weights_K1 = tl.log(tl.where(weights_K != 0, weights_K, 1.0))[:, None]
-    if AGGREGATE == "harmonic":
+    if aggregate == HARMONIC:
         virtual_2 = -_logsumexp(tl.where(used_K1, log_weights_K1 - clipped_K2, -float("inf")))
-    elif AGGREGATE == "geometric":
+    elif aggregate == GEOMETRIC:
         virtual_2 = tl.sum(tl.where(used_K1, weights_K[:, None] * clipped_K2, 0.0), 0)
-    elif AGGREGATE == "arithmetic":
+    elif aggregate == ARITHMETIC:
         virtual_2 = _logsumexp(tl.where(used_K1, log_weights_K1 + clipped_K2, -float("inf")))
     else:
         broken_K2 = tl.where(used_K1 & (clipped_K2 != clipped_K2), float("nan"), 0.0)  # tl.min would skip a NaN
@@ -139,12 +153,12 @@ def _combine(
 
 
 # Otherwise a step with one pair, or sixteen, or log-probs that are a view, would each wait for a compilation of its own.
-@triton.jit(do_not_specialize=["raw_ptr", "num_refs", "num_pairs"])
+@triton.jit(do_not_specialize=["raw_ptr", "num_refs", "num_pairs", "clip", "weights", "aggregate"])
 def virtual_reference_kernel(
     table_ptr, floats_ptr, max_ptr, sum_ptr, label_logit_ptr, raw_ptr,
     virtual_ptr, weights_ptr, epsilon_ptr, clipped_ptr, num_refs, num_pairs, epsilon_max,
-    CLIP: tl.constexpr, WEIGHTS: tl.constexpr, AGGREGATE: tl.constexpr, FROM_LOGPS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    clip, weights, aggregate,
+    FROM_LOGPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program p: pair p of every reference. ``raw_ptr`` [K, P, 2] is read if FROM_LOGPS, else written."""
     pair = tl.program_id(0).to(tl.int64)
@@ -157,15 +171,15 @@ def virtual_reference_kernel(
         raw_K2 = tl.zeros((BLOCK_K, 2), dtype=tl.float32)
         for i in range(2 * num_refs):
             logp = _response_logp(
-                table_ptr + (i // 2) * COLUMNS, 2 * pair + i % 2, max_ptr, sum_ptr, label_logit_ptr, max_ptr, sum_ptr,
-                False, BLOCK_V, BLOCK_T, BLOCK_N,
+                table_ptr + (i // 2) * COLUMNS, tl.load(floats_ptr + (i // 2) * FLOAT_COLUMNS + SOFTCAP), 2 * pair + i % 2,
+                max_ptr, sum_ptr, label_logit_ptr, max_ptr, sum_ptr, False, BLOCK_T, BLOCK_N,
             )  # fmt: skip
             here = (ks == i // 2)[:, None] & (sides == i % 2)[None, :]
             raw_K2 = tl.where(here, logp.to(tl.float32), raw_K2)
         tl.store(raw_ptr + at_K2, raw_K2, mask=live_K[:, None])
     fixed_weights_K = tl.load(floats_ptr + ks * FLOAT_COLUMNS + WEIGHT_K, mask=live_K, other=0.0)
     virtual_2, weights_K, epsilon_2, clipped_K2 = _combine(
-        raw_K2, fixed_weights_K, ks, num_refs, epsilon_max, CLIP, WEIGHTS, AGGREGATE
+        raw_K2, fixed_weights_K, ks, num_refs, epsilon_max, clip, weights, aggregate
     )
     tl.store(virtual_ptr + pair * 2 + sides, virtual_2)
     tl.store(epsilon_ptr + pair * 2 + sides, epsilon_2)
@@ -180,8 +194,8 @@ def response_logps(partials: Partials, num_responses: int) -> tuple[Tensor, Tens
     if num_responses:
         with torch.cuda.device_of(logps_S):
             response_sums_kernel[(num_responses,)](
-                partials.table, partials.max_N, partials.sum_N, partials.label_logit_T, logps_S, max_T, log_sum_T,
-                BLOCK_V=partials.block_v, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+                partials.table, partials.floats, partials.max_N, partials.sum_N, partials.label_logit_T,
+                logps_S, max_T, log_sum_T, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
             )  # fmt: skip
     return logps_S, max_T, log_sum_T
 
@@ -211,8 +225,7 @@ def combine(
             virtual_reference_kernel[(num_pairs,)](
                 table, floats, *arrays, raw_KP2, virtual_P2, weights_KP, epsilon_P2, clipped_KP2,
                 num_refs, num_pairs, float(epsilon_max),
-                CLIP=clip, WEIGHTS=weights, AGGREGATE=aggregate, FROM_LOGPS=partials is None,
-                BLOCK_K=max(2, triton.next_power_of_2(num_refs)), BLOCK_V=partials.block_v if partials else 1,
-                BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+                CLIPS.index(clip), WEIGHTS.index(weights), AGGREGATES.index(aggregate),
+                FROM_LOGPS=partials is None, BLOCK_K=MAX_REFERENCES, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
             )  # fmt: skip
     return virtual_P2, weights_KP, epsilon_P2, clipped_KP2

@@ -53,7 +53,7 @@ def virtual_reference(
         cu_seqlens: [2P+1] each: the token counts differ between references, the responses do not.
         bias, softcap, logit_scale: per reference, or None where no reference has one.
         epsilon_max, clip, ref_weights, aggregate: as in :func:`combine_references`.
-        impl: ``auto``, ``triton`` (all references on one device in one dtype) or ``torch``.
+        impl: ``auto``, ``triton`` (at most 64 references, all on one device in one dtype) or ``torch``.
 
     Returns:
         ref_logps_KP2 (raw), virtual_logps_P2, weights_KP, epsilon_P2, clipped_KP2; float32, without gradient.
@@ -69,7 +69,7 @@ def virtual_reference(
     _check_references(hidden, head_weight, labels, cu_seqlens, bias, softcap, logit_scale)
     weights = _check_modes(clip, ref_weights, aggregate, num_refs)
     heads = list(zip(hidden, head_weight, labels, cu_seqlens, bias, softcap, logit_scale, strict=True))
-    if resolve_impl(impl, (*hidden, *head_weight)) == "torch":
+    if resolve_impl(impl, (*hidden, *head_weight), references=num_refs) == "torch":
         logps_K = [
             sequence_logps(h, w, y, cu, bias=b, softcap=cap, logit_scale=scale, impl="torch")
             for h, w, y, cu, b, cap, scale in heads
@@ -105,7 +105,7 @@ def combine_logps(
     weights = _check_modes(clip, ref_weights, aggregate, num_refs)
     if ref_logps_KP2.ndim != 3 or ref_logps_KP2.shape[2] != 2:
         raise ValueError(f"ref_logps_KP2 must be [references, pairs, 2], got {tuple(ref_logps_KP2.shape)}")
-    if resolve_impl(impl, (ref_logps_KP2,), products=False) == "torch":
+    if resolve_impl(impl, (ref_logps_KP2,), products=False, references=num_refs) == "torch":
         return _combine_in_torch(ref_logps_KP2, epsilon_max, clip, ref_weights, aggregate)
 
     from mrpo_kernels.finish import combine

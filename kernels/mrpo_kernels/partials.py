@@ -2,24 +2,25 @@
 
 Design note. Every program walks output tiles [BLOCK_T tokens, BLOCK_V words] of ``hidden @ W.T``, reference after reference, in
 steps of the grid's size, so K heads of unequal D, V and T fill the device like one. A tile stays in registers: bias, scale and
-softcap are applied in float32, and only its rows' (max, sum of exp(x - max)) are stored, plainly, at [vocabulary tile, token].
-Nobody else writes there, so nothing locks and a second run gives the same bits. Tiles are ordered in groups of GROUP_T row tiles:
+softcap are applied in float32, and only its rows' (max, sum of exp(x - max)) are stored, plainly, at [vocabulary tile, token]; the
+max, and the label's logit, as they were before the softcap, which is monotone: launch 2 caps these few in float64. Nobody else writes there, so nothing locks and a second run gives the same bits. Tiles are ordered in groups of GROUP_T row tiles:
 a group's hidden rows stay in L2 while the weight streams past once per group.
 
 The labels' logits are a second loop of the same programs, dots of a hidden row with the indexed weight row: matching labels in
 the tile's epilogue costs registers that it does not have (255 and spills, against about 170), and 2TD flops are nothing.
 
 What differs between references sits in a table of int64 rows (addresses, strides, sizes) and one of float32 (softcap, scale), so
-no K is compiled, and bias and softcap share one switch: few variants, each checked for spills. Offsets are int64 throughout: a
-head of 262144 x 8192 has 2^31 elements. Rows past the end are clamped, not masked, which keeps the loads of the inner loop
+no K is compiled, and bias and softcap share one switch: fourteen variants for a GPU, each compiled by the tests and checked for
+spills. Offsets are int64 throughout: a head of 262144 x 8192 has 2^31 elements. Rows past the end are clamped, not masked, which keeps the loads of the inner loop
 unconditional; their results are masked (a vocabulary's tail only after softcap, which would map -inf to -softcap) or not stored.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -56,23 +57,23 @@ TILES = {
     10: Tile(128, 256, 64, num_warps=8, num_stages=4),
     12: Tile(128, 128, 64, num_warps=8, num_stages=3),
 }
-# For float32, which is exact (no TF32) and therefore slow.
-PLAIN_TILE = Tile(64, 64, 16, num_warps=4, num_stages=3)
-# For rows that are not 16-byte aligned, whose loads cannot be wide. Left to itself the assembler spills a few bytes of some
-# variants to stay within the 168 registers with which three programs fit a multiprocessor; only one is launched on each.
-UNALIGNED_TILE = replace(PLAIN_TILE, max_registers=255)
+# For float32, which is exact (no TF32) and therefore slow, and for rows that are not 16-byte aligned, whose loads cannot be wide. Left
+# to itself the assembler spills a few bytes of some variants to stay within the 168 registers with which three programs fit a
+# multiprocessor; only one is launched on each.
+PLAIN_TILE = Tile(64, 64, 16, num_warps=4, num_stages=3, max_registers=255)
 # The interpreter runs every program in Python: small tiles, so that tests of a few tokens still have several in each direction.
 INTERPRETER_TILE = Tile(16, 32, 16, num_warps=1, num_stages=1, group_t=2)
 _INTERPRETER_PROGRAMS = 3
 
 # Columns of the int64 table, one row per head.
 HIDDEN, HIDDEN_STRIDE, WEIGHT, WEIGHT_STRIDE, BIAS, LABELS, CU_SEQLENS = (tl.constexpr(i) for i in range(7))
-NUM_TOKENS, VOCABULARY, WIDTH, FIRST_TILE, FIRST_TOKEN, FIRST_PARTIAL = (tl.constexpr(i) for i in range(7, 13))
-COLUMNS = tl.constexpr(13)
+NUM_TOKENS, VOCABULARY, WIDTH, FIRST_TILE, FIRST_TOKEN, FIRST_PARTIAL, TILES_V = (tl.constexpr(i) for i in range(7, 14))
+COLUMNS = tl.constexpr(14)
 # Columns of the float32 table. A softcap of 0 is none. WEIGHT_K is the reference's fixed weight, for the finishing kernel.
 SOFTCAP, LOGIT_SCALE, WEIGHT_K = (tl.constexpr(i) for i in range(3))
 FLOAT_COLUMNS = tl.constexpr(3)
 
+LOG2_E = tl.constexpr(math.log2(math.e))
 LABEL_BLOCK_T, LABEL_BLOCK_D = tl.constexpr(16), tl.constexpr(128)
 
 
@@ -96,19 +97,36 @@ class Partials(NamedTuple):
     label_logit_T: Tensor
     table: Tensor
     floats: Tensor
-    block_v: int
     heads: tuple[Head, ...]  # the tensors behind the table's addresses, alive until launch 2 is queued
 
 
 @triton.jit
-def _softcapped(x, softcap):
-    """softcap * tanh(x / softcap), and x where softcap is 0.
+def _power(x, side, softcap):
+    """exp(2 * side * x / softcap), capped where tanh(x / softcap) has long been 1, so that no difference is inf - inf."""
+    return tl.exp2(tl.minimum(x * (side * 2.0 / softcap * LOG2_E), 60.0))
 
-    Good to float32's last digits of *softcap*, which are those of a large logit. A series for small x would also keep their last
-    digit, for 50 registers that a 128x256 tile does not have; forms that are better near -softcap spill 16 to 32 bytes on sm_90.
+
+@triton.jit
+def _sum_of_softcapped(logits, inside, row_max, softcap):
+    """Sum over the words inside of exp(softcapped(x) - softcapped(row_max)), where softcapped(x) = softcap * tanh(x / softcap).
+
+    The difference of two tanh is formed before either is rounded: with e = exp(2x / softcap), or exp(-2x / softcap) where the row's
+    maximum is negative, it is 2 * (e - e_max) / ((1 + e) * (1 + e_max)). softcapped(x) itself loses the digits of x to its own
+    size, near the ends of the range and in the middle; and words that equal the maximum, as saturated ones do, add exactly 1.
     """
-    cap = tl.where(softcap > 0, softcap, 1.0)
-    return tl.where(softcap > 0, cap - 2.0 * cap / (1.0 + tl.exp(x * (2.0 / cap))), x)
+    side = tl.where(row_max < 0, -1.0, 1.0)
+    at_max, power = _power(row_max, side, softcap), _power(logits, side[:, None], softcap)
+    # 1 / (1 + e) as a square, because a division's extra steps take 40 registers more on sm_90, and spill.
+    root = tl.rsqrt(1.0 + power)
+    factor = side * softcap * (2.0 * LOG2_E) / (1.0 + at_max)
+    below_max = (power - at_max[:, None]) * (root * root) * factor[:, None]
+    return tl.sum(tl.where(inside, tl.exp2(below_max), 0.0), 1)
+
+
+@triton.jit
+def _sum_of_exponentials(logits, row_max):
+    """Sum of exp(x - row_max). 0, not the NaN of -inf + inf, where a bias of -inf bans every word of the tile."""
+    return tl.sum(tl.exp(logits - tl.where(row_max == -float("inf"), 0.0, row_max)[:, None]), 1)
 
 
 @triton.jit
@@ -136,7 +154,7 @@ def _num_biases(row_ptr):
     return tl.where(tl.load(row_ptr + BIAS) != 0, tl.load(row_ptr + VOCABULARY), 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["num_heads"])  # 1 has a variant of its own, 16 needs none
+@triton.jit(do_not_specialize=["num_heads"])
 def partials_kernel(
     table_ptr, floats_ptr, max_ptr, sum_ptr, label_logit_ptr, num_heads,
     DTYPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_T: tl.constexpr,
@@ -188,28 +206,33 @@ def partials_kernel(
             if HAS_TRANSFORM:
                 logits += tl.load(bias_ptr + words, mask=words < _num_biases(row_ptr), other=0.0)[None, :]
             logits *= scale
-            if HAS_TRANSFORM:
-                logits = _softcapped(logits, softcap)
-            logits = tl.where((words < vocabulary)[None, :], logits, -float("inf"))
+            # In 32 bits: as int64 every column's comparison would hold two registers.
+            inside = (tl.arange(0, BLOCK_V) < (vocabulary - tile_v.to(tl.int64) * BLOCK_V).to(tl.int32))[None, :]
+            logits = tl.where(inside, logits, -float("inf"))
             row_max = tl.max(logits, 1)
-            # A tile whose every word is banned by a bias of -inf: its sum is 0, not exp(-inf + inf).
-            shift = tl.where(row_max == -float("inf"), 0.0, row_max)
-            row_sum = tl.sum(tl.exp(logits - shift[:, None]), 1)
+            # A branch, not a choice between two results: the tile would have to be kept for the other one, and spills.
+            if HAS_TRANSFORM:
+                if softcap > 0:
+                    row_sum = _sum_of_softcapped(logits, inside, row_max, softcap)
+                else:
+                    row_sum = _sum_of_exponentials(logits, row_max)
+            else:
+                row_sum = _sum_of_exponentials(logits, row_max)
             at = partial_offset + tile_v * num_tokens + tokens
             tl.store(max_ptr + at, row_max, mask=tokens < num_tokens)
             tl.store(sum_ptr + at, row_sum, mask=tokens < num_tokens)
         _label_logits(
-            row_ptr, label_logit_ptr, hidden_ptr, hidden_stride, weight_ptr, weight_stride, bias_ptr, softcap, scale,
+            row_ptr, label_logit_ptr, hidden_ptr, hidden_stride, weight_ptr, weight_stride, bias_ptr, scale,
             HAS_TRANSFORM,
         )  # fmt: skip
 
 
 @triton.jit
 def _label_logits(
-    row_ptr, label_logit_ptr, hidden_ptr, hidden_stride, weight_ptr, weight_stride, bias_ptr, softcap, scale,
+    row_ptr, label_logit_ptr, hidden_ptr, hidden_stride, weight_ptr, weight_stride, bias_ptr, scale,
     HAS_TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    """Each label's logit: the dot of its token's hidden row with its weight row, NaN for a label outside the vocabulary."""
+    """Each label's logit before the softcap: the dot of its token's hidden row with its weight row, NaN for a label outside the vocabulary."""
     num_tokens, vocabulary = tl.load(row_ptr + NUM_TOKENS), tl.load(row_ptr + VOCABULARY)
     width = tl.load(row_ptr + WIDTH)
     labels_ptr = tl.load(row_ptr + LABELS).to(tl.pointer_type(tl.int64))
@@ -230,8 +253,6 @@ def _label_logits(
         if HAS_TRANSFORM:
             logit += tl.load(bias_ptr + labels, mask=labels < _num_biases(row_ptr), other=0.0)
         logit *= scale
-        if HAS_TRANSFORM:
-            logit = _softcapped(logit, softcap)
         logit = tl.where(valid, logit, float("nan"))
         tl.store(label_logit_ptr + tl.load(row_ptr + FIRST_TOKEN) + tokens, logit, mask=exists)
 
@@ -243,16 +264,18 @@ def vocabulary_partials(heads: Sequence[Head], ref_weights: Sequence[float] | No
     """Launch 1 over all heads (no launch if no head has a token). ``ref_weights`` only travel in the float table."""
     heads = [_prepared(head) for head in heads]
     device, dtype = heads[0].hidden_TD.device, heads[0].hidden_TD.dtype
-    aligned = all(is_aligned(matrix) for head in heads for matrix in (head.hidden_TD, head.weight_VD))
-    tile = _tile(device, dtype, aligned)
+    aligned = dtype != torch.float32 and all(
+        is_aligned(matrix) for head in heads for matrix in (head.hidden_TD, head.weight_VD)
+    )
+    tile = _tile(device, aligned)
     rows: list[list[int]] = []
     tiles = tokens = partials = 0
     for hidden_TD, weight_VD, labels_T, cu_seqlens, bias_V, _, _ in heads:
         (num_tokens, width), vocabulary = hidden_TD.shape, weight_VD.shape[0]
         addresses = [hidden_TD.data_ptr(), hidden_TD.stride(0), weight_VD.data_ptr(), weight_VD.stride(0)]
         addresses += [0 if bias_V is None else bias_V.data_ptr(), labels_T.data_ptr(), cu_seqlens.data_ptr()]
-        rows.append([*addresses, num_tokens, vocabulary, width, tiles, tokens, partials])
         tiles_v = triton.cdiv(vocabulary, tile.block_v)
+        rows.append([*addresses, num_tokens, vocabulary, width, tiles, tokens, partials, tiles_v])
         tiles += triton.cdiv(num_tokens, tile.block_t) * tiles_v
         tokens += num_tokens
         partials += num_tokens * tiles_v
@@ -262,7 +285,6 @@ def vocabulary_partials(heads: Sequence[Head], ref_weights: Sequence[float] | No
         torch.empty(tokens, dtype=torch.float32, device=device),
         _to_device(rows, torch.int64, device),
         float_table([(head.softcap or 0.0, head.logit_scale) for head in heads], ref_weights, device),
-        tile.block_v,
         tuple(heads),
     )
     if tiles:
@@ -274,7 +296,7 @@ def vocabulary_partials(heads: Sequence[Head], ref_weights: Sequence[float] | No
             partials_kernel[(min(_num_programs(device), tiles),)](
                 out.table, out.floats, out.max_N, out.sum_N, out.label_logit_T, len(heads),
                 DTYPE=_triton_dtype(dtype), BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP_T=tile.group_t,
-                EVEN_D=all(head.hidden_TD.shape[1] % tile.block_d == 0 for head in heads), ALIGNED=aligned,
+                EVEN_D=aligned and all(head.hidden_TD.shape[1] % tile.block_d == 0 for head in heads), ALIGNED=aligned,
                 HAS_TRANSFORM=any(head.bias_V is not None or head.softcap for head in heads),
                 UPCAST=INTERPRETED, DESCRIPTORS=tile.descriptors, num_warps=tile.num_warps, num_stages=tile.num_stages,
                 maxnreg=tile.max_registers,
@@ -317,12 +339,10 @@ def _to_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torc
 
 
 @functools.cache
-def _tile(device: torch.device, dtype: torch.dtype, aligned: bool) -> Tile:
+def _tile(device: torch.device, aligned: bool) -> Tile:
     if INTERPRETED:
         return INTERPRETER_TILE
     if not aligned:
-        return UNALIGNED_TILE
-    if dtype == torch.float32:
         return PLAIN_TILE
     capability = torch.cuda.get_device_capability(device)[0]
     return TILES[max(major for major in TILES if major <= capability)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 CLIPS = ("adaptive", "fixed", "none")
+WEIGHTS = ("confidence", "uniform", "fixed")  # fixed: K numbers
 AGGREGATES = ("harmonic", "geometric", "arithmetic", "min")
 
 

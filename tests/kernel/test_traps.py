@@ -7,6 +7,7 @@ all three. ``virtual_reference`` is bit for bit the Triton kernel of ``sequence_
     vocabulary tail: masked columns counted as exp(0)       test_the_tail_of_the_vocabulary_counts_for_nothing
     a running maximum that starts at 0                      test_a_running_maximum_starts_below_every_logit
     softcap applied after the -inf mask                     test_softcap_is_applied_before_the_mask
+    softcap's digits lost to its own size                   test_softcap_keeps_the_digits_of_its_logits
     bias once per block of columns                          test_bias_is_added_once_for_all_blocks_of_columns
     logaddexp(-inf, -inf)                                   test_minus_infinity_and_minus_infinity_make_no_nan
     p - 1 of a confident target formed after rounding       test_the_gradient_of_a_confident_target_is_not_rounded_away
@@ -120,6 +121,15 @@ def test_softcap_is_applied_before_the_mask(implementation, vocabulary):
     """Applied after it, -inf becomes -softcap, -40. The words lie between -31 and -39, so each masked column adds some percent."""
     tensors, labels_T, cu_seqlens = inputs(vocabulary=vocabulary, bias=-60.0)
     check(implementation, tensors, labels_T, cu_seqlens, softcap=40.0)
+
+
+@pytest.mark.parametrize("softcap", [30.0, 50.0])
+@pytest.mark.parametrize("level", [-12, -4, -2, -0.5, 2, 4, None], ids=lambda level: f"{level}")
+def test_softcap_keeps_the_digits_of_its_logits(implementation, softcap, level):
+    """Every logit near one end of the range (level: logit / softcap), or (None) at both and between. Formed as softcap - 2 *
+    softcap / (1 + exp(2x / softcap)), all of them are off by the same two or three last digits of softcap, and so is a log-prob."""
+    tensors, labels_T, cu_seqlens = inputs(scale=softcap * (0.5 if level is None else 0.01), bias=softcap * (level or 0.0))
+    check(implementation, tensors, labels_T, cu_seqlens, softcap=softcap)
 
 
 @pytest.mark.parametrize("hidden", [16, 40], ids=["one block", "three blocks"])

@@ -106,7 +106,7 @@ def test_tiles_loaded_by_descriptors(dtype, monkeypatch):
     """The tile option that no shipped tile takes yet: the same products in the same order."""
     *arguments, bias_V, labels_T, cu_seqlens = inputs(dtype)
     expected = triton_logps(*arguments, labels_T, cu_seqlens, bias=bias_V)
-    tile = partials._tile(torch.device(DEVICE, 0), dtype, True)
+    tile = partials._tile(torch.device(DEVICE, 0), True)
     monkeypatch.setattr(partials, "_tile", lambda *_: dataclasses.replace(tile, descriptors=True))
     assert torch.equal(triton_logps(*arguments, labels_T, cu_seqlens, bias=bias_V), expected)
 

@@ -26,6 +26,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mrpo_scale.preemption import Preempted
+
 TIMEOUT = 30.0  #: seconds without a sign of life after which a rank counts as dead
 BEATS = 6  #: beats in that time
 TICKS = 5  #: looks for a verdict between two beats
@@ -64,8 +66,8 @@ def heartbeat(timeout: float = TIMEOUT) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, SystemExit) and not error.code:
-            _running.finish()
+        if isinstance(error, Preempted):
+            _running.finish()  # all ranks have agreed to leave
         else:
             _running.fail(error)
         raise
@@ -234,13 +236,15 @@ class Heartbeat:
             local_rank, on_host = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
             first = self.rank - local_rank
             speaker = min(set(range(first, first + on_host)) - set(verdict.ranks), default=self.rank)
-            if self.rank not in (speaker, *verdict.ranks):
-                time.sleep(2 * self.beat)  # the launcher ends this process when the speaker is gone
-            print(
-                f"\nerror: {verdict.text}.\nRank {self.rank} on {self.host} was {_doing} and ends now. The same command continues "
-                "from the last complete checkpoint.\n",
-                file=sys.stderr,
-            )
+            if self.rank in (speaker, *verdict.ranks):
+                print(
+                    f"\nerror: {verdict.text}.\nRank {self.rank} on {self.host} was {_doing} and ends now. The same command "
+                    "continues from the last complete checkpoint.\n",
+                    file=sys.stderr,
+                )
+            else:
+                time.sleep(2 * self.beat)  # most often the launcher ends this process when the speaker is gone
+                print(f"rank {self.rank} on {self.host} was {_doing} and ends as well: {verdict.text}", file=sys.stderr)
             if not store_lost:
                 try:
                     self._store.set(f"ended/{self.rank}", "")
@@ -248,6 +252,7 @@ class Heartbeat:
                     print(f"the job's store is gone as well: {_one_line(error)}", file=sys.stderr)
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
+            time.sleep(2 * self.tick)  # all read the verdict before the store goes with this process or its launcher
             logging.shutdown()
             os._exit(1)  # the main thread may hang in a collective: no exception could reach it
 

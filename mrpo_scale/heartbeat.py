@@ -224,7 +224,9 @@ class Heartbeat:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         where = f"the job's store on {peer.host if peer else self.host} ({address}), the host of rank 0, is gone"
         remedy = "" if peer is None else f": {peer.host} or its launcher is down, or the network to it is cut"
-        self._end(Verdict((), False, f"{where}{remedy}; {how}{last}"), store_lost=True)
+        # The store is in the launcher's process, or in rank 0's, which then cannot speak for its host.
+        suspects = () if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else (0,)
+        self._end(Verdict(suspects, False, f"{where}{remedy}; {how}{last}"), store_lost=True)
 
     def _end(self, verdict: Verdict, *, store_lost: bool = False) -> None:
         """End this process, unless the main thread is about to. One rank of each host speaks."""

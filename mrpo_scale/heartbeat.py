@@ -1,7 +1,7 @@
 """A rank that is gone ends the job on every host, with its name, instead of leaving the others in a collective for half an hour.
 
 Every rank beats into the job's store: that it lives and what it does. Rank 0 watches all others, they watch rank 0 and the
-store, so a rank costs the store two small requests a second, however many there are. Who finds something wrong leaves a verdict
+store, so a rank costs the store three small requests a second, however many there are. Who finds something wrong leaves a verdict
 in the store, which everybody reads within a second. Clocks of two hosts are never compared: what counts is how long, on the
 watcher's own clock, nothing new came.
 
@@ -171,11 +171,12 @@ class Heartbeat:
     # ---- the threads -------------------------------------------------------------------------------------------------
 
     def _beat_and_watch(self) -> None:
-        last = time.monotonic()
+        last, said = time.monotonic(), ""
         try:
             for tick in count():
-                if tick % TICKS == 0:
-                    beat = {"host": self.host, "doing": _doing, "beats": tick // TICKS + 1}
+                if tick % TICKS == 0 or _doing != said:
+                    said = _doing
+                    beat = {"host": self.host, "doing": said, "beats": tick + 1}
                     self._store.set(f"beat/{self.rank}", json.dumps(beat))
                 now = time.monotonic()
                 # A stall of this process itself (SIGSTOP, a debugger) says nothing about the others.

@@ -20,9 +20,10 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest
 
-# Scoring jobs killed 50 times, hosts lost, and what takes minutes under the real launcher. MRPO_CHAOS_SEED=n chooses other moments.
+# Scoring jobs killed 50 times, a training run 25 times, hosts lost, and what takes minutes under the real launcher. MRPO_CHAOS_SEED=n chooses other moments.
 chaos: install
-	MRPO_CHAOS_KILLS=$${MRPO_CHAOS_KILLS:-50} $(BIN)/python -m pytest tests/distributed/test_score_chaos.py tests/distributed/test_score_jobs.py tests/multihost
+	MRPO_CHAOS_KILLS=$${MRPO_CHAOS_KILLS:-50} $(BIN)/python -m pytest tests/distributed/test_score_chaos.py tests/distributed/test_score_jobs.py
+	MRPO_CHAOS_KILLS=$${MRPO_CHAOS_KILLS:-25} $(BIN)/python -m pytest tests/distributed/test_train_chaos.py tests/multihost
 
 lint: install
 	$(BIN)/ruff check .

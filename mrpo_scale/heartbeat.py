@@ -1,7 +1,7 @@
 """A rank that is gone ends the job on every host, with its name, instead of leaving the others in a collective for half an hour.
 
 Every rank beats into the job's store: that it lives and what it does. Rank 0 watches all others, they watch rank 0 and the
-store, so a rank costs the store two small requests a second, however many there are. Who finds something wrong leaves a verdict
+store, so a rank costs the store three small requests a second, however many there are. Who finds something wrong leaves a verdict
 in the store, which everybody reads within a second. Clocks of two hosts are never compared: what counts is how long, on the
 watcher's own clock, nothing new came.
 
@@ -171,11 +171,12 @@ class Heartbeat:
     # ---- the threads -------------------------------------------------------------------------------------------------
 
     def _beat_and_watch(self) -> None:
-        last = time.monotonic()
+        last, said = time.monotonic(), ""
         try:
             for tick in count():
-                if tick % TICKS == 0:
-                    beat = {"host": self.host, "doing": _doing, "beats": tick // TICKS + 1}
+                if tick % TICKS == 0 or _doing != said:
+                    said = _doing
+                    beat = {"host": self.host, "doing": said, "beats": tick + 1}
                     self._store.set(f"beat/{self.rank}", json.dumps(beat))
                 now = time.monotonic()
                 # A stall of this process itself (SIGSTOP, a debugger) says nothing about the others.
@@ -224,7 +225,9 @@ class Heartbeat:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         where = f"the job's store on {peer.host if peer else self.host} ({address}), the host of rank 0, is gone"
         remedy = "" if peer is None else f": {peer.host} or its launcher is down, or the network to it is cut"
-        self._end(Verdict((), False, f"{where}{remedy}; {how}{last}"), store_lost=True)
+        # The store is in the launcher's process, or in rank 0's, which then cannot speak for its host.
+        suspects = () if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else (0,)
+        self._end(Verdict(suspects, False, f"{where}{remedy}; {how}{last}"), store_lost=True)
 
     def _end(self, verdict: Verdict, *, store_lost: bool = False) -> None:
         """End this process, unless the main thread is about to. One rank of each host speaks."""

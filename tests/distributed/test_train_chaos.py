@@ -134,7 +134,8 @@ def choose_moment(rng, undisturbed, share, kills_left, logs):
         return "amid a checkpoint", None, (rank, rng.randint(1, most))
     victims = rng.choice([[0], [1], [0, 1]])
     if rng.random() < 0.15:
-        return "while it starts", Kill(victims, rng.uniform(0, 4)), None
+        # Not before: DeepSpeed's build on CPU holds a lock at start, which a killed process leaves behind for ever.
+        return "while it starts", Kill(victims, rng.uniform(0, 3), since=str(logs / "starts")), None
     latest = seconds * min(share, 2 / (kills_left + 1) + 0.05)
     return "in training", Kill(victims, rng.uniform(0, latest), since=str(logs / "begun")), None
 

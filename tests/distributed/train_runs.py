@@ -232,7 +232,13 @@ def chaos(folder: str, die: tuple[int, int] | None = None) -> None:
             (Path(folder) / "begun").touch()
         return compute_loss(self, *args, **kwargs)
 
-    MRPOTrainer.compute_loss = begun  # type: ignore[method-assign]
+    made = MRPOTrainer.__init__
+
+    def starts(self: Any, *args: Any, **kwargs: Any) -> None:
+        (Path(folder) / "starts").touch()
+        made(self, *args, **kwargs)
+
+    MRPOTrainer.compute_loss, MRPOTrainer.__init__ = begun, starts  # type: ignore[method-assign]
     saving = _WhileSaving(recorder, die[1] if die and die[0] == recorder.rank else None)
     if die is None or die[0] == recorder.rank:
         torch.save = saving.save(torch.save)

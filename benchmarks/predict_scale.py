@@ -67,23 +67,28 @@ def predict(job: Job, cluster: Cluster) -> dict[str, Any]:
         found["flop_floor"] = live.best.flops / dpo.flops
     if cached.best is not None:
         found["cached"] = as_json(cached.best)
-    found["row"] = row(live.best, cached.best, found)
+    found["row"] = row(live.best, cached.best, found, cluster)
     return found
 
 
-def row(live: Estimate | None, cached: Estimate | None, found: dict[str, Any]) -> list[str]:
+def row(live: Estimate | None, cached: Estimate | None, found: dict[str, Any], cluster: Cluster) -> list[str]:
     """Cells of the table."""
     cells = [f"{found['gpus']:,}", f"{found['pairs_per_step']:,}"]
     if live is None:
-        cells += [f"no: at least {found['least_gib']['live']:.0f} GiB", "-", "-", "-", "-"]
+        cells += [_too_large(found["least_gib"]["live"], cluster), "-", "-", "-", "-"]
     else:
         cells += [
             _setting(live), f"{live.peak / GIB:.0f}", f"{live.seconds:.3g}", f"{live.mfu:.0%}",
             f"{found['overhead']:.2f} ({found['flop_floor']:.2f})",
         ]  # fmt: skip
     if cached is None:
-        return [*cells, f"no: at least {found['least_gib']['cached']:.0f} GiB", "-", "-"]
+        return [*cells, _too_large(found["least_gib"]["cached"], cluster), "-", "-"]
     return [*cells, _setting(cached), f"{cached.seconds:.3g}", f"{cached.mfu:.0%}"]
+
+
+def _too_large(least_gib: float, cluster: Cluster) -> str:
+    """Why nothing fits; offloading can empty the device and overfill the host."""
+    return "no: host memory" if least_gib * GIB <= cluster.usable else f"no: at least {least_gib:.0f} GiB"
 
 
 def _setting(e: Estimate) -> str:

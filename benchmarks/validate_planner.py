@@ -218,15 +218,15 @@ def predict(trainer: MRPOTrainer, *, checkpointing: bool) -> dict[str, int]:
     return dict(estimate(job, setting, cluster).held)
 
 
-def _rank(folder: Path) -> None:
-    """All cases, on one rank of the launcher."""
+def _rank(folder: Path, sizes: list[str]) -> None:
+    """All cases of some sizes, on one rank of the launcher."""
     results = []
-    for size in SIZES:
+    for size in sizes:
         for placement in ("spread", "partition"):
             for checkpointing in (False, True):
                 found = measure(
                     str(folder / size), [str(folder / name) for name in REFERENCES], str(folder / "out"),
-                    placement=placement, checkpointing=checkpointing, words=120,
+                    placement=placement, checkpointing=checkpointing, words=50,
                 )  # fmt: skip
                 case = {"policy": size, "placement": placement, "gradient_checkpointing": checkpointing}
                 results.append({**case, "rank": int(os.environ["RANK"]), **found})
@@ -266,10 +266,11 @@ def worst_of_ranks(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/planner-cpu.json")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     args = parser.parse_args()
     if args.folder:
-        _rank(args.folder)
+        _rank(args.folder, args.sizes)
         return
     with tempfile.TemporaryDirectory(prefix="mrpo-planner-") as temporary:
         folder = Path(temporary)
@@ -278,9 +279,11 @@ def main() -> None:
         for name, (model_type, sizes) in REFERENCES.items():
             write_model(folder / name, model_type, sizes)
         launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file"]
-        words = [*launcher, "launch/accelerate/cpu_zero3.yaml", "-m", __spec__.name, "--folder", str(folder)]
-        subprocess.run(words, check=True, cwd=ROOT)
-        results = worst_of_ranks([json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)])
+        words = [*launcher, "launch/accelerate/cpu_zero3.yaml", "-m", __spec__.name, "--folder", str(folder), "--sizes"]
+        results = []
+        for size in args.sizes:  # a launch for each, so that no case inherits memory from a larger one
+            subprocess.run([*words, size], check=True, cwd=ROOT)
+            results += worst_of_ranks([json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)])
     args.output.write_text(json.dumps({"ranks": 2, "torch": torch.__version__, "cases": results}, indent=1) + "\n")
     print(f"\n{_table(results)}")
     print(f"\nwritten to {args.output}")

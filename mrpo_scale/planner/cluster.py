@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.gpus import GPU, find_gpu
+from mrpo_scale.gpus import GIB, GPU, find_gpu
 
 #: Network of an HGX or DGX node: one card of this speed for each GPU.
 DEFAULT_NETWORK = "400gbit"
@@ -25,6 +25,8 @@ class Assumptions:
     node_hop: float = 1e-6  #: seconds from one device of a node to the next, in each step of a ring
     network_hop: float = 5e-6  #: seconds from one node to the next
     usable_memory: float = 0.90  #: of a device's memory: the rest is the driver's, the communicators' and fragments
+    #: bytes for each device of its node's own memory: 2 TB for the eight of a DGX, less what the system takes
+    host_memory: float = 240 * GIB
     host_bandwidth: float = (
         20e9  #: bytes/s of host memory for each device, where its optimizer or references live there
     )

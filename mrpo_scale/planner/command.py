@@ -240,7 +240,7 @@ class _Check:
         }
 
     def _say_cheapest(self, job: Job, own: Estimate, searches: dict[str, Found]) -> None:
-        if not own.fits:
+        if own.peak > own.cluster.usable:
             self.warnings.append(
                 f"this recipe needs {own.peak / GIB:.1f} GiB at {own.moment}, more than the {own.cluster.usable / GIB:.1f} of a "
                 f"{own.cluster.name} that one can count on: it will run out of memory"
@@ -253,7 +253,11 @@ class _Check:
                     f"{best.seconds:.3g} s a step, {best.peak / GIB:.1f} GiB: {setting_in_words(best.setting, best.accumulation)}"
                 )
             else:
-                print(f"none; the smallest needs {found.least.peak / GIB:.1f} GiB: ", end="")
+                host = sum(found.least.host.values()) / GIB
+                print(
+                    f"none; the smallest needs {found.least.peak / GIB:.1f} GiB and {host:.1f} GiB of host memory: ",
+                    end="",
+                )
                 print(setting_in_words(found.least.setting, found.least.accumulation))
         if searches["live"].best is None and (larger := smallest_that_fits(job, self.cluster)) is not None:
             grown, found = larger

@@ -43,7 +43,8 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.cluster.usable
+        """On the device, and what is offloaded beside it."""
+        return self.peak <= self.cluster.usable and sum(self.host.values()) <= self.cluster.assumed.host_memory
 
     @property
     def seconds(self) -> float:

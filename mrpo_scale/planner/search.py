@@ -44,9 +44,9 @@ def search(job: Job, cluster: Cluster, *, live: bool = True) -> Found:
 
 
 def _worth(found: Estimate) -> tuple[float, ...]:
-    """Less is better: time to a hundredth, then nothing in host memory, then device memory."""
+    """Less is better: time to a hundredth, then nothing in host memory, then nothing computed twice, then device memory."""
     moved = found.setting.offload + found.setting.zero.offload_optimizer
-    return (round(math.log(found.seconds) / math.log(1.01)), moved, found.peak)
+    return (round(math.log(found.seconds) / math.log(1.01)), moved, found.setting.checkpointing, found.peak)
 
 
 def settings(job: Job, cluster: Cluster, *, live: bool = True) -> Iterator[Setting]:

@@ -29,14 +29,16 @@ KINDS = {
 def assumptions(cluster: Cluster) -> str:
     """What every figure in seconds rests on."""
     a = cluster.assumed
-    hops = f"{a.node_hop * 1e6:g} and {a.network_hop * 1e6:g} microseconds a hop inside a node and between nodes"
-    return (
-        "Seconds are a roofline, not a measurement. Assumed, since this project had no GPU to measure them: "
-        f"{a.matmul:.0%} of the data\nsheet's FLOP/s in matrix products, {a.attention:.0%} in attention, {a.memory:.0%} of the "
-        f"memory bandwidth, {a.links:.0%} of a link's rate,\n{hops}; gathers hidden behind arithmetic where\n"
-        "overlap_comm is on. Bytes held and FLOPs are counted, and agree with real runs on a CPU (docs/performance.md).\n"
-        "Cached, MRPO does the work of DPO: no reference is loaded."
-    )
+    lines = [
+        "Seconds are a roofline, not a measurement. Assumed, since this project had no GPU to measure them:",
+        f"{a.matmul:.0%} of the data sheet's FLOP/s in matrix products and {a.attention:.0%} in attention,",
+        f"{a.memory:.0%} of the memory bandwidth, {a.links:.0%} of a link's rate, {a.node_hop * 1e6:g} and "
+        f"{a.network_hop * 1e6:g} microseconds a hop inside a node and between nodes,",
+        f"{a.host_memory / GIB:.0f} GiB of host memory for each device, gathers hidden behind arithmetic where overlap_comm is on.",
+        "Bytes held and FLOPs are counted, and agree with real runs on a CPU (docs/performance.md).",
+        "Cached, MRPO does the work of DPO: no reference is loaded.",
+    ]
+    return "\n".join(lines)
 
 
 def setting_in_words(setting: Setting, accumulation: int) -> str:
@@ -86,11 +88,10 @@ def memory_table(estimates: Mapping[str, Estimate]) -> str:
                 rows.append((f"{moment}: {KINDS[kind]}", *map(_gib, values)))
     rows.append(("most at once", *(_gib(e.peak) for e in estimates.values())))
     some = next(iter(estimates.values()))
-    rows.append(
-        (f"fits into {some.cluster.usable / GIB:.1f} GiB", *("yes" if e.fits else "NO" for e in estimates.values()))
-    )
     if any(e.host for e in estimates.values()):
-        rows.append(("host memory of a rank", *(_gib(sum(e.host.values())) for e in estimates.values())))
+        rows.append(("in host memory", *(_gib(sum(e.host.values())) for e in estimates.values())))
+    fits = ("yes" if e.fits else "NO" for e in estimates.values())
+    rows.append((f"fits, {some.cluster.usable / GIB:.1f} GiB usable", *fits))
     return aligned_table(("GiB per rank", *estimates), rows)
 
 
@@ -139,7 +140,7 @@ def plot_memory(estimates: Mapping[str, Estimate], path: Path) -> None:
                 axes.bar(i, size / GIB, 0.6, bottom=bottom, color=colours[kind], label=label)
                 labelled.add(kind)
                 bottom += size / GIB
-        axes.text(i, bottom, f"{bottom:.1f}", ha="center", va="bottom", fontsize=9)
+        axes.text(i, bottom, _gib(bottom * GIB), ha="center", va="bottom", fontsize=9)
     some = next(iter(estimates.values()))
     usable, most = some.cluster.usable / GIB, max(e.peak for e in estimates.values()) / GIB
     if most > usable / 4:  # else the bars would be a line at the bottom
@@ -186,7 +187,7 @@ def as_json(e: Estimate) -> dict[str, Any]:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
+    return f"{size / GIB:.2f}" if size >= 0.1 * GIB or not size else f"{size / GIB:.2g}"
 
 
 def _seconds(seconds: float) -> str:

@@ -15,6 +15,7 @@ from mrpo_scale.recipe import resource
 #: DeepSpeed's defaults of what ds_configs here leave out.
 _DEFAULTS = {
     "reduce_bucket_size": 5 * 10**8,
+    "allgather_bucket_size": 5 * 10**8,
     "stage3_prefetch_bucket_size": 5 * 10**7,
     "stage3_param_persistence_threshold": 10**5,
     "stage3_max_live_parameters": 10**9,
@@ -157,5 +158,6 @@ def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> tuple[Traff
         again = cluster.gather(total, min(zero.secondary, ranks), calls) if zero.secondary > 1 else forward
         return forward, again + cluster.gather(total, ranks, buckets), Traffic()
     if zero.stage == 2:
-        return Traffic(), cluster.gather(total, ranks, buckets), cluster.gather(total, ranks, buckets)
+        calls = size.parameters / zero.number("allgather_bucket_size", h)
+        return Traffic(), cluster.gather(total, ranks, buckets), cluster.gather(total, ranks, calls)
     return Traffic(), cluster.gather(4 * size.parameters, ranks, buckets) * 2, Traffic()

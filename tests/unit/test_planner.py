@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.predict_scale import size_of
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.planner.cluster import Traffic, make_cluster
 from mrpo_scale.planner.estimate import estimate
@@ -28,16 +29,6 @@ LLAMA = {
     "num_key_value_heads": 2,
     "vocab_size": 1001,
 }
-# 8B: Llama 3.1's numbers.
-BIG = {
-    **LLAMA,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
 
 
 def source(folder, config, name="policy"):
@@ -52,8 +43,8 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def big(tmp_path_factory):
-    return model_size(source(tmp_path_factory.mktemp("big"), BIG), itemsize=2)
+def big():
+    return size_of("llama-3.1-8b")
 
 
 def job_of(policy, references=1, window=64):
@@ -74,8 +65,21 @@ def test_sizes_are_those_of_the_model(small):
     assert small.zero_shard(3) > small.parameters / 3
 
 
-def test_eight_billion_parameters(big):
-    assert big.parameters == 8_030_261_248  # as the model's page says
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("llama-3.1-405b", 405_853_388_800),
+        ("mistral-7b-v0.3", 7_248_023_552),
+        ("mistral-large-2407", 122_610_069_504),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-72b", 72_706_203_648),
+    ],
+)
+def test_parameters_are_what_the_models_pages_say(name, parameters):
+    """The stand-ins of benchmarks/predict_scale.py, each a config.json and nothing else."""
+    assert size_of(name).parameters == parameters
 
 
 def test_a_gather_by_hand():

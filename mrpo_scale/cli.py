@@ -12,6 +12,8 @@ from collections.abc import Sequence
 USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
 
   train    finetune the policy; without a recipe, the quickstart
+  check    the dry run, from configs and data alone: what is read, memory, time, and the cheapest setting that fits:
+           [--gpus 64 --gpu h100-80gb --gpus_per_node 8 --network 400gbit] [--ds_config NAME] [--output FOLDER]
   score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...]; --list says what is there, --verify checks it
   inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
   eval     measure saved models: --model FOLDER ... [--dataset_name SET] [--tasks NAME,NAME] [--judge_model NAME --judge_url URL]
@@ -30,6 +32,7 @@ Under a launcher: accelerate launch --config_file launch/accelerate/cpu_zero3.ya
 #: Command -> the function that runs it. Imports are slow (transformers, torch), so `mrpo` alone answers without them.
 COMMANDS = {
     "train": "mrpo_scale.run:run",
+    "check": "mrpo_scale.planner.command:check",
     "score": "mrpo_scale.score:score",
     "inspect": "mrpo_scale.inspection:inspect",
     "eval": "mrpo_scale.eval.run:run",

@@ -29,7 +29,7 @@ GPUS = {
     # NVIDIA A100 data sheet (2021), SXM: 312 TF, FP32 19.5 TF, 1,555 and 2,039 GB/s, NVLink 600 GB/s both ways, PCIe 4.0
     "a100-40gb": GPU(312e12, 19.5e12, 40 * GIB, 1555e9, 300e9, 32e9, r"\bA100.*40GB"),
     "a100-80gb": GPU(312e12, 19.5e12, 80 * GIB, 2039e9, 300e9, 32e9, r"\bA100"),
-    # NVIDIA H100 data sheet (2023): bf16 with sparsity 1,979 (SXM), 1,513 (PCIe), 1,671 TF (NVL), half of it dense; NVLink 900 GB/s,
+    # NVIDIA H100 data sheet (2023): bf16 with sparsity 1,979 (SXM), 1,513 (PCIe), 1,671 TF (NVL), dense is half; NVLink 900 GB/s,
     # the PCIe card over PCIe 5.0, NVL's bridge 600 GB/s
     "h100-pcie": GPU(756e12, 51e12, 80 * GIB, 2000e9, 64e9, 64e9, r"\bH100 PCIe"),
     "h100-nvl": GPU(835e12, 60e12, 94 * GIB, 3900e9, 300e9, 64e9, r"\bH100 NVL"),
@@ -48,7 +48,7 @@ GPUS = {
     # NVIDIA Ada architecture white paper (2022), RTX 4090: bf16 with float32 sums 165.2 TF, 24 GB at 1,008 GB/s, PCIe 4.0
     "rtx4090": GPU(165.2e12, 82.6e12, 24 * GIB, 1008e9, 32e9, 32e9, r"\bRTX 4090"),
     # NVIDIA Ampere GA102 white paper (2020), RTX 3090: bf16 with float32 sums 71 TF, 24 GB at 936 GB/s, PCIe 4.0
-    "rtx3090": GPU(71e12, 35.6e12, 24 * GIB, 936e9, 32e9, 32e9, r"\bRTX 3090\b"),
+    "rtx3090": GPU(71e12, 35.6e12, 24 * GIB, 936e9, 32e9, 32e9, r"\bRTX 3090$"),
     # AMD Instinct MI300X data sheet (2023): bf16 1,307 TF, FP32 vector 163.4 TF, 192 GB at 5.3 TB/s, 7 links of 64 GB/s a direction
     "mi300x": GPU(1307e12, 163.4e12, 192 * GIB, 5300e9, 448e9, 64e9, r"\bMI300X"),
     # No data sheet: one x86-64 core with AVX2 at 3 GHz (2 FMAs of 8 floats a cycle) and a tenth of a socket's DDR5. Its memory is

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from mrpo_scale.config import ModelSpec, MRPOConfig, parse_ref_models
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.references.sharding import ReferenceSource, check_source
+from mrpo_scale.references.source import ReferenceSource, check_config, check_source
 from mrpo_scale.tokenization import ModelText
 
 ANCHOR = "anchor"  #: the name of reference 0
@@ -58,16 +58,20 @@ def plan_models(
     ref_models: Sequence[str | Mapping[str, Any]],
     args: MRPOConfig,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    weights_needed: bool = True,
 ) -> RunPlan:
     """Resolve and check every model of a run.
 
     Args:
         model: the policy, as a name or loaded. A loaded one's starting weights are written to ``output_dir/anchor``, from where
             the anchor's shards stream: references never share storage with a policy that trains.
+        weights_needed: False: config and tokenizer suffice, for a plan that nothing will be loaded for.
 
     Raises:
         ConfigError: a model that is missing, has no safetensors, wants remote code, or has no fast tokenizer.
     """
+    check = check_source if weights_needed else check_config
     spec = ModelSpec(
         model=model if isinstance(model, str) else str(args.folder / "anchor"),
         name="policy",
@@ -82,7 +86,7 @@ def plan_models(
             raise ConfigError("`processing_class` is missing: pass the policy's tokenizer beside a loaded model.")
         write_weights(model, Path(spec.model), is_main=args.process_index == 0)
     policy = _source(spec, args, args.policy_dtype)
-    policy_config = check_source(policy)
+    policy_config = check(policy)
     tokenizer = tokenizer or load_tokenizer(spec)
     texts = [_text(spec, args, tokenizer, policy_config)]
 
@@ -91,7 +95,7 @@ def plan_models(
     references: list[PlannedReference] = []
     for k, (ref_spec, name) in enumerate(zip([anchor_spec, *ref_specs], _names(ref_specs), strict=True)):
         source = _source(ref_spec, args, args.reference_dtype(ref_spec.dtype), name)
-        config = check_source(source)
+        config = check(source)
         own_text = k == 0 and not args.anchor
         ref_tokenizer = tokenizer if own_text else load_tokenizer(ref_spec, name)
         view = shared_view(texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name))

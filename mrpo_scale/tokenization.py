@@ -145,7 +145,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
 
     Attributes:
         counts: bad rows that were left out, by reason.
-        truncated: pairs of which at least one response was cut.
+        cut_rows: the numbers, in this set, of pairs of which at least one response was cut; ``truncated``: how many.
         merged: pairs whose turns had to be merged, by model name; models without any are left out.
         num_texts: number of ModelTexts.
         row_keys: [N] 16-byte strings (numpy S16), see :func:`row_key`.
@@ -167,7 +167,8 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         self.counts = dict(Counter(reason for reason in reasons if reason).most_common())
         self._good = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
         cut = _flags(tokenized, ["chosen_cut", "rejected_cut"])[:, self._good]
-        self.truncated = int(cut.any(axis=0).sum())
+        self.cut_rows = np.flatnonzero(cut.any(axis=0))
+        self.truncated = len(self.cut_rows)
         merged = _flags(tokenized, [f"merged_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
         self.merged = {name: int(n) for name, n in zip(names, merged, strict=True) if n}
 
@@ -219,10 +220,14 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         stored = self._stored(row)
         return stored["chosen_cut"], stored["rejected_cut"]
 
+    def uncut(self, row: int) -> PreferencePair:
+        """The text as the data set has it."""
+        return self._layout.to_pair(self._rows[int(self._good[row])])
+
     def pair(self, row: int) -> PreferencePair:
         """The text that is scored, after cuts."""
         stored = self._stored(row)
-        pair = self._layout.to_pair(self._rows[int(self._good[row])])
+        pair = self.uncut(row)
         return replace(
             pair, chosen=pair.chosen[: stored["chosen_chars"]], rejected=pair.rejected[: stored["rejected_chars"]]
         )

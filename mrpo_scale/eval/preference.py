@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
-from mrpo_scale.pair_batch import collate_pairs, segment_length
-from mrpo_scale.references.scoring import cut_by_tokens
+from mrpo_scale.pair_batch import collate_pairs
+from mrpo_scale.references.scoring import cut_by_tokens, segment_lengths
 from mrpo_scale.references.sharding import ShardedReference
 from mrpo_scale.report import aligned_table, number, percent
 from mrpo_scale.tokenization import PairDataset
@@ -67,8 +67,9 @@ def score_model(
     tokens = [pairs.tokens(row)[model.view] for row in range(count)]
     lengths_N2 = torch.tensor([[len(t.chosen_ids), len(t.rejected_ids)] for t in tokens], dtype=torch.float64)
     loaded = ShardedReference(model.source, group, device, shared_prompt=args.shared_prompt)
-    order = sorted(range(count), key=lambda i: -segment_length(tokens[i], loaded.shared_prompt))
-    parts = cut_by_tokens([tokens[i] for i in order], loaded.shared_prompt, args.tokens_per_forward)
+    lengths = segment_lengths(tokens, loaded.shared_prompt)
+    order = sorted(range(count), key=lambda i: -lengths[i])
+    parts = cut_by_tokens([lengths[i] for i in order], loaded.shared_prompt, args.tokens_per_forward)
     logps_N2 = torch.zeros(count, 2, dtype=torch.float64, device=device)
     for part in tqdm(_of_this_rank(parts), desc=f"Scoring with {model.name}", disable=_rank() != 0):
         rows = [] if part is None else order[part]

@@ -68,7 +68,8 @@ def partition(costs: Mapping[int, float], nodes: Sequence[Sequence[int]], shard_
     for k, count in _apportion(costs, len(seats)).items():
         own = [rank for seat in seats[start : start + count] for rank in seat]
         start += count
-        per_node = [[rank for rank in node if rank in set(own)] for node in nodes]
+        held = set(own)
+        per_node = [[rank for rank in node if rank in held] for node in nodes]
         groups[k] = _tile(own, shard_size) if shard_size else tuple(tuple(part) for part in per_node if part)
     return Placement(groups)
 

@@ -47,7 +47,9 @@ class Reference:
 
     def batches(self, pairs: Sequence[PairTokens], tokens_per_forward: int) -> list[PairBatch]:
         """``pairs``, in their order, as batches of at most ``tokens_per_forward`` padded tokens or of one pair."""
-        return [self.batch(pairs[part]) for part in cut_by_tokens(pairs, self.model.shared_prompt, tokens_per_forward)]
+        lengths = segment_lengths(pairs, self.model.shared_prompt)
+        parts = cut_by_tokens(lengths, self.model.shared_prompt, tokens_per_forward)
+        return [self.batch(pairs[part]) for part in parts]
 
 
 def load_reference(planned: PlannedReference, group: dist.ProcessGroup | None, args: MRPOConfig) -> Reference:
@@ -178,7 +180,7 @@ def score_in_step(
     Collective over the reference's shard group: as many forwards as its busiest rank needs.
     """
     model = reference.model
-    parts = cut_by_tokens(pairs, model.shared_prompt, tokens_per_forward)
+    parts = cut_by_tokens(segment_lengths(pairs, model.shared_prompt), model.shared_prompt, tokens_per_forward)
     (forwards,) = agree_on_most([len(parts)], model.group, model.device)
     for part in [*parts, *[None] * (forwards - len(parts))]:
         logps_P2 = model.score(None if part is None else reference.batch(pairs[part]))
@@ -197,13 +199,17 @@ def _length(pair: PairTokens) -> int:
     return segment_length(pair, shared_prompt=True)
 
 
-def cut_by_tokens(pairs: Sequence[PairTokens], shared_prompt: bool, tokens_per_forward: int) -> list[slice]:
-    """Consecutive parts of ``pairs``, each of at most ``tokens_per_forward`` padded tokens or of one pair."""
-    if not pairs:
+def segment_lengths(pairs: Sequence[PairTokens], shared_prompt: bool) -> list[int]:
+    """:func:`~mrpo_scale.pair_batch.segment_length` of each."""
+    return [segment_length(pair, shared_prompt) for pair in pairs]
+
+
+def cut_by_tokens(lengths: Sequence[int], shared_prompt: bool, tokens_per_forward: int) -> list[slice]:
+    """Consecutive parts of pairs of these segment lengths, each of at most ``tokens_per_forward`` padded tokens or of one pair."""
+    if not lengths:
         return []
     starts, tokens, widest = [0], 0, 0
-    for i, pair in enumerate(pairs):
-        length = segment_length(pair, shared_prompt)
+    for i, length in enumerate(lengths):
         widest = max(widest, length)
         # Shared-prompt pairs are packed, so they cost their own length; separate rows are padded to the widest.
         size = tokens + length if shared_prompt else 2 * widest * (i + 1 - starts[-1])
@@ -211,7 +217,7 @@ def cut_by_tokens(pairs: Sequence[PairTokens], shared_prompt: bool, tokens_per_f
             starts.append(i)
             tokens, widest = 0, length
         tokens += length
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(pairs)], strict=True)]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
 def _joined_labels(batches: Sequence[PairBatch], hidden_TD: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class ShardedReference:
         self.gathers = 0
         folder = local_folder(source, self.group)
         with fail_together(self.group):
-            self.model = _build(source, check_source(source))
+            self.model = build_on_meta(source, check_source(source))
             self.shared_prompt = choose_shared_prompt(shared_prompt, self.config, source.name)
             self._load(weight_files(folder, source.name))
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -174,7 +174,7 @@ def _zero3_unset() -> Iterator[None]:
             hf_deepspeed.set_hf_deepspeed_config(alive)
 
 
-def _build(source: ReferenceSource, config: PretrainedConfig) -> PreTrainedModel:
+def build_on_meta(source: ReferenceSource, config: PretrainedConfig) -> PreTrainedModel:
     """The model with its parameters on meta and its buffers real, frozen and in eval mode."""
     options: dict[str, Any] = {"dtype": source.dtype, "trust_remote_code": source.trust_remote_code}
     if source.attn_implementation is not None:

@@ -43,8 +43,26 @@ def check_source(source: ReferenceSource) -> PretrainedConfig:
     The weight files of a hub id that still has to be downloaded are checked by :class:`ShardedReference`.
 
     Raises:
-        ConfigError: no config, code outside transformers without consent, not a causal language model, quantized, stored in a
-            layout that only ``from_pretrained`` can convert, or no complete set of safetensors files.
+        ConfigError: see :func:`check_config` and :func:`check_weight_files`.
+    """
+    config = check_config(source)
+    check_weight_files(source)
+    return config
+
+
+def check_weight_files(source: ReferenceSource) -> None:
+    """Raises ConfigError where a folder that nothing more comes to lacks a complete set of safetensors files. Opens none."""
+    folder = _folder_at_hand(source)
+    if folder is not None:
+        weight_files(folder, source.name)
+
+
+def check_config(source: ReferenceSource) -> PretrainedConfig:
+    """The model's config, if it is one that can be used here; only config.json is read.
+
+    Raises:
+        ConfigError: no config, code outside transformers without consent, not a causal language model, quantized, or stored in a
+            layout that only ``from_pretrained`` can convert.
     """
     name = source.name
     try:
@@ -77,9 +95,6 @@ def check_source(source: ReferenceSource) -> PretrainedConfig:
     )
     if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
-    folder = _folder_at_hand(source)
-    if folder is not None:
-        weight_files(folder, name)
     return config
 
 

@@ -23,7 +23,7 @@ from mrpo_scale.gpus import GIB, GPUS, find_gpu, recognise_gpu
         ("NVIDIA L40", None),  # another card, which the table does not have
         ("NVIDIA A10G", None),  # Amazon's, with half of the A10's bf16 rate
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("NVIDIA GeForce RTX 3090 Ti", "rtx3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
         ("AMD Instinct MI300X", "mi300x"),
         ("Tesla T4", None),
     ],

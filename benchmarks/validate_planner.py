@@ -1,0 +1,290 @@
+"""The planner's memory against what two CPU ranks under ZeRO-3 really hold: bytes of tensors by kind, and what autograd saves.
+
+    python -m benchmarks.validate_planner [--output benchmarks/results/planner-cpu.json]
+
+Three policies (10M, 60M and the architecture of SmolLM2-135M, random weights) with two references beside them, under both
+placements, with and without gradient checkpointing. Needs the clone: tokenizer and words are those of the tests.
+tests/distributed/test_planner.py does the same with smaller models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback
+
+from mrpo_scale.config import MRPOConfig
+from mrpo_scale.device import peak_memory_gib, reset_peak_memory
+from mrpo_scale.flops import work_of_batch
+from mrpo_scale.planner.cluster import make_cluster
+from mrpo_scale.planner.estimate import estimate
+from mrpo_scale.planner.model_size import model_size
+from mrpo_scale.planner.parts import Job, PlannedModel, Setting
+from mrpo_scale.planner.workload import Workload
+from mrpo_scale.planner.zero import read_zero
+from mrpo_scale.recipe import resource
+from mrpo_scale.trainer import MRPOTrainer
+from tests.tiny import WORDS, tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+SIZES: dict[str, dict[str, Any]] = {
+    "10M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "vocab_size": 16384},
+    "60M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 11, "vocab_size": 32768},
+    # SmolLM2-135M's config.json
+    "135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+}
+REFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {"hidden_size": 192, "intermediate_size": 500, "num_hidden_layers": 5, "vocab_size": 20001}),
+    "gpt_neox": (
+        "gpt_neox",
+        {"hidden_size": 320, "intermediate_size": 900, "num_hidden_layers": 4, "vocab_size": 9999},
+    ),
+}
+
+
+def write_model(folder: Path, model_type: str, sizes: dict[str, Any]) -> None:
+    """A random model and a tokenizer that fits it."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4 if model_type == "gpt_neox" else 2}
+    config = AutoConfig.for_model(
+        model_type,
+        **{"max_position_embeddings": 1024, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | heads | sizes,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer("{% for m in messages %}<turn>{{ m['content'] }}</turn>{% endfor %}", 280).save_pretrained(folder)
+
+
+def pairs(count: int, words: int) -> datasets.Dataset:
+    """Rows whose prompt and responses have about ``words`` words each."""
+    rng = random.Random(0)
+
+    def text() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(words // 2, words)))
+
+    return datasets.Dataset.from_list([{"prompt": text(), "chosen": text(), "rejected": text()} for _ in range(count)])
+
+
+class Measured(MRPOTrainer):
+    """Counts what the policy's forward leaves for its backward, in the second step, once everything is in place."""
+
+    activations: tuple[int, int] | None = None  #: bytes saved, bytes predicted
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self.state.global_step == 0:
+            return super().compute_loss(model, inputs, **kwargs)
+        batch = [value for value in vars(inputs.pairs).values() if isinstance(value, Tensor)]
+        with saved_bytes(self.policy, [*batch, inputs.ref_logps_KP2, inputs.weight_P]) as found:
+            loss = super().compute_loss(model, inputs, **kwargs)
+        size = model_size(self.plan.policy, itemsize=4)
+        work = work_of_batch(inputs.pairs)
+        self.activations = (
+            sum(found.values()),
+            size.activations.kept(work, 4, checkpointing=self.args.gradient_checkpointing),
+        )
+        return loss
+
+
+@contextmanager
+def saved_bytes(model: torch.nn.Module, inputs: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """{storage: bytes} of what autograd saves in the block, but for weights (gathered ones too), buffers and ``inputs``."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*model.buffers(), *inputs]}
+    found: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no freed address is counted as another tensor's
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
+        if storage.data_ptr() not in known | weights:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found
+
+
+def tensor_bytes(tensors: Iterable[Tensor | None], known: set[int]) -> int:
+    """Of their distinct storages that are not in ``known``; adds them to it."""
+    total = 0
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def held_by_rank(trainer: MRPOTrainer) -> dict[str, int]:
+    """Bytes of tensors that this rank holds after a step, by kind."""
+    engine: Any = trainer.deepspeed
+    zero, known = engine.optimizer, set()
+    parameters = list(trainer.policy.parameters())
+    states = [value for state in zero.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    references = [p for r in trainer.scores.references.values() for p in r.model.model.parameters()]
+    return {
+        "parameters": tensor_bytes([t for p in parameters for t in (p.ds_tensor, p.data)], known),
+        "optimizer": tensor_bytes([*zero.fp32_partitioned_groups_flat, *states], known),
+        "gradients": tensor_bytes(
+            [zero.grad_partitions_flat_buffer, *(bucket.buffer for bucket in zero.ipg_buckets.values())], known
+        ),
+        "references": tensor_bytes(references, known),
+    }
+
+
+def measure(
+    policy: str, references: list[str], output_dir: str, *, placement: str, checkpointing: bool, words: int
+) -> dict[str, Any]:
+    """Two steps on this rank; predicted and measured bytes by kind. Collective over the world."""
+    if torch.distributed.is_initialized():  # a pool of tests; under a launcher accelerate does it
+        from deepspeed import comm
+
+        comm.init_distributed(dist_backend="gloo")
+    launched = "ACCELERATE_USE_DEEPSPEED" in os.environ  # then accelerate's config names the file
+    reset_peak_memory()
+    config = MRPOConfig(
+        output_dir=output_dir,
+        deepspeed=None if launched else str(resource("ds_configs") / "zero3_cpu.json"),
+        per_device_train_batch_size=2,
+        max_steps=2,
+        gradient_checkpointing=checkpointing,
+        head_backward="recompute",  # what the head keeps is then seen by the hooks, too
+        ref_placement=placement,  # type: ignore[arg-type]
+        max_length=None,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Measured(policy, ref_models=references, args=config, train_dataset=pairs(8, words))
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train()
+        measured = held_by_rank(trainer)
+        peak = peak_memory_gib(config.device)
+        predicted = predict(trainer, checkpointing=checkpointing)
+    finally:
+        if trainer.deepspeed is not None:
+            trainer.deepspeed.destroy()
+        trainer.scores.references.clear()
+        AcceleratorState._reset_state()
+        gc.collect()
+    assert trainer.activations is not None
+    kinds = {kind: {"measured": measured[kind], "predicted": predicted[kind]} for kind in measured}
+    kinds["activations"] = dict(zip(("measured", "predicted"), trainer.activations, strict=True))
+    return {"kinds": kinds, "peak_rss_gib": round(peak, 3)}
+
+
+def predict(trainer: MRPOTrainer, *, checkpointing: bool) -> dict[str, int]:
+    """What the planner says of the rank that holds most."""
+    args, plan = trainer.args, trainer.plan
+    cluster = make_cluster("cpu", args.world_size, args.world_size, None)
+    job = Job(
+        policy=model_size(plan.policy, itemsize=4),
+        references=tuple(PlannedModel(model_size(r.source, itemsize=4), r.view) for r in plan.references),
+        workload=Workload(np.asarray(trainer.pair_sets["train"].lengths)),
+        window=trainer.window_size,
+        tokens_per_forward=args.ref_tokens_per_forward,
+        gradients_in_forward=False,
+        device_type="cpu",
+    )
+    setting = Setting(2, checkpointing, read_zero("zero3_cpu"), placement=args.ref_placement)
+    return dict(estimate(job, setting, cluster).held)
+
+
+def _rank(folder: Path) -> None:
+    """All cases, on one rank of the launcher."""
+    results = []
+    for size in SIZES:
+        for placement in ("spread", "partition"):
+            for checkpointing in (False, True):
+                found = measure(
+                    str(folder / size), [str(folder / name) for name in REFERENCES], str(folder / "out"),
+                    placement=placement, checkpointing=checkpointing, words=120,
+                )  # fmt: skip
+                case = {"policy": size, "placement": placement, "gradient_checkpointing": checkpointing}
+                results.append({**case, "rank": int(os.environ["RANK"]), **found})
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    from mrpo_scale.report import aligned_table
+
+    header = ("policy", "placement", "checkpointing", "kind", "measured MiB", "predicted MiB", "predicted / measured")
+    rows = []
+    for case in results:
+        for kind, found in case["kinds"].items():
+            rows.append(
+                (
+                    case["policy"], case["placement"], str(case["gradient_checkpointing"]).lower(), kind,
+                    f"{found['measured'] / 2**20:.2f}", f"{found['predicted'] / 2**20:.2f}",
+                    f"{found['predicted'] / found['measured']:.3f}",
+                )
+            )  # fmt: skip
+        rows.append((*rows[-1][:3], "resident set, peak", f"{case['peak_rss_gib'] * 1024:.0f}", "-", "-"))
+    return aligned_table(header, rows)
+
+
+def worst_of_ranks(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Per case and kind the rank that holds most, which is what the planner speaks of."""
+    cases = []
+    for same in zip(*ranks, strict=True):
+        kinds = {
+            kind: max((r["kinds"][kind] for r in same), key=lambda found: found["measured"])
+            for kind in same[0]["kinds"]
+        }
+        cases.append({**same[0], "kinds": kinds, "peak_rss_gib": max(r["peak_rss_gib"] for r in same)})
+    return cases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/planner-cpu.json")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
+    args = parser.parse_args()
+    if args.folder:
+        _rank(args.folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="mrpo-planner-") as temporary:
+        folder = Path(temporary)
+        for name, sizes in SIZES.items():
+            write_model(folder / name, "llama", sizes)
+        for name, (model_type, sizes) in REFERENCES.items():
+            write_model(folder / name, model_type, sizes)
+        launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file"]
+        words = [*launcher, "launch/accelerate/cpu_zero3.yaml", "-m", __spec__.name, "--folder", str(folder)]
+        subprocess.run(words, check=True, cwd=ROOT)
+        results = worst_of_ranks([json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)])
+    args.output.write_text(json.dumps({"ranks": 2, "torch": torch.__version__, "cases": results}, indent=1) + "\n")
+    print(f"\n{_table(results)}")
+    print(f"\nwritten to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

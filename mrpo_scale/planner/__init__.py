@@ -1,0 +1,1 @@
+"""`mrpo check`: what a run will read, hold, compute and send, from configs and data alone."""

@@ -1,0 +1,103 @@
+"""The sizes of one model, from its config alone: it is built on the meta device, where a weight has a shape and no memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from mrpo_scale.flops import UnitCosts, decoder_layers, unit_costs
+from mrpo_scale.pair_batch import supports_shared_prompt
+from mrpo_scale.planner.activations import Activations, activations_of
+from mrpo_scale.references.sharding import build_on_meta
+from mrpo_scale.references.source import ReferenceSource, check_config
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the cost of a model is made of. Tied weights count once."""
+
+    name: str
+    model_type: str
+    shapes: tuple[Shape, ...]  #: of every parameter
+    hidden: int
+    layer: int  #: parameters of the largest decoder layer
+    widest_mlp: int
+    embedding: int  #: parameters of the input embedding
+    head: int  #: parameters of the output head
+    tied: bool
+    itemsize: int  #: bytes of one weight
+    shared_prompt: bool
+    costs: UnitCosts
+    activations: Activations
+
+    @property
+    def parameters(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    def fsdp_shard(self, ranks: int) -> int:
+        """Elements on the rank that holds most: FSDP2 cuts each parameter along its first axis, as ``torch.chunk`` does."""
+        return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in self.shapes)
+
+    def zero_shard(self, ranks: int) -> int:
+        """Elements on each rank: ZeRO flattens each parameter and pads it to a multiple of the ranks."""
+        return sum(-(-math.prod(shape) // ranks) for shape in self.shapes)
+
+    def persistent(self, threshold: int) -> int:
+        """Elements of the parameters that ZeRO-3 keeps whole on every rank."""
+        return sum(n for n in map(math.prod, self.shapes) if n <= threshold)
+
+
+def model_size(source: ReferenceSource, *, itemsize: int, shared_prompt: str = "auto") -> ModelSize:
+    """Of a causal LM. Reads config.json; opens no weights.
+
+    Args:
+        itemsize: bytes of one weight where it runs.
+        shared_prompt: the recipe's key.
+
+    Raises:
+        ConfigError: what :func:`~mrpo_scale.references.source.check_config` refuses, or a config without a field that the estimate
+            needs; names the field.
+    """
+    config = check_config(source)
+    model = build_on_meta(source, config)
+    layers = decoder_layers(model)
+    costs = unit_costs(model)  # first: it complains of what a config lacks
+    embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    return ModelSize(
+        name=source.name,
+        model_type=model.config.model_type,
+        shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
+        hidden=model.config.get_text_config().hidden_size,
+        layer=max(map(_count, layers)),
+        widest_mlp=max(max(p.shape) for p in layers[0].parameters() if p.ndim == 2),
+        embedding=embedding.numel(),
+        head=head.numel(),
+        tied=embedding is head,
+        itemsize=itemsize,
+        shared_prompt=supports_shared_prompt(model.config) and shared_prompt != "false",
+        costs=costs,
+        activations=activations_of(model),
+    )
+
+
+def assumed_fields(source: ReferenceSource) -> list[str]:
+    """``name: value`` of sizes that config.json leaves to the defaults of transformers' class, as loading it does."""
+    raw, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
+    config = check_config(source).get_text_config()
+    said = {**raw, **raw.get("text_config", {})}
+    aliases = config.attribute_map
+    return [
+        f"{name}: {getattr(config, name)}"
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+        if name not in said and aliases.get(name) not in said and getattr(config, name, None) is not None
+    ]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,161 @@
+"""What a ds_config asks of DeepSpeed: how the policy's states are divided, and where they lie. Read as DeepSpeed 0.19 does it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mrpo_scale.errors import ConfigError
+from mrpo_scale.planner.cluster import Cluster, Traffic
+from mrpo_scale.planner.model_size import ModelSize
+from mrpo_scale.recipe import resource
+
+#: DeepSpeed's defaults of what ds_configs here leave out.
+_DEFAULTS = {
+    "reduce_bucket_size": 5 * 10**8,
+    "stage3_prefetch_bucket_size": 5 * 10**7,
+    "stage3_param_persistence_threshold": 10**5,
+    "stage3_max_live_parameters": 10**9,
+    "sub_group_size": 10**9,
+    "zero_hpz_partition_size": 1,
+}
+#: What transformers writes for ``auto``, with h the hidden size.
+_AUTO = {
+    "reduce_bucket_size": lambda h: h * h,
+    "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h),
+    "stage3_param_persistence_threshold": lambda h: 10 * h,
+}
+
+
+@dataclass(frozen=True)
+class Zero:
+    """``stage`` 0: no DeepSpeed; weights, gradients and optimizer whole on every rank."""
+
+    name: str
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    overlap: bool = True
+    keys: tuple[tuple[str, Any], ...] = ()
+
+    def number(self, key: str, hidden: int) -> int:
+        """A size of the config, ``auto`` as transformers fills it in."""
+        value = dict(self.keys).get(key, _DEFAULTS[key])
+        return _AUTO[key](hidden) if value == "auto" else int(value)
+
+    @property
+    def secondary(self) -> int:
+        """Ranks that share a second copy of the weights, for gathers that stay in a node (hpZ); 1: there is none."""
+        return self.number("zero_hpz_partition_size", 0)
+
+    def ranks(self, cluster: Cluster) -> int:
+        return cluster.gpus if self.stage else 1
+
+
+def read_zero(name: str) -> Zero:
+    """A ds_config by its path or by the name of one of the package (zero3, zero2, ...); ``none`` for no DeepSpeed.
+
+    Raises:
+        ConfigError: no such file, or one that is not JSON, or a stage the planner does not know.
+    """
+    if name == "none":
+        return Zero("none")
+    shipped = resource("ds_configs")
+    path = next((p for p in (Path(name), shipped / name, shipped / f"{name}.json") if p.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
+        raise ConfigError(
+            f"`--ds_config {name}` is no file and no ds_config of the package; those are {known}, or none."
+        )
+    try:
+        config = json.loads(path.read_text())["zero_optimization"]
+        stage = int(config["stage"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a DeepSpeed config with `zero_optimization.stage`: {error}.") from error
+    if stage not in (2, 3):
+        raise ConfigError(
+            f"{path}: `zero_optimization.stage: {stage}` cannot be estimated; the planner knows stages 2 and 3."
+        )
+
+    def offloaded(key: str) -> bool:
+        return (config.get(key) or {}).get("device", "none") != "none"
+
+    return Zero(
+        name=path.stem,
+        stage=stage,
+        offload_optimizer=offloaded("offload_optimizer"),
+        offload_parameters=offloaded("offload_param"),
+        overlap=bool(config.get("overlap_comm", False)),
+        keys=tuple((key, config[key]) for key in _DEFAULTS if key in config),
+    )
+
+
+@dataclass(frozen=True)
+class PolicyStates:
+    """Bytes per rank, by where they lie. ``gathered``: whole weights at the worst moment of a step."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+    gathered: int
+    step: int  #: what the optimizer's step needs for a moment, beside the states
+
+
+def policy_states(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyStates:
+    """Weights, gradients and AdamW's states of the policy, between two forwards of one step.
+
+    DeepSpeed's optimizer always has a float32 copy of the weights, also of weights that are float32 (seen with 0.19.8). Without
+    DeepSpeed, mixed precision keeps float32 weights and gradients.
+    """
+    ranks, b, n = zero.ranks(cluster), size.itemsize, size.parameters
+    shard = size.zero_shard(ranks)
+    parts: dict[str, int] = {}
+    if zero.stage == 3:
+        whole = size.persistent(zero.number("stage3_param_persistence_threshold", size.hidden))
+        parts["parameters"] = b * shard
+        extra = b * whole
+        if zero.secondary > 1:
+            extra += b * size.zero_shard(zero.secondary)
+        gradients = b * shard
+        bucket = b * zero.number("reduce_bucket_size", size.hidden)
+        live = min(n - whole, zero.number("stage3_max_live_parameters", size.hidden))
+        gathered = b * max(live, min(size.embedding, n), size.layer)
+    else:
+        b_weights = b if zero.stage else 4
+        parts["parameters"], extra, gathered = b_weights * n, (2 * n if zero.stage == 0 and b == 2 else 0), 0
+        gradients = b * shard if zero.stage else 4 * n
+        bucket = 2 * b * zero.number("reduce_bucket_size", size.hidden) if zero.stage else 0
+    master = 4 * shard if zero.stage else 0
+    optimizer = {"optimizer": master + 8 * shard}
+    step = min(shard, zero.number("sub_group_size", size.hidden)) * 4 if b < 4 and zero.stage else 0
+    device: dict[str, int] = {}
+    host: dict[str, int] = {}
+    (host if zero.offload_parameters else device).update(parts)
+    device["parameters"] = device.get("parameters", 0) + extra
+    if zero.offload_optimizer:
+        host |= optimizer | {"gradients": gradients + 4 * shard}
+        device["gradients"], step = bucket, 0
+    else:
+        device |= optimizer
+        device["gradients"] = gradients + bucket
+    return PolicyStates(device, host, gathered, step)
+
+
+def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> tuple[Traffic, Traffic, Traffic]:
+    """(forward, backward, step): of one micro-batch's forward and backward, and once per optimizer step.
+
+    ZeRO-3 gathers every weight for the forward and again for the backward (whose recomputation needs no third gather), and
+    scatters the gradients of every micro-batch. hpZ's second gather stays inside its small group. ZeRO-2 scatters the gradients and
+    gathers the updated weights once; plain data parallelism does both in one all-reduce.
+    """
+    ranks, total, h = cluster.gpus, size.itemsize * size.parameters, size.hidden
+    buckets = size.parameters / zero.number("reduce_bucket_size", h)
+    if zero.stage == 3:
+        calls = size.parameters / zero.number("stage3_prefetch_bucket_size", h)
+        forward = cluster.gather(total, ranks, calls)
+        again = cluster.gather(total, min(zero.secondary, ranks), calls) if zero.secondary > 1 else forward
+        return forward, again + cluster.gather(total, ranks, buckets), Traffic()
+    if zero.stage == 2:
+        return Traffic(), cluster.gather(total, ranks, buckets), cluster.gather(total, ranks, buckets)
+    return Traffic(), cluster.gather(4 * size.parameters, ranks, buckets) * 2, Traffic()

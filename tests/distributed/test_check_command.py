@@ -1,0 +1,136 @@
+"""`mrpo check` as a user types it: what it prints and writes, what it never opens, and all errors at once."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.distributed.jobs import Job
+from tests.distributed.test_score_jobs import opened_files
+from tests.tiny import pair_rows, write_models
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Three models' configs and tokenizers, and pairs; the weights lie in another folder."""
+    root = tmp_path_factory.mktemp("check")
+    folders = write_models(root)
+    for name, folder in folders.items():
+        (root / "weights" / name).mkdir(parents=True)
+        shutil.move(Path(folder) / "model.safetensors", root / "weights" / name)
+    rows = pair_rows(40)
+    rows[3]["rejected"] = rows[3]["chosen"]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def check(jobs, world, *words, status=0):
+    models = ["--model_name_or_path", world / "llama", "--ref_models", world / "qwen2", world / "gpt_neox"]
+    given = [
+        "check",
+        *models,
+        "--dataset_name",
+        world / "pairs.jsonl",
+        "--max_length",
+        60,
+        "--output",
+        world / "out",
+        *words,
+    ]
+    ((ended,),) = jobs.run(Job(list(map(str, given))))
+    assert ended.status == status, ended.err + ended.out
+    return ended
+
+
+def test_config_and_tokenizer_suffice(jobs, world):
+    ended = check(jobs, world, "--gpus", 16, "--seed", 1)
+    out = ended.out
+    assert re.search(r"train +conversational +40 +39 +1 identical_responses", out)
+    assert out.count("the weights are not here") == 3, "policy, and two references; the anchor is the policy"
+    assert "<|im_start|>assistant↵┃" in out and "<turn>assistant: ┃" in out, (
+        "each model's own template, up to the boundary"
+    )
+    assert "✂" in out and re.search(r"\d+ pairs, [\d,]+ tokens lost", out)
+    for kind in (
+        "policy weights",
+        "gradients",
+        "optimizer",
+        "references",
+        "activations",
+        "output head",
+        "most at once",
+    ):
+        assert kind in out
+    assert "cheapest with references live" in out and "a roofline, not a measurement" in out
+    found = json.loads((world / "out/check.json").read_text())
+    assert found["errors"] == [] and found["data"]["train"]["pairs"] == 39 and found["data"]["train"]["tokens_lost"] > 0
+    live = found["cost"]["estimates"]["K=3, live"]
+    assert live["setting"]["ds_config"] == "zero3_hpz" and live["device_bytes"]["held"]["references"] > 0
+    assert found["cost"]["cheapest"]["live"]["tried"] > 50
+    for name in ("lengths.png", "memory.png"):
+        assert Image.open(world / "out" / name).size[0] > 400
+
+
+def test_no_weights_are_opened(jobs, world, tmp_path):
+    """The same watch sees the config files being read, and would see weights: it sees them when they are copied here."""
+    folders = {name: tmp_path / name for name in ("llama", "qwen2", "gpt_neox")}
+    for name, folder in folders.items():
+        shutil.copytree(world / name, folder)
+    with opened_files(*folders.values()) as copied:
+        for name, folder in folders.items():
+            shutil.copy(world / "weights" / name / "model.safetensors", folder)
+    assert sum(path.suffix == ".safetensors" for path in copied) == 3
+    (tmp_path / "pairs.jsonl").write_text((world / "pairs.jsonl").read_text())
+    with opened_files(*folders.values()) as opened:
+        ended = check(jobs, tmp_path, "--gpus", 8)
+    assert "the weights are not here" not in ended.out
+    assert any(path.name == "config.json" for path in opened)
+    assert not [path for path in opened if path.suffix == ".safetensors"]
+
+
+def test_all_errors_at_once(jobs, world, tmp_path):
+    """A quantized reference, one without config, and a data file that is not there: three errors in one go."""
+    shutil.copytree(world / "qwen2", tmp_path / "quantized")
+    config = json.loads((tmp_path / "quantized/config.json").read_text())
+    (tmp_path / "quantized/config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
+    )
+    words = ["--ref_models", tmp_path / "quantized", tmp_path / "absent", "--dataset_name", tmp_path / "no.jsonl"]
+    ended = check(jobs, world, *words, status=2)
+    errors = [line for line in ended.out.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3 and "The run would not start." in ended.out
+    assert "quantized (gptq)" in ended.out and "absent" in ended.out and "no.jsonl" in ended.out
+
+
+def test_too_many_bad_rows_are_an_error_and_shown(jobs, world):
+    ended = check(jobs, world, "--max_bad_rows", 0.01, status=2)
+    assert "error: `max_bad_rows: 0.01`: 1 of 40 pairs" in ended.out and "COST" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "h300"], "`--gpu h300` is not known; the known ones are a100-40gb"),
+        (["--ds_config", "zero9"], "`--ds_config zero9`"),
+        (["--gpus", 8, "--ref_shard_size", 64], "`ref_shard_size: 64` does not fit this run of 8"),
+    ],
+)
+def test_bad_flags(jobs, world, words, message):
+    ended = check(jobs, world, *words, status=2)
+    assert message in ended.err + ended.out
+
+
+def test_a_config_without_a_field(jobs, world, tmp_path):
+    shutil.copytree(world / "qwen2", tmp_path / "mamba")
+    fields = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 16, "num_hidden_layers": 1}
+    (tmp_path / "mamba/config.json").write_text(json.dumps({**fields, "vocab_size": 280}))
+    ended = check(jobs, world, "--ref_models", tmp_path / "mamba", status=2)
+    assert "mamba" in ended.out and "`num_attention_heads`" in ended.out
+
+
+def test_help(jobs):
+    ((ended,),) = jobs.run(Job(["check", "--help"]))
+    assert ended.status == 0 and "--gpus_per_node" in ended.out

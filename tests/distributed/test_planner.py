@@ -1,0 +1,48 @@
+"""The planner against two ranks that train under ZeRO-3: every kind of tensor, three sizes of policy, two placements."""
+
+import pytest
+
+from benchmarks.validate_planner import measure, worst_of_ranks, write_model
+
+# Odd sizes, so that ZeRO's and FSDP2's padding shows: weights with an odd side, vocabularies that two ranks do not divide.
+SIZES = {
+    "small": {"hidden_size": 40, "intermediate_size": 66, "num_hidden_layers": 2, "vocab_size": 301},
+    "medium": {
+        "hidden_size": 64,
+        "intermediate_size": 171,
+        "num_hidden_layers": 3,
+        "vocab_size": 1001,
+        "tie_word_embeddings": True,
+    },
+    "large": {"hidden_size": 128, "intermediate_size": 341, "num_hidden_layers": 5, "vocab_size": 2003},
+}
+TOLERANCE = {"parameters": 0.05, "optimizer": 0.05, "gradients": 0.05, "references": 0.05, "activations": 0.20}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, sizes in SIZES.items():
+        write_model(folder / name, "llama", sizes)
+    write_model(folder / "qwen2", "qwen2", {**SIZES["medium"], "vocab_size": 777})
+    write_model(folder / "gpt_neox", "gpt_neox", {**SIZES["medium"], "num_hidden_layers": 2, "vocab_size": 555})
+    return folder
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("placement", "checkpointing"), [("spread", False), ("partition", True)])
+def test_predicted_bytes_are_those_that_a_rank_holds(models, tmp_path, pool2, size, placement, checkpointing):
+    references = [str(models / "qwen2"), str(models / "gpt_neox")]
+    ranks = pool2.run(
+        measure,
+        str(models / size),
+        references,
+        str(tmp_path),
+        placement=placement,
+        checkpointing=checkpointing,
+        words=40,
+    )
+    (found,) = worst_of_ranks([[rank] for rank in ranks])
+    for kind, allowed in TOLERANCE.items():
+        measured, predicted = found["kinds"][kind]["measured"], found["kinds"][kind]["predicted"]
+        assert abs(predicted / measured - 1) <= allowed, (kind, measured, predicted)

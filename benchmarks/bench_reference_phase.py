@@ -5,9 +5,10 @@
 
 Three ways to score the same pairs, in turns, each round in another order:
 
-  references     what a step of MRPO does: tokens to batches, K models on FSDP2 shard groups over all ranks, gathers, heads, objective
-  same batches   each model whole on every rank, transformers' own body under no_grad over the very same packed rows, its own head on
-                 the response positions only, log-softmax: the least that scoring these tokens takes; batches are made outside the clock
+  references     what a step of MRPO does: tokens to batches, K models on FSDP2 shard groups over all ranks, gathers, heads
+  same batches   each model whole on every rank, transformers' own body under no_grad over the very same packed rows, its own
+                 head on the response positions only, log-softmax: the least that scoring these tokens takes; batches are made
+                 outside the clock
   as in TRL      each model whole, two padded sequences per pair, logits of every position, log-softmax of the responses
 
 A round's time is that of the slowest rank. First all three are compared pair by pair.
@@ -195,8 +196,8 @@ def summed(logits_TV: Tensor, batch: PairBatch) -> Tensor:
 def print_table(result: dict) -> None:
     machine = result["machine"]
     print(
-        f"\n{' + '.join(result['models'])}, {machine['name']}, {machine['ranks']} ranks of {machine['threads_per_rank']} thread(s), "
-        f"{result['pairs_per_rank']} pairs each, {len(result['seconds'][REFERENCES])} rounds"
+        f"\n{' + '.join(result['models'])}, {machine['name']}, {machine['ranks']} ranks of {machine['threads_per_rank']} "
+        f"thread(s), {result['pairs_per_rank']} pairs each, {len(result['seconds'][REFERENCES])} rounds"
     )
     print(f"largest relative difference of a log-prob: {result['largest_relative_difference']:.1e}")
     for name, seconds in result["seconds_median"].items():

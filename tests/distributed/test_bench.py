@@ -1,6 +1,7 @@
 """`mrpo bench` as people start it, on two ranks under ZeRO-3 and on one: what it counts, that arms compare, and its errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -128,18 +129,22 @@ def test_bytes_gathered_are_those_of_the_references(arms, world):
     assert abs(gathered["MRPO K=3 cached"] - gathered["DPO cached"]) < 1000
 
 
-def test_one_process_without_a_launcher_repeats_references_when_told_to(jobs, world):
-    result, printed = run(jobs, world, "one", "--references", 5, "--repeat_references", "--scoring", "live", ranks=1)
+def test_one_process_without_a_launcher_on_models_and_pairs_made_up(jobs, world):
+    """K=5 from three models, said so; each of them made three layers deep, with random weights."""
+    made_up = ["--random_weights", "num_hidden_layers=3", "--random_pairs", 30, 20]
+    words = ["--references", 5, "--repeat_references", "--scoring", "live", *made_up]
+    result, printed = run(jobs, world, "one", *words, ranks=1)
     assert [arm["name"] for arm in result["arms"]] == ["DPO live, spread", "MRPO K=5 live, spread"]
-    assert [r["name"] for r in result["models"]["references"]] == [
-        "anchor",
-        "qwen2",
-        "gpt_neox",
-        "qwen2-2",
-        "gpt_neox-2",
-    ]
+    references = result["models"]["references"]
+    assert [r["name"] for r in references] == ["anchor", "qwen2", "gpt_neox", "qwen2-2", "gpt_neox-2"]
+    for reference in references:
+        config = json.loads((Path(reference["path"]) / "config.json").read_text())
+        assert config["num_hidden_layers"] == 3 and config["hidden_size"] == 32
+    assert len({r["path"] for r in references}) == 3 and all("random_weights" in r["path"] for r in references)
     assert result["settings"]["zero_stage"] is None and "all_gather" not in result["arms"][0]["collectives"]
-    assert "MRPO K=5 live, spread" in printed
+    assert result["random_pairs"] == [30, 20] and "MRPO K=5 live, spread" in printed
+    # Prompt and responses of 15 to 30 and 10 to 20 tokens or so, and a template, for two pairs a step.
+    assert all(2 * 35 < step["tokens"] < 2 * 110 for step in result["arms"][0]["steps"])
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,11 @@ def test_one_process_without_a_launcher_repeats_references_when_told_to(jobs, wo
         (["--references", "0"], r"`--references 0`: a run has at least 1"),
         (["--steps", "1"], r"`--steps 1`: an interval needs at least 5"),
         (["--scoring", "dead"], r"mrpo bench: .*--scoring.*'dead'.*live"),
+        (
+            ["--random_weights", "hidden_siz=64"],
+            r"`--random_weights hidden_siz=64`: no model of the recipe has `hidden_siz`",
+        ),
+        (["--random_weights", "64"], r"`--random_weights 64` must be KEY=NUMBER"),
         (["--placment", "spread"], r"unknown key `placment`"),
     ],
 )

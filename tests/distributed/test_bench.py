@@ -72,7 +72,7 @@ def test_the_arms_and_what_is_said_of_each(two_ranks, arms):
     assert (result["rounds"], result["windows"], result["pairs_per_step"]) == (ROUNDS, ROUNDS, WINDOW)
     for name, arm in arms.items():
         assert f"\n{name} " in printed
-        assert set(arm["phases"]) == set(PHASES) and len(arm["steps"]) == ROUNDS
+        assert set(arm["phases"]) == set(PHASES) and [step["round"] for step in arm["steps"]] == list(range(ROUNDS))
         for figure in (arm["seconds"], *arm["phases"].values(), arm["overhead"]):
             assert figure["low"] <= figure["median"] <= figure["high"]
         assert arm["mfu"] is None and len(arm["peak_memory_gib"]) == len(arm["link_seconds"]) == 2
@@ -121,9 +121,9 @@ def test_bytes_gathered_are_those_of_the_references(arms, world):
     gathered = {name: arm["collectives"]["all_gather"]["bytes"][0] for name, arm in arms.items()}
     for way in ("live, spread", "cached"):
         assert gathered[f"DPO {way}"] > bytes_of("llama") / 2  # the policy, under ZeRO-3, at least once
-    assert 1 <= (gathered["DPO live, spread"] - gathered["DPO cached"]) / (bytes_of("llama") / 2) < 1.1
+    assert 0.99 < (gathered["DPO live, spread"] - gathered["DPO cached"]) / (bytes_of("llama") / 2) < 1.1
     others = (bytes_of("qwen2") + bytes_of("gpt_neox")) / 2
-    assert 1 <= (gathered["MRPO K=3 live, spread"] - gathered["DPO live, spread"]) / others < 1.4
+    assert 0.99 < (gathered["MRPO K=3 live, spread"] - gathered["DPO live, spread"]) / others < 1.4
     # Whole references lie on one rank: rows and scores travel, no weights.
     assert gathered["MRPO K=3 live, partition"] - gathered["DPO cached"] < others / 2
     assert abs(gathered["MRPO K=3 cached"] - gathered["DPO cached"]) < 1000

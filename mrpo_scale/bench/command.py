@@ -97,7 +97,7 @@ def _flags() -> argparse.ArgumentParser:
     parser.add_argument("--references", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--scoring", nargs="+", choices=("live", "cached"), default=["live", "cached"])
     parser.add_argument("--placement", nargs="+", choices=("spread", "partition"))
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--repeat_references", action="store_true")
     parser.add_argument("--random_weights", nargs="*", metavar="KEY=NUMBER")
     parser.add_argument("--random_pairs", nargs=2, type=int, metavar=("PROMPT", "RESPONSE"))

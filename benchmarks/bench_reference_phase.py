@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mrpo_scale.config import MRPOConfig
@@ -76,7 +77,7 @@ def measure(flags: argparse.Namespace, work: Path) -> dict:
         raise SystemExit(f"the ways disagree by {difference:.1e} relative: nothing to compare")
     seconds: dict[str, list[float]] = {name: [] for name in ways.all}
     names = list(ways.all)
-    for i in range(flags.rounds):
+    for i in tqdm(range(flags.rounds), unit="round", disable=ways.args.process_index != 0):
         for name in names[i % 3 :] + names[: i % 3]:
             seconds[name].append(timed(ways.all[name]))
     ratios = {

@@ -5,9 +5,10 @@
 
 Three ways to score the same pairs, in turns, each round in another order:
 
-  references     what a step of MRPO does: tokens to batches, K models on FSDP2 shard groups over all ranks, gathers, heads, objective
-  same batches   each model whole on every rank, transformers' own body under no_grad over the very same packed rows, its own head on
-                 the response positions only, log-softmax: the least that scoring these tokens takes; batches are made outside the clock
+  references     what a step of MRPO does: tokens to batches, K models on FSDP2 shard groups over all ranks, gathers, heads
+  same batches   each model whole on every rank, transformers' own body under no_grad over the very same packed rows, its own
+                 head on the response positions only, log-softmax: the least that scoring these tokens takes; batches are made
+                 outside the clock
   as in TRL      each model whole, two padded sequences per pair, logits of every position, log-softmax of the responses
 
 A round's time is that of the slowest rank. First all three are compared pair by pair.
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mrpo_scale.config import MRPOConfig
@@ -75,7 +77,7 @@ def measure(flags: argparse.Namespace, work: Path) -> dict:
         raise SystemExit(f"the ways disagree by {difference:.1e} relative: nothing to compare")
     seconds: dict[str, list[float]] = {name: [] for name in ways.all}
     names = list(ways.all)
-    for i in range(flags.rounds):
+    for i in tqdm(range(flags.rounds), unit="round", disable=ways.args.process_index != 0):
         for name in names[i % 3 :] + names[: i % 3]:
             seconds[name].append(timed(ways.all[name]))
     ratios = {
@@ -195,8 +197,8 @@ def summed(logits_TV: Tensor, batch: PairBatch) -> Tensor:
 def print_table(result: dict) -> None:
     machine = result["machine"]
     print(
-        f"\n{' + '.join(result['models'])}, {machine['name']}, {machine['ranks']} ranks of {machine['threads_per_rank']} thread(s), "
-        f"{result['pairs_per_rank']} pairs each, {len(result['seconds'][REFERENCES])} rounds"
+        f"\n{' + '.join(result['models'])}, {machine['name']}, {machine['ranks']} ranks of {machine['threads_per_rank']} "
+        f"thread(s), {result['pairs_per_rank']} pairs each, {len(result['seconds'][REFERENCES])} rounds"
     )
     print(f"largest relative difference of a log-prob: {result['largest_relative_difference']:.1e}")
     for name, seconds in result["seconds_median"].items():

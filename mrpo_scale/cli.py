@@ -22,7 +22,8 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
            [--objectives mrpo multi_dpo mrpo:KEY=VALUE,...] [--vary KEY=VALUE,VALUE ...] [--seeds 3] [--output FOLDER]
            [--launch "accelerate launch --config_file X"] [--jobs 1] [--dry_run | --slurm | --report]
   bench    what a training step costs with K references, over DPO's: [--references 1 2 3] [--scoring live cached]
-           [--placement spread partition] [--steps 30] [--repeat_references] [--output FOLDER]
+           [--placement spread partition] [--steps 80] [--repeat_references] [--output FOLDER]
+           [--random_weights [KEY=NUMBER ...]] [--random_pairs PROMPT_TOKENS RESPONSE_TOKENS]
 
 RECIPE is a YAML file or the name of a recipe of the package. `mrpo train --help` lists all keys; every command that
 takes a recipe takes them.

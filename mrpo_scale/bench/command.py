@@ -16,13 +16,15 @@ from typing import Any, NoReturn
 import torch
 
 from mrpo_scale.bench.arms import Arm, plan_arms, plan_steps
+from mrpo_scale.bench.made_up import parse_sizes, random_models, random_pairs
 from mrpo_scale.bench.results import summarise
 from mrpo_scale.bench.show import plot, tables
 from mrpo_scale.bench.trainer import BenchTrainer
-from mrpo_scale.config import MRPOConfig, ScriptArguments
+from mrpo_scale.config import ModelSpec, MRPOConfig, ScriptArguments, parse_ref_models
 from mrpo_scale.device import device_name, peak_flops
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.inputs import read_rows
+from mrpo_scale.models import load_tokenizer
 from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.recipe import parse
 from mrpo_scale.run import release
@@ -60,12 +62,21 @@ def bench(words: Sequence[str]) -> None:
     _check(flags)
     script, config = parse([*rest, *(f"--{key}={value}" for key, value in _STEPS_ALONE.items())])
     arms = plan_arms(flags.references, flags.scoring, flags.placement or [config.ref_placement])
-    ref_models = _ref_models(script, arms[-1].references, flags.repeat_references)
+    ref_models: list[Any] = _ref_models(script, arms[-1].references, flags.repeat_references)
+    sizes = None if flags.random_weights is None else parse_sizes(flags.random_weights)
     _adapt(config, arms, flags)
     rows, _ = read_rows(script, config)
+    model, ref_models = resolve(str(script.model_name_or_path)), [resolve(reference) for reference in ref_models]
+    if sizes is not None:
+        specs = [ModelSpec(model, revision=config.model_revision), *parse_ref_models(ref_models)]
+        policy, *ref_models = random_models(specs, sizes, config)
+        model, config.model_revision = policy["model"], None
+    if flags.random_pairs:
+        count = flags.steps * config.window_size
+        rows = random_pairs(load_tokenizer(ModelSpec(model)), count, flags.random_pairs, config.seed)
     trainer = BenchTrainer(
-        resolve(str(script.model_name_or_path)),
-        ref_models=[resolve(reference) for reference in ref_models],
+        model,
+        ref_models=ref_models,
         args=config,
         train_dataset=rows,
         arms=arms,
@@ -76,7 +87,7 @@ def bench(words: Sequence[str]) -> None:
     everybody = all_say((trainer.measured, trainer.surveys), world_group())
     if config.process_index == 0:
         figures = summarise(arms, everybody, peak_flops(config.device))
-        _report(_result(trainer, rest, figures, flags.steps), config.folder)
+        _report(_result(trainer, rest, figures, flags), config.folder)
     trainer.forget_arms()
     release(trainer)
 
@@ -86,8 +97,10 @@ def _flags() -> argparse.ArgumentParser:
     parser.add_argument("--references", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--scoring", nargs="+", choices=("live", "cached"), default=["live", "cached"])
     parser.add_argument("--placement", nargs="+", choices=("spread", "partition"))
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--repeat_references", action="store_true")
+    parser.add_argument("--random_weights", nargs="*", metavar="KEY=NUMBER")
+    parser.add_argument("--random_pairs", nargs=2, type=int, metavar=("PROMPT", "RESPONSE"))
     parser.add_argument("--output", type=Path)
     return parser
 
@@ -132,7 +145,9 @@ def _adapt(config: MRPOConfig, arms: Sequence[Arm], flags: argparse.Namespace) -
         config.ref_weights = ["uniform"]
 
 
-def _result(trainer: BenchTrainer, words: Sequence[str], arms: list[dict[str, Any]], rounds: int) -> dict[str, Any]:
+def _result(
+    trainer: BenchTrainer, words: Sequence[str], arms: list[dict[str, Any]], flags: argparse.Namespace
+) -> dict[str, Any]:
     args = trainer.args
     packages = ("mrpo-scale", "torch", "transformers", "accelerate", "deepspeed")
     return {
@@ -146,6 +161,8 @@ def _result(trainer: BenchTrainer, words: Sequence[str], arms: list[dict[str, An
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "recipe": _recipe_name(words),
         "words": list(words),
+        "random_weights": flags.random_weights,
+        "random_pairs": flags.random_pairs,
         "models": {
             "policy": {"path": trainer.full_plan.policy.path, "parameters": trainer._num_parameters},
             "references": [
@@ -167,7 +184,7 @@ def _result(trainer: BenchTrainer, words: Sequence[str], arms: list[dict[str, An
             "ref_shard_size": args.ref_shard_size,
             "ref_offload": args.ref_offload,
         },
-        "rounds": rounds,
+        "rounds": flags.steps,
         "windows": len(trainer.windows),
         "pairs_per_step": trainer.window_size,
         "arms": arms,

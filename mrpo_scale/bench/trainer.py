@@ -246,7 +246,7 @@ class BenchTrainer(MRPOTrainer):
             survey.link_seconds = busy_seconds(self._profiler)
         elif now.step.kind == "memory":
             survey.peak_memory_gib = peak_memory_gib(self.args.device) - self.resident_unused_gib()
-        else:
+        elif now.step.kind == "timed":
             now.phases = phases
             self.measured.append(now)
         self._bar.update()

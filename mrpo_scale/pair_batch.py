@@ -52,8 +52,9 @@ class PairBatch:
         return int((self.segment_BL >= 0).sum())
 
     def to(self, device: torch.device | str) -> PairBatch:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.to(device) if isinstance(x, Tensor) else x for name, x in values.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
 
 def segment_length(pair: PairTokens, shared_prompt: bool) -> int:

@@ -53,7 +53,8 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)})
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
 
 def segment_length(pair: PairTokens, shared_prompt: bool) -> int:

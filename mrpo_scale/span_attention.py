@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -53,16 +54,31 @@ def span_attention(
     attention_mask: Tensor | None,
     spans: Spans | None = None,
     sliding_window: int | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query, key, value [B, heads, L, d] to [B, L, heads, d]. With ``spans``, B is 1."""
-    if spans is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if spans is None or kwargs.get("softcap") is not None:  # which it refuses
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
 
     def attend(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (keys, values))
         mask = spans.mask(query.shape[2], key.shape[2], sliding_window, query.device)
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+        # A CPU's kernel takes fewer heads of keys than of queries with a mask, too: nothing is repeated, nothing more is kept.
+        output = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output.transpose(1, 2)
 
     # Split once: the backward of a split is one concatenation, that of many slices as many zero-filled tensors.
     parts = [n for trunk, branches in spans.lengths for n in (trunk, *branches)]

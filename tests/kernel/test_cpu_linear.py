@@ -5,6 +5,7 @@ import torch
 from mrpo_kernels.cpu_linear import CpuLinear, fast, fast_product, has_fast_products
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 needs_products = pytest.mark.skipif(
     not has_fast_products(), reason="this CPU or torch has no AVX-512 products in oneDNN"
@@ -53,6 +54,15 @@ def test_a_layer_and_its_gradients_equal_float64(bias, frozen):
         assert error(layer.weight.grad, exact.weight.grad) < 1e-6
     if bias:
         assert error(layer.bias.grad, exact.bias.grad) < 1e-6
+
+
+@needs_products
+def test_their_work_is_counted():
+    layer = nn.Linear(33, 65)
+    layer.__class__ = CpuLinear
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(2, 19, 33, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 38 * 33 * 65
 
 
 def test_everything_else_is_torchs_own():

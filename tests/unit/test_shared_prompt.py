@@ -5,6 +5,7 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mrpo_scale import pair_batch
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import SHARED_PROMPT_MODELS, collate_pairs, supports_shared_prompt
 from mrpo_scale.sequence_logps import (
@@ -161,7 +162,7 @@ def test_gradients_end_to_end_equal_those_of_padded_rows():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_flash_attention_gets_separate_responses_end_to_end():
+def test_flash_attention_gets_separate_responses_end_to_end(monkeypatch):
     """What a varlen attention is told, read by one that computes with it; flash-attn itself needs a GPU."""
 
     def varlen(module, query, key, value, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **kwargs):
@@ -172,11 +173,13 @@ def test_flash_attention_gets_separate_responses_end_to_end():
         rows = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
         return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
 
-    AttentionInterface.register("flash_varlen_in_torch", varlen)
+    # transformers looks whatever is called flash up on the hub.
+    monkeypatch.setattr(pair_batch, "is_flash", lambda config: config._attn_implementation == "varlen_in_torch")
+    AttentionInterface.register("varlen_in_torch", varlen)
     model = tiny_model("llama", "sdpa")
     expected = plain_logps(model, PAIRS)
     enable_pair_scoring(model, "llama")
-    model.set_attn_implementation("flash_varlen_in_torch")
+    model.set_attn_implementation("varlen_in_torch")
     assert choose_end_to_end(model, torch.device("cpu"))
     assert choose_shared_prompt("auto", model.config, "llama") is False
     batch = collate_pairs(PAIRS, shared_prompt=False, end_to_end=True)

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kernels.py                 # the GPU, the shapes of four model families
     python benchmarks/bench_kernels.py --device cpu    # the torch path
+    python benchmarks/bench_kernels.py --tune          # instead: every candidate tile of the Triton forward, best first
 
 Every result is compared with float64 first (gradients on a sample of rows). Contenders are timed in turn, round after round, so
 that a busy machine slows all of them; ratios are medians of each round's ratio to the baseline. TFLOP/s count the products that
@@ -293,6 +294,21 @@ def machine(device: str, dtype: torch.dtype) -> dict[str, str]:
     return {"name": name, "host": platform.platform(), "torch": torch.__version__, "dtype": str(dtype), **versions}
 
 
+def tune(folder: Path) -> None:
+    """Prints the table and writes tiles-cuda.json and .md."""
+    if not torch.cuda.is_available():
+        raise SystemExit("--tune times Triton tiles and needs a CUDA GPU; there is none")
+    from kernel_tiles import sweep, table
+
+    rows = sweep(GPU_CASES, functools.partial(timed, device="cuda"))
+    report = {"machine": machine("cuda", torch.bfloat16), "rows": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tiles-cuda.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = f"{report['machine']['name']}, triton {report['machine']['triton']}\n\n{table(rows, GPU_CASES)}\n"
+    (folder / "tiles-cuda.md").write_text(text)
+    print(text)
+
+
 def save(report: dict[str, Any], folder: Path) -> None:
     """After every run, so that one that dies late costs nothing."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,6 +323,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 9 on a CPU")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument(
+        "--tune", action="store_true", help="time tiles of the Triton forward on a GPU, and nothing else"
+    )
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -314,6 +333,9 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.peak:
         print_peak(*args.peak)
+        return
+    if args.tune:
+        tune(args.out)
         return
     bench = Bench(args.device, args.rounds or (20 if args.device == "cuda" else 9))
     report: dict[str, Any] = {"machine": machine(args.device, bench.dtype), "rounds": bench.rounds, "runs": []}

@@ -1,8 +1,9 @@
 """Which implementation runs: decided once per call from what the tensors are, logged once per decision, never swallowed.
 
-``auto`` takes Triton where it should be the faster path: bfloat16 and float16 on an NVIDIA GPU with tensor cores for both
-(capability 8.0 and up), rows 16-byte aligned. It leaves float32 to cuBLAS, whose full-precision product no Triton tile beats. A
-forced ``triton`` that cannot run is an error that says why; a forced ``torch`` runs everywhere.
+``auto`` takes Triton where it should be the faster path, which no GPU has confirmed yet (the log says so): bfloat16 and float16 on
+an NVIDIA GPU with tensor cores for both (capability 8.0 and up), rows 16-byte aligned. It leaves float32 to cuBLAS, whose
+full-precision product no Triton tile beats. A forced ``triton`` that cannot run is an error that says why; a forced ``torch`` runs
+everywhere.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ IMPLS = ("auto", "triton", "torch")
 _TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 # The finishing kernel holds a pair's references in one block, which has this many rows whatever their number.
 MAX_REFERENCES = 64
+EXPECTED = "expected to be the faster path; nobody has timed it on a GPU yet: benchmarks/bench_kernels.py does"
 _KERNEL_DTYPES = (*_TENSOR_CORE_DTYPES, torch.float32)
 
 
@@ -53,7 +55,7 @@ def resolve_impl(impl: str, tensors: Sequence[Tensor], *, products: bool = True,
     slower = _slower_products(tensors) if products else None
     interpreted = None if device.type == "cuda" else "the tensors are on the CPU"
     reason = unfit or interpreted or unable or slower
-    _log_choice("torch" if reason else "triton", device.type, str(dtype), reason or "the faster path")
+    _log_choice("torch" if reason else "triton", device.type, str(dtype), reason or EXPECTED)
     return "torch" if reason else "triton"
 
 

@@ -5,8 +5,9 @@ reduces its tokens' (max, sum) over the vocabulary tiles, both read along the to
 float64: a 4,096-token response stays exact to the last float32 digit. The pair kernel keeps its K x 2 log-probs in registers and
 goes through Equations 9, 8, 10 and Proposition 1 at once, so K * S + S numbers leave the device and the arithmetic of a dozen
 small torch kernels costs none. How to clip, weigh and aggregate are arguments, not constants, and a pair's block has room for
-``MAX_REFERENCES``: three variants of these kernels serve every run on a GPU, and all three are compiled by the tests. It is the same arithmetic as :mod:`mrpo_kernels.virtual_reference`, in float32 from the rounded
-log-probs, and reads given log-probs (partition, cache) with the same code: cached and live references agree bit for bit.
+``MAX_REFERENCES``: three variants of these kernels serve every run on a GPU, and all three are compiled by the tests. It is the
+same arithmetic as :mod:`mrpo_kernels.virtual_reference`, in float32 from the rounded log-probs, and reads given log-probs
+(partition, cache) with the same code: cached and live references agree bit for bit.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ BLOCK_T, BLOCK_N = 32, 32
 NUM_WARPS = 4
 ADAPTIVE, NO_CLIP = (tl.constexpr(CLIPS.index(name)) for name in ("adaptive", "none"))
 CONFIDENCE, UNIFORM = (tl.constexpr(WEIGHTS.index(name)) for name in ("confidence", "uniform"))
-HARMONIC, GEOMETRIC, ARITHMETIC = (tl.constexpr(AGGREGATES.index(name)) for name in ("harmonic", "geometric", "arithmetic"))
+HARMONIC, GEOMETRIC, ARITHMETIC = (
+    tl.constexpr(AGGREGATES.index(name)) for name in ("harmonic", "geometric", "arithmetic")
+)
 
 
 @triton.jit

@@ -3,16 +3,18 @@
 Design note. Every program walks output tiles [BLOCK_T tokens, BLOCK_V words] of ``hidden @ W.T``, reference after reference, in
 steps of the grid's size, so K heads of unequal D, V and T fill the device like one. A tile stays in registers: bias, scale and
 softcap are applied in float32, and only its rows' (max, sum of exp(x - max)) are stored, plainly, at [vocabulary tile, token]; the
-max, and the label's logit, as they were before the softcap, which is monotone: launch 2 caps these few in float64. Nobody else writes there, so nothing locks and a second run gives the same bits. Tiles are ordered in groups of GROUP_T row tiles:
-a group's hidden rows stay in L2 while the weight streams past once per group.
+max, and the label's logit, as they were before the softcap, which is monotone: launch 2 caps these few in float64. Nobody else
+writes there, so nothing locks and a second run gives the same bits. Tiles are ordered in groups of GROUP_T
+row tiles: a group's hidden rows stay in L2 while the weight streams past once per group.
 
 The labels' logits are a second loop of the same programs, dots of a hidden row with the indexed weight row: matching labels in
 the tile's epilogue costs registers that it does not have (255 and spills, against about 170), and 2TD flops are nothing.
 
 What differs between references sits in a table of int64 rows (addresses, strides, sizes) and one of float32 (softcap, scale), so
 no K is compiled, and bias and softcap share one switch: fourteen variants for a GPU, each compiled by the tests and checked for
-spills. Offsets are int64 throughout: a head of 262144 x 8192 has 2^31 elements. Rows past the end are clamped, not masked, which keeps the loads of the inner loop
-unconditional; their results are masked (a vocabulary's tail only after softcap, which would map -inf to -softcap) or not stored.
+spills. Offsets are int64 throughout: a head of 262144 x 8192 has 2^31 elements. Rows past the end are clamped, not masked, which
+keeps the loads of the inner loop unconditional; their results are masked (a vocabulary's tail again after the softcap, which would
+map its -inf to -softcap) or not stored.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ TILES = {
     10: Tile(128, 256, 64, num_warps=8, num_stages=4),
     12: Tile(128, 128, 64, num_warps=8, num_stages=3),
 }
-# For float32, which is exact (no TF32) and therefore slow, and for rows that are not 16-byte aligned, whose loads cannot be wide. Left
-# to itself the assembler spills a few bytes of some variants to stay within the 168 registers with which three programs fit a
+# For float32, which is exact (no TF32) and therefore slow, and for rows that are not 16-byte aligned, whose loads cannot be wide.
+# Left to itself the assembler spills a few bytes of some variants to stay within the 168 registers with which three programs fit a
 # multiprocessor; only one is launched on each.
 PLAIN_TILE = Tile(64, 64, 16, num_warps=4, num_stages=3, max_registers=255)
 # The interpreter runs every program in Python: small tiles, so that tests of a few tokens still have several in each direction.
@@ -232,7 +234,8 @@ def _label_logits(
     row_ptr, label_logit_ptr, hidden_ptr, hidden_stride, weight_ptr, weight_stride, bias_ptr, scale,
     HAS_TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    """Each label's logit before the softcap: the dot of its token's hidden row with its weight row, NaN for a label outside the vocabulary."""
+    """Each label's logit before the softcap: the dot of its token's hidden row with its weight row; NaN for a label outside the
+    vocabulary."""
     num_tokens, vocabulary = tl.load(row_ptr + NUM_TOKENS), tl.load(row_ptr + VOCABULARY)
     width = tl.load(row_ptr + WIDTH)
     labels_ptr = tl.load(row_ptr + LABELS).to(tl.pointer_type(tl.int64))

@@ -82,6 +82,14 @@ def test_auto_on_a_gpu(monkeypatch, capability, dtype, width, expected):
     assert backend.resolve_impl("auto", [matrix, matrix]) == expected
 
 
+def test_more_references_than_the_kernel_holds():
+    """The finishing kernel has one variant, for up to 64 of them: more are torch's under auto, and an error under triton."""
+    many_KP2 = -torch.rand(backend.MAX_REFERENCES + 1, 3, 2)
+    assert torch.equal(combine_logps(many_KP2, **MODES).ref_logps_KP2, many_KP2)
+    with pytest.raises(ValueError, match="65 references' and the kernel combines at most 64"):
+        combine_logps(many_KP2, **MODES, impl="triton")
+
+
 def test_misfits_are_errors():
     hidden, weight, labels, cu_seqlens = references(torch.float32, torch.float32)
     with pytest.raises(ValueError, match="one entry per reference"):

@@ -128,7 +128,9 @@ def test_softcap_is_applied_before_the_mask(implementation, vocabulary):
 def test_softcap_keeps_the_digits_of_its_logits(implementation, softcap, level):
     """Every logit near one end of the range (level: logit / softcap), or (None) at both and between. Formed as softcap - 2 *
     softcap / (1 + exp(2x / softcap)), all of them are off by the same two or three last digits of softcap, and so is a log-prob."""
-    tensors, labels_T, cu_seqlens = inputs(scale=softcap * (0.5 if level is None else 0.01), bias=softcap * (level or 0.0))
+    tensors, labels_T, cu_seqlens = inputs(
+        scale=softcap * (0.5 if level is None else 0.01), bias=softcap * (level or 0.0)
+    )
     check(implementation, tensors, labels_T, cu_seqlens, softcap=softcap)
 
 

@@ -100,7 +100,7 @@ class Measured(MRPOTrainer):
         batch = [value for value in vars(inputs.pairs).values() if isinstance(value, Tensor)]
         with saved_bytes(self.policy, [*batch, inputs.ref_logps_KP2, inputs.weight_P]) as found:
             loss = super().compute_loss(model, inputs, **kwargs)
-        size = model_size(self.plan.policy, itemsize=4)
+        size = model_size(self.plan.policy, itemsize=4, device_type="cpu")
         work = work_of_batch(inputs.pairs)
         self.activations = (
             sum(found.values()),
@@ -206,8 +206,10 @@ def predict(trainer: MRPOTrainer, *, checkpointing: bool) -> dict[str, int]:
     args, plan = trainer.args, trainer.plan
     cluster = make_cluster("cpu", args.world_size, args.world_size, None)
     job = Job(
-        policy=model_size(plan.policy, itemsize=4),
-        references=tuple(PlannedModel(model_size(r.source, itemsize=4), r.view) for r in plan.references),
+        policy=model_size(plan.policy, itemsize=4, device_type="cpu"),
+        references=tuple(
+            PlannedModel(model_size(r.source, itemsize=4, device_type="cpu"), r.view) for r in plan.references
+        ),
         workload=Workload(np.asarray(trainer.pair_sets["train"].lengths)),
         window=trainer.window_size,
         tokens_per_forward=args.ref_tokens_per_forward,

@@ -1,8 +1,9 @@
 """Exact FLOPs of a step: what every matrix product of policy and references costs, from a model's config and token counts.
 
 A product of [m, k] and [k, n] is 2mkn; nothing else is counted (norms, activations and softmax are thousandths of it). Attention
-counts what the kernel computes, not what the mask lets through: under sdpa and eager a mask over pairs is applied to a full square
-of scores. tests/unit/test_flops.py compares with torch's own counter over real forwards and backwards.
+counts what its calls are given, not what a mask lets through: under sdpa and eager a mask over pairs is applied to a full square of
+scores, span by span attention (a CPU's) has a rectangle for each response. tests/unit/test_flops.py compares with torch's own
+counter over real forwards and backwards.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from mrpo_kernels.cpu_linear import CpuLinear
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import PairBatch, packed_rows
+from mrpo_scale.span_attention import SPAN_ATTENTION
 
 #: Attention kernels that skip what lies above the diagonal and take sequences without their padding.
 SKIPS_THE_MASKED = ("flash_attention_2", "flash_attention_3")
@@ -38,14 +41,16 @@ class Work(NamedTuple):
     """What a model is given in one forward, or in several: add them up."""
 
     positions: int  #: rows times width, padding included
+    keys: int  #: positions whose keys and values attention is handed; span by span, a prompt counts once for each response
     scores: int  #: (query, key) pairs that attention computes in one head of one layer
+    masked: int  #: those of them that have an entry in a mask
     response_tokens: int  #: what reaches the head
 
     def __add__(self, other: tuple[int, ...]) -> Work:  # type: ignore[override]
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-NO_WORK = Work(0, 0, 0)
+NO_WORK = Work(0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,21 @@ def head_size(config: PretrainedConfig) -> int:
 
 
 def work_of_batch(batch: PairBatch) -> Work:
-    """Of one forward under sdpa or eager attention."""
+    """Of one forward under sdpa, eager or span by span attention."""
     rows, width = batch.input_ids_BL.shape
-    return Work(rows * width, rows * width * width, len(batch.labels_T))
+    responses = len(batch.labels_T)
+    if batch.spans is None:
+        return _masked_work(rows, width, responses)
+    calls = [(trunk, branches) for trunk, branches in batch.spans.lengths]
+    keys = sum(trunk + n for trunk, branches in calls for n in branches or (0,))
+    first = sum((trunk + sum(branches[:1])) ** 2 for trunk, branches in calls)
+    masked = sum(n * (trunk + n) for trunk, branches in calls for n in branches[1:])
+    return Work(rows * width, keys, first + masked, masked, responses)
 
 
-def work_of_lengths(lengths_P3: np.ndarray, *, shared_prompt: bool, attn_implementation: str = "sdpa") -> Work:
+def work_of_lengths(
+    lengths_P3: np.ndarray, *, shared_prompt: bool, end_to_end: bool = False, attn_implementation: str = "sdpa"
+) -> Work:
     """Of one forward over P pairs, laid out as :func:`~mrpo_scale.pair_batch.collate_pairs` does.
 
     Args:
@@ -126,16 +140,23 @@ def work_of_lengths(lengths_P3: np.ndarray, *, shared_prompt: bool, attn_impleme
         return NO_WORK
     prompt_P, chosen_P, rejected_P = np.asarray(lengths_P3, dtype=np.int64).T
     responses = int((chosen_P + rejected_P).sum())
-    if shared_prompt:
-        lengths = prompt_P + chosen_P + rejected_P
-        width = int(lengths.max())
-        rows = len(packed_rows(lengths.tolist(), width))
-    else:
-        lengths = np.concatenate([prompt_P + chosen_P, prompt_P + rejected_P])
-        rows, width = len(lengths), int(lengths.max())
+    sides_S = np.concatenate([prompt_P + chosen_P, prompt_P + rejected_P])
+    lengths = prompt_P + chosen_P + rejected_P if shared_prompt else sides_S
+    if attn_implementation == SPAN_ATTENTION:
+        masked = int((rejected_P * (prompt_P + rejected_P)).sum()) if shared_prompt else 0
+        squares = ((prompt_P + chosen_P) ** 2).sum() if shared_prompt else (sides_S**2).sum()
+        return Work(int(lengths.sum()), int(sides_S.sum()), int(squares) + masked, masked, responses)
+    width = int(lengths.max())
+    rows = len(packed_rows(lengths.tolist(), width)) if shared_prompt else len(lengths)
     if attn_implementation in SKIPS_THE_MASKED:
-        return Work(rows * width, int((lengths * (lengths + 1) // 2).sum()), responses)
-    return Work(rows * width, rows * width * width, responses)
+        positions = int(lengths.sum()) if end_to_end else rows * width
+        return Work(positions, positions, int((lengths * (lengths + 1) // 2).sum()), 0, responses)
+    return _masked_work(rows, width, responses)
+
+
+def _masked_work(rows: int, width: int, responses: int) -> Work:
+    """Of rows under one mask each."""
+    return Work(rows * width, rows * width, rows * width**2, rows * width**2, responses)
 
 
 def forward_flops(costs: UnitCosts, work: Work) -> ForwardFlops:
@@ -176,9 +197,11 @@ def total_work(parts: Sequence[Work]) -> Work:
 
 def _recomputed(layer: nn.Module) -> int:
     """FLOPs per position of a decoder layer's second forward, attention left out. Torch stops it once everything that the backward
-    needs is there again, and nothing needs the output of the last projection unless a norm follows."""
-    products = [2 * _size(module) for module in layer.modules() if _size(module)]
-    return sum(products) - (0 if hasattr(layer, "post_feedforward_layernorm") else products[-1])
+    needs is there again, and nothing needs the output of the last projection unless a norm follows. A CpuLinear notes what it
+    needs when its product is done, so it is not spared."""
+    products = [module for module in layer.modules() if _size(module)]
+    spared = not hasattr(layer, "post_feedforward_layernorm") and not isinstance(products[-1], CpuLinear)
+    return sum(2 * _size(module) for module in (products[:-1] if spared else products))
 
 
 def _size(module: nn.Module) -> int:

@@ -7,11 +7,12 @@ Per position and decoder layer, with D hidden, F the MLP's width, H heads and G 
                     OLMo 2) 8 D; LayerNorm b D, Cohere's 12 D; the same over q (H d) and k (G d) where a model norms those
     MLP             gated: b 3 F (gate, up, activation); plain: b F, and 3 more where GELU is spelt out (GPT-2)
     attention       b 4 H d for q, k, v (repeated to all heads) and the output; fused kernels 4 H for the logsumexp, and b (H + G) d
-                    where v is a view into one product for q, k and v
+                    where v is a view into one product for q, k and v. Span by span, a CPU's: b 3 H d for q, the outputs of its
+                    calls and their concatenation, b 2 G d for k and v, where a prompt counts once for each response
 
-and per (query, key) pair: the mask, which sdpa turns into b bytes anew in every layer; under eager b H for the softmax, 4 H more in
-half precision, b H more under a softcap. With gradient checkpointing a layer keeps its input, b D, and one layer at a time has
-all of the above again.
+and per (query, key) pair under a mask: the mask, which sdpa turns into b bytes anew in every layer; under eager b H for the
+softmax, 4 H more in half precision, b H more under a softcap. With gradient checkpointing a layer keeps its input, b D, and one layer at a
+time has all of the above again.
 
 tests/unit/test_activations.py compares with what autograd saves, counted through ``saved_tensors_hooks``.
 """
@@ -24,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mrpo_scale.flops import SKIPS_THE_MASKED, Work, decoder_layers, head_size
+from mrpo_scale.span_attention import SPAN_ATTENTION
 
 _NORMS_IN_FLOAT32 = {"CohereLayerNorm": 3, "GemmaRMSNorm": 2, "Gemma2RMSNorm": 2, "Gemma3RMSNorm": 2, "Olmo2RMSNorm": 2}
 
@@ -49,7 +51,8 @@ class Activations:
 
     num_layers: int
     layer_position: Kept  #: per position, in one decoder layer
-    layer_score: Kept  #: per (query, key) pair, in one decoder layer
+    layer_key: Kept  #: per position that attention reads keys and values of, in one decoder layer
+    layer_score: Kept  #: per (query, key) pair under a mask, in one decoder layer
     layer_input: Kept  #: per position: what checkpointing keeps of a layer
     outside: Kept  #: per position, once: final norm, rotary tables
     response_token: Kept  #: what the head keeps
@@ -62,14 +65,18 @@ class Activations:
 
     def layer(self, work: Work, itemsize: int) -> int:
         """Bytes of one decoder layer, which is what checkpointing computes again, one layer at a time."""
-        return self.layer_position.bytes(itemsize) * work.positions + self.layer_score.bytes(itemsize) * work.scores
+        return (
+            self.layer_position.bytes(itemsize) * work.positions
+            + self.layer_key.bytes(itemsize) * work.keys
+            + self.layer_score.bytes(itemsize) * work.masked
+        )
 
 
 def activations_of(model: PreTrainedModel) -> Activations:
     """From the modules of a causal LM, on the meta device or loaded."""
     layer, layers = decoder_layers(model)[0], len(decoder_layers(model))
     hidden = model.config.get_text_config().hidden_size
-    attention, score = _attention(model, layer)
+    attention, key, score = _attention(model, layer)
     outside = Kept(compute=2 * head_size(model.config.get_text_config()))
     for module in model.base_model.children():
         if _is_norm(module):
@@ -77,6 +84,7 @@ def activations_of(model: PreTrainedModel) -> Activations:
     return Activations(
         num_layers=layers,
         layer_position=attention + _norms(model, layer) + _mlp(layer),
+        layer_key=key,
         layer_score=score,
         layer_input=Kept(compute=hidden),
         outside=outside,
@@ -84,19 +92,21 @@ def activations_of(model: PreTrainedModel) -> Activations:
     )
 
 
-def _attention(model: PreTrainedModel, layer: nn.Module) -> tuple[Kept, Kept]:
-    """(per position, per score): q, k, v and the output, and what the kernel keeps."""
+def _attention(model: PreTrainedModel, layer: nn.Module) -> tuple[Kept, Kept, Kept]:
+    """(per position, per key, per score): q and the output, k and v, and what the kernel keeps."""
     config = model.config.get_text_config()
     heads, size = config.num_attention_heads, head_size(config)
     q_size, k_size = heads * size, (getattr(config, "num_key_value_heads", None) or heads) * size
     if config._attn_implementation == "eager":
         softcap = heads if getattr(config, "attn_logit_softcapping", None) else 0
-        return Kept(compute=4 * q_size), Kept(compute=heads + softcap, widened=heads)
+        return Kept(compute=2 * q_size), Kept(compute=2 * q_size), Kept(compute=heads + softcap, widened=heads)
     names = {name.rpartition(".")[2] for name, _ in layer.named_modules()}
     view = q_size + k_size if names & {"query_key_value", "qkv_proj"} else 0
     if config._attn_implementation in SKIPS_THE_MASKED:
-        return Kept(compute=2 * (q_size + k_size) + view, float32=heads), Kept()
-    return Kept(compute=4 * q_size + view, float32=heads), Kept(compute=1)
+        return Kept(compute=2 * q_size + view, float32=heads), Kept(compute=2 * k_size), Kept()
+    if config._attn_implementation == SPAN_ATTENTION:
+        return Kept(compute=3 * q_size, float32=heads), Kept(compute=2 * k_size), Kept(compute=1)
+    return Kept(compute=2 * q_size + view, float32=heads), Kept(compute=2 * q_size), Kept(compute=1)
 
 
 def _norms(model: PreTrainedModel, layer: nn.Module) -> Kept:

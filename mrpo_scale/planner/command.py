@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.data import find_layout
@@ -269,20 +269,26 @@ class _Check:
 
     def _job(self, plan: RunPlan, read: ReadSet) -> Job:
         half, config = self.config.bf16 or self.config.fp16, self.config
-        shared: Any = config.shared_prompt
+        device_type: Literal["cuda", "cpu"] = "cpu" if self.cluster.name == "cpu" else "cuda"
+        options: Any = {"shared_prompt": config.shared_prompt, "device_type": device_type}
         references = plan.references[:1] if config.objective == "dpo" else plan.references
         return Job(
-            policy=model_size(plan.policy, itemsize=2 if half else plan.policy.dtype.itemsize, shared_prompt=shared),
+            policy=model_size(
+                plan.policy,
+                itemsize=2 if half else plan.policy.dtype.itemsize,
+                compiled=bool(config.torch_compile),
+                **options,
+            ),
             references=tuple(
-                PlannedModel(model_size(r.source, itemsize=r.source.dtype.itemsize, shared_prompt=shared), r.view)
+                PlannedModel(model_size(r.source, itemsize=r.source.dtype.itemsize, **options), r.view)
                 for r in references
             ),
             workload=Workload(read.pairs.lengths, config.seed),
             window=config.per_device_train_batch_size * self._accumulation() * self.cluster.gpus,
             tokens_per_forward=config.ref_tokens_per_forward,
             gradients_in_forward=config.head_backward == "in_forward"
-            or (config.head_backward == "auto" and self.cluster.name == "cpu"),
-            device_type="cpu" if self.cluster.name == "cpu" else "cuda",
+            or (config.head_backward == "auto" and device_type == "cpu"),
+            device_type=device_type,
         )
 
     def _setting(self) -> Setting:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -14,6 +15,7 @@ from mrpo_scale.pair_batch import supports_shared_prompt
 from mrpo_scale.planner.activations import Activations, activations_of
 from mrpo_scale.references.sharding import build_on_meta
 from mrpo_scale.references.source import ReferenceSource, check_config
+from mrpo_scale.sequence_logps import choose_end_to_end
 
 Shape = tuple[int, ...]
 
@@ -33,6 +35,7 @@ class ModelSize:
     tied: bool
     itemsize: int  #: bytes of one weight
     shared_prompt: bool
+    end_to_end: bool
     costs: UnitCosts
     activations: Activations
 
@@ -53,12 +56,20 @@ class ModelSize:
         return sum(n for n in map(math.prod, self.shapes) if n <= threshold)
 
 
-def model_size(source: ReferenceSource, *, itemsize: int, shared_prompt: str = "auto") -> ModelSize:
+def model_size(
+    source: ReferenceSource,
+    *,
+    itemsize: int,
+    shared_prompt: str = "auto",
+    device_type: str = "cuda",
+    compiled: bool = False,
+) -> ModelSize:
     """Of a causal LM. Reads config.json; opens no weights.
 
     Args:
         itemsize: bytes of one weight where it runs.
         shared_prompt: the recipe's key.
+        device_type, compiled: where it runs, and whether through ``torch.compile``; they decide which attention it has.
 
     Raises:
         ConfigError: what :func:`~mrpo_scale.references.source.check_config` refuses, or a config without a field that the estimate
@@ -66,6 +77,8 @@ def model_size(source: ReferenceSource, *, itemsize: int, shared_prompt: str = "
     """
     config = check_config(source)
     model = build_on_meta(source, config)
+    shared = supports_shared_prompt(model.config) and shared_prompt != "false"
+    end_to_end = choose_end_to_end(model, torch.device(device_type), compiled=compiled)
     layers = decoder_layers(model)
     costs = unit_costs(model)  # first: it complains of what a config lacks
     embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
@@ -80,7 +93,8 @@ def model_size(source: ReferenceSource, *, itemsize: int, shared_prompt: str = "
         head=head.numel(),
         tied=embedding is head,
         itemsize=itemsize,
-        shared_prompt=supports_shared_prompt(model.config) and shared_prompt != "false",
+        shared_prompt=shared,
+        end_to_end=end_to_end,
         costs=costs,
         activations=activations_of(model),
     )

@@ -111,7 +111,10 @@ def _segments(lengths_P3: np.ndarray, shared_prompt: bool) -> np.ndarray:
 
 def _work(lengths_P3: np.ndarray, size: ModelSize) -> Work:
     return work_of_lengths(
-        lengths_P3, shared_prompt=size.shared_prompt, attn_implementation=size.costs.attn_implementation
+        lengths_P3,
+        shared_prompt=size.shared_prompt,
+        end_to_end=size.end_to_end,
+        attn_implementation=size.costs.attn_implementation,
     )
 
 

@@ -9,7 +9,8 @@ from mrpo_scale.flops import work_of_batch
 from mrpo_scale.models import disable_dropout
 from mrpo_scale.pair_batch import SHARED_PROMPT_MODELS, collate_pairs
 from mrpo_scale.planner.activations import activations_of
-from mrpo_scale.sequence_logps import enable_pair_scoring, score_pairs
+from mrpo_scale.sequence_logps import choose_end_to_end, enable_pair_scoring, score_pairs
+from mrpo_scale.span_attention import SPAN_ATTENTION
 from mrpo_scale.tokenization import PairTokens
 
 SIZES = {
@@ -38,12 +39,14 @@ PAIRS = [
 
 def kept_and_predicted(model_type, attention, dtype, checkpointing):
     config = AutoConfig.for_model(model_type, **{**SIZES, **OPTIONS.get(model_type, {})})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).train()
+    plain = "sdpa" if attention == SPAN_ATTENTION else attention
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=plain, dtype=dtype).train()
+    end_to_end = attention == SPAN_ATTENTION and choose_end_to_end(model, torch.device("cpu"))
     disable_dropout(model)
     enable_pair_scoring(model, model_type, "torch")
     if checkpointing:
         model.activation_checkpointing_enable()
-    batch = collate_pairs(PAIRS, shared_prompt=True)
+    batch = collate_pairs(PAIRS, shared_prompt=True, end_to_end=end_to_end)
     with saved_bytes(model, [t for t in vars(batch).values() if isinstance(t, torch.Tensor)]) as found:
         score_pairs(model, batch)
     work = work_of_batch(batch)
@@ -53,7 +56,12 @@ def kept_and_predicted(model_type, attention, dtype, checkpointing):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("model_type", "attention"),
-    [(name, kind) for name in SHARED_PROMPT_MODELS for kind in ("sdpa", "eager") if (name, kind) != ("gemma2", "sdpa")],
+    [
+        (name, kind)
+        for name in SHARED_PROMPT_MODELS
+        for kind in ("sdpa", SPAN_ATTENTION, "eager")
+        if name != "gemma2" or kind == "eager"
+    ],
 )
 def test_every_shared_prompt_family_within_a_tenth(model_type, attention, dtype):
     """Twice as strict as promised, so that a change of a family's layers shows. Gemma 2 has no sdpa in transformers."""

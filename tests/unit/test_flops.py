@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.flops import (
+    NO_WORK,
     UnitCosts,
     Work,
     forward_flops,
@@ -20,7 +21,8 @@ from mrpo_scale.flops import (
 )
 from mrpo_scale.models import disable_dropout
 from mrpo_scale.pair_batch import collate_pairs
-from mrpo_scale.sequence_logps import enable_pair_scoring, score_pairs
+from mrpo_scale.sequence_logps import choose_end_to_end, enable_pair_scoring, score_pairs
+from mrpo_scale.span_attention import SPAN_ATTENTION
 from mrpo_scale.tokenization import PairTokens
 
 SIZES = {
@@ -69,12 +71,17 @@ def counted(function):
 
 @pytest.mark.parametrize(
     ("model_type", "attention"),
-    [(name, kind) for name in FAMILIES for kind in ("sdpa", "eager") if (name, kind) != ("gemma2", "sdpa")],
+    [
+        *((name, kind) for name in FAMILIES for kind in ("sdpa", "eager") if (name, kind) != ("gemma2", "sdpa")),
+        *((name, SPAN_ATTENTION) for name in FAMILIES if name not in ("gemma2", "gpt2")),
+    ],
 )
 def test_equal_to_torchs_counter(model_type, attention):
-    model = build(model_type, attention)
+    model = build(model_type, "sdpa" if attention == SPAN_ATTENTION else attention)
+    end_to_end = attention == SPAN_ATTENTION and choose_end_to_end(model, torch.device("cpu"))
+    assert model.config._attn_implementation == attention
     costs = unit_costs(model)
-    batch = collate_pairs(PAIRS, shared_prompt=model_type != "gpt2")
+    batch = collate_pairs(PAIRS, shared_prompt=model_type != "gpt2", end_to_end=end_to_end)
     work = work_of_batch(batch)
     loss = None
 
@@ -114,24 +121,30 @@ def test_sizes_are_read_where_weights_are_not():
     assert unit_costs(model) == costs
 
 
+@pytest.mark.parametrize("attention", ["sdpa", SPAN_ATTENTION])
 @pytest.mark.parametrize("shared_prompt", [True, False])
-def test_work_from_lengths_is_that_of_the_batch(shared_prompt):
-    batch = collate_pairs(PAIRS, shared_prompt=shared_prompt)
-    assert work_of_lengths(LENGTHS, shared_prompt=shared_prompt) == work_of_batch(batch)
+def test_work_from_lengths_is_that_of_the_batch(shared_prompt, attention):
+    layout = {"shared_prompt": shared_prompt, "end_to_end": attention == SPAN_ATTENTION}
+    assert work_of_lengths(LENGTHS, **layout, attn_implementation=attention) == work_of_batch(
+        collate_pairs(PAIRS, **layout)
+    )
 
 
 def test_work_by_hand():
-    """Shared: segments of 20, 11 and 7 in rows of 20, so the last two share one. Flash: six sequences, causal halves only."""
-    assert work_of_lengths(LENGTHS, shared_prompt=True) == Work(40, 800, 24)
+    """Shared: segments of 20, 11 and 7 in rows of 20, so the last two share one. Spans: no padding, a call for each response.
+    Flash: six sequences, causal halves only."""
+    assert work_of_lengths(LENGTHS, shared_prompt=True) == Work(40, 40, 800, 800, 24)
+    spans = work_of_lengths(LENGTHS, shared_prompt=True, end_to_end=True, attn_implementation=SPAN_ATTENTION)
+    assert spans == Work(38, 52, 16**2 + 4 * 13 + 5**2 + 6 * 9 + 5**2 + 2 * 4, 4 * 13 + 6 * 9 + 2 * 4, 24)
     flash = work_of_lengths(LENGTHS, shared_prompt=False, attn_implementation="flash_attention_2")
-    assert flash == Work(6 * 16, sum(n * (n + 1) // 2 for n in (16, 13, 5, 9, 5, 4)), 24)
-    assert total_work([flash, flash]).scores == 2 * flash.scores and total_work([]) == Work(0, 0, 0)
-    assert work_of_lengths(LENGTHS[:0], shared_prompt=True) == Work(0, 0, 0)
+    assert flash == Work(6 * 16, 6 * 16, sum(n * (n + 1) // 2 for n in (16, 13, 5, 9, 5, 4)), 0, 24)
+    assert total_work([flash, flash]).scores == 2 * flash.scores and total_work([]) == NO_WORK
+    assert work_of_lengths(LENGTHS[:0], shared_prompt=True) == NO_WORK
 
 
 def test_the_head_costs_6tdv_or_8tdv():
     costs = UnitCosts(per_position=10, per_score=2, per_response_token=100, recomputed_per_position=8)
-    work = Work(positions=8, scores=32, response_tokens=5)
+    work = Work(positions=8, keys=8, scores=32, masked=32, response_tokens=5)
     heads = [
         training_flops(costs, work, gradient_checkpointing=False, gradients_in_forward=early).head
         for early in (True, False)

@@ -37,7 +37,7 @@ from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.validation import with_validation_weights
 from mrpo_scale.report import RunSummary
 from mrpo_scale.resume import ResumableTrainer
-from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of
+from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of, share_weights
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
     choose_shared_prompt,
@@ -288,9 +288,11 @@ class MRPOTrainer(ResumableTrainer):
         super()._save(output_dir, state_dict)
         config.use_cache = in_training
         if as_source:
+            folder = Path(output_dir or self.args.folder)
+            share_weights(folder)
             copy_small_files(
                 source,
-                Path(output_dir or self.args.folder),
+                folder,
                 tokenizer=self._tokenizer_of_source,
                 chat_template=self.plan.texts[0].template if self.args.chat_template else None,
             )
@@ -331,9 +333,8 @@ class MRPOTrainer(ResumableTrainer):
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        with torch.random.fork_rng(
-            devices=()
-        ):  # a loader draws a number; training must not notice how often it was evaluated
+        # A loader draws a number; training must not notice how often it was evaluated.
+        with torch.random.fork_rng(devices=()):
             self._eval_scores = self._score_held_out(dataloader)
             self._eval_pairs, self._eval_rows = dataloader.dataset.pairs, []
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)

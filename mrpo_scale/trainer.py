@@ -382,9 +382,8 @@ class MRPOTrainer(ResumableTrainer):
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
         doing(f"evaluating after step {self.state.global_step}")
         prefix = kwargs.get("metric_key_prefix", "eval")
-        with torch.random.fork_rng(
-            devices=()
-        ):  # a loader draws a number; training must not notice how often it was evaluated
+        # A loader draws a number; training must not notice how often it was evaluated.
+        with torch.random.fork_rng(devices=()):
             self._eval_scores = self._score_held_out(dataloader)
             self._eval_pairs, self._eval_rows = dataloader.dataset.pairs, []
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)

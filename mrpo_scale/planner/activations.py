@@ -11,8 +11,8 @@ Per position and decoder layer, with D hidden, F the MLP's width, H heads and G 
                     calls and their concatenation, b 2 G d for k and v, where a prompt counts once for each response
 
 and per (query, key) pair under a mask: the mask, which sdpa turns into b bytes anew in every layer; under eager b H for the
-softmax, 4 H more in half precision, b H more under a softcap. With gradient checkpointing a layer keeps its input, b D, and one layer at a
-time has all of the above again.
+softmax, 4 H more in half precision, b H more under a softcap. With gradient checkpointing a layer keeps its input, b D, and one
+layer at a time has all of the above again.
 
 tests/unit/test_activations.py compares with what autograd saves, counted through ``saved_tensors_hooks``.
 """

@@ -33,7 +33,8 @@ from mrpo_kernels.partials import (
 from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTS
 
 BLOCK_T, BLOCK_N = 32, 32
-NUM_WARPS = 4
+# Left to itself the assembler spills 8 bytes of the pair kernel to stay within 80 registers, although it has one program per pair.
+NUM_WARPS, MAX_REGISTERS = 4, 128
 ADAPTIVE, NO_CLIP = (tl.constexpr(CLIPS.index(name)) for name in ("adaptive", "none"))
 CONFIDENCE, UNIFORM = (tl.constexpr(WEIGHTS.index(name)) for name in ("confidence", "uniform"))
 HARMONIC, GEOMETRIC, ARITHMETIC = (
@@ -198,7 +199,8 @@ def response_logps(partials: Partials, num_responses: int) -> tuple[Tensor, Tens
         with torch.cuda.device_of(logps_S):
             response_sums_kernel[(num_responses,)](
                 partials.table, partials.floats, partials.max_N, partials.sum_N, partials.label_logit_T,
-                logps_S, max_T, log_sum_T, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+                logps_S, max_T, log_sum_T, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
+                num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
     return logps_S, max_T, log_sum_T
 
@@ -229,6 +231,7 @@ def combine(
                 table, floats, *arrays, raw_KP2, virtual_P2, weights_KP, epsilon_P2, clipped_KP2,
                 num_refs, num_pairs, float(epsilon_max),
                 CLIPS.index(clip), WEIGHTS.index(weights), AGGREGATES.index(aggregate),
-                FROM_LOGPS=partials is None, BLOCK_K=MAX_REFERENCES, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+                FROM_LOGPS=partials is None, BLOCK_K=MAX_REFERENCES, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
+                num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
     return virtual_P2, weights_KP, epsilon_P2, clipped_KP2

@@ -33,7 +33,8 @@ from mrpo_kernels.partials import (
 from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTS
 
 BLOCK_T, BLOCK_N = 32, 32
-NUM_WARPS = 4
+# Left to itself the assembler spills 8 bytes of the pair kernel to stay within 80 registers, although it has one program per pair.
+NUM_WARPS, MAX_REGISTERS = 4, 168
 ADAPTIVE, NO_CLIP = (tl.constexpr(CLIPS.index(name)) for name in ("adaptive", "none"))
 CONFIDENCE, UNIFORM = (tl.constexpr(WEIGHTS.index(name)) for name in ("confidence", "uniform"))
 HARMONIC, GEOMETRIC, ARITHMETIC = (
@@ -43,10 +44,12 @@ HARMONIC, GEOMETRIC, ARITHMETIC = (
 
 @triton.jit
 def _softcapped(x, softcap):
-    """softcap * tanh(x / softcap) to float32's last digit, by way of float64; x where softcap is 0."""
+    """softcap * tanh(x / softcap), or x where softcap is 0, in float64: what is left of two such numbers near softcap, a label's
+    logit and its row's maximum, would lose to their rounding the digits that launch 1 keeps."""
+    x = x.to(tl.float64)
     if softcap > 0:
         cap = softcap.to(tl.float64)
-        x = (cap - 2.0 * cap / (1.0 + tl.exp(x.to(tl.float64) * (2.0 / cap)))).to(tl.float32)
+        x = cap - 2.0 * cap / (1.0 + tl.exp(x * (2.0 / cap)))
     return x
 
 
@@ -67,7 +70,7 @@ def _response_logp(
     for start in range(begin, end, BLOCK_T):
         tokens = start + tl.arange(0, BLOCK_T).to(tl.int64)
         exists = tokens < end
-        running_max = tl.full((BLOCK_T,), -float("inf"), dtype=tl.float32)
+        running_max = tl.full((BLOCK_T,), -float("inf"), dtype=tl.float64)
         running_sum = tl.zeros((BLOCK_T,), dtype=tl.float32)
         for tile_v in range(0, tiles_v, BLOCK_N):
             tiles = tile_v + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -79,16 +82,18 @@ def _response_logp(
             new_max = tl.maximum(running_max, tl.max(maxima, 0))
             # While only banned words (and no running sum) were seen, the max is -inf and -inf - -inf would be NaN.
             shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-            running_sum = running_sum * tl.exp(running_max - shift) + tl.sum(sums * tl.exp(maxima - shift[None, :]), 0)
+            below_shift = (maxima - shift[None, :]).to(tl.float32)
+            running_sum *= tl.exp((running_max - shift).to(tl.float32))
+            running_sum += tl.sum(sums * tl.exp(below_shift), 0)
             running_max = new_max
         log_sum = tl.log(tl.where(exists, running_sum, 1.0).to(tl.float64))
         label_logit = _softcapped(tl.load(label_logit_ptr + first_token + tokens, mask=exists, other=0.0), softcap)
         # The label's logit and the tiles' add the same products up in different orders: a word's log-prob could exceed zero by that
         # digit, which turns the clip's bounds around. NaN is not above zero and stays.
-        token_logp = (label_logit - running_max).to(tl.float64) - log_sum
+        token_logp = (label_logit - running_max) - log_sum
         total += tl.where(exists & ~(token_logp > 0.0), token_logp, 0.0)
         if STORE_TOKENS:
-            tl.store(token_max_ptr + first_token + tokens, running_max, mask=exists)
+            tl.store(token_max_ptr + first_token + tokens, running_max.to(tl.float32), mask=exists)
             tl.store(token_log_sum_ptr + first_token + tokens, log_sum.to(tl.float32), mask=exists)
     return tl.where(broken, float("nan"), tl.sum(total, 0))
 
@@ -198,7 +203,8 @@ def response_logps(partials: Partials, num_responses: int) -> tuple[Tensor, Tens
         with torch.cuda.device_of(logps_S):
             response_sums_kernel[(num_responses,)](
                 partials.table, partials.floats, partials.max_N, partials.sum_N, partials.label_logit_T,
-                logps_S, max_T, log_sum_T, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+                logps_S, max_T, log_sum_T, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
+                num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
     return logps_S, max_T, log_sum_T
 
@@ -229,6 +235,7 @@ def combine(
                 table, floats, *arrays, raw_KP2, virtual_P2, weights_KP, epsilon_P2, clipped_KP2,
                 num_refs, num_pairs, float(epsilon_max),
                 CLIPS.index(clip), WEIGHTS.index(weights), AGGREGATES.index(aggregate),
-                FROM_LOGPS=partials is None, BLOCK_K=MAX_REFERENCES, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+                FROM_LOGPS=partials is None, BLOCK_K=MAX_REFERENCES, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
+                num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
     return virtual_P2, weights_KP, epsilon_P2, clipped_KP2

@@ -39,7 +39,6 @@ from mrpo_scale.planner.model_size import model_size
 from mrpo_scale.planner.parts import Job, PlannedModel, Setting
 from mrpo_scale.planner.workload import Workload
 from mrpo_scale.planner.zero import read_zero
-from mrpo_scale.recipe import resource
 from mrpo_scale.trainer import MRPOTrainer
 from tests.tiny import WORDS, tokenizer
 
@@ -159,18 +158,28 @@ def held_by_rank(trainer: MRPOTrainer) -> dict[str, int]:
 
 
 def measure(
-    policy: str, references: list[str], output_dir: str, *, placement: str, checkpointing: bool, words: int
+    policy: str,
+    references: list[str],
+    output_dir: str,
+    *,
+    placement: str,
+    checkpointing: bool,
+    words: int,
+    ds_config: str | None = None,
 ) -> dict[str, Any]:
-    """Two steps on this rank; predicted and measured bytes by kind. Collective over the world."""
+    """Two steps on this rank; predicted and measured bytes by kind. Collective over the world.
+
+    Args:
+        ds_config: path; None where accelerate's launcher names one.
+    """
     if torch.distributed.is_initialized():  # a pool of tests; under a launcher accelerate does it
         from deepspeed import comm
 
         comm.init_distributed(dist_backend="gloo")
-    launched = "ACCELERATE_USE_DEEPSPEED" in os.environ  # then accelerate's config names the file
     reset_peak_memory()
     config = MRPOConfig(
         output_dir=output_dir,
-        deepspeed=None if launched else str(resource("ds_configs") / "zero3_cpu.json"),
+        deepspeed=ds_config,
         per_device_train_batch_size=2,
         max_steps=2,
         gradient_checkpointing=checkpointing,

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.validate_planner import measure, worst_of_ranks, write_model
+from mrpo_scale.recipe import resource
 
 # Odd sizes, so that ZeRO's and FSDP2's padding shows: weights with an odd side, vocabularies that two ranks do not divide.
 SIZES = {
@@ -41,6 +42,7 @@ def test_predicted_bytes_are_those_that_a_rank_holds(models, tmp_path, pool2, si
         placement=placement,
         checkpointing=checkpointing,
         words=40,
+        ds_config=str(resource("ds_configs") / "zero3_cpu.json"),
     )
     (found,) = worst_of_ranks([[rank] for rank in ranks])
     for kind, allowed in TOLERANCE.items():

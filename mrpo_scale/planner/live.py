@@ -69,6 +69,7 @@ class ScoredLive:
     def moment(self) -> dict[str, int]:
         """Gathered weights, and what a forward without gradient holds for a moment."""
         gathered, heads, activations = {}, {}, {}
+        earlier = 0  # tied heads stay whole from their body's forward until all heads are used
         for k, m in self.models.items():
             b, size = m.size.itemsize, m.size
             largest, window = self.job.workload.largest_scoring(
@@ -76,7 +77,9 @@ class ScoredLive:
             )
             sharded = self.group[k] > 1 or self.setting.offload
             # Of a layer that computes and the next one, which is on its way; a tied head is whole with the root.
-            gathered[k] = b * (2 * size.layer + (size.head if size.tied else max(size.embedding, size.head))) * sharded
+            own = 2 * size.layer + (size.head if size.tied else max(size.embedding, size.head))
+            gathered[k] = b * own * sharded + earlier
+            earlier += b * size.head * (sharded and size.tied and self.setting.placement == "spread")
             heads[k] = b * (size.head * sharded + window.response_tokens * size.hidden)
             activations[k] = b * (largest.positions * (3 * size.hidden + 3 * size.widest_mlp) + 2 * largest.scores)
         while_heads = self.on_one_rank(heads)

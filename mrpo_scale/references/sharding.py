@@ -137,10 +137,11 @@ class ShardedReference:
     def response_hidden(self, pairs: PairBatch | None) -> Tensor:
         """Hidden states [T, D] of this rank's response positions, the head left out; None keeps step and returns [0, D].
 
-        With the head's weight from :meth:`gathered_head` they give the same log-probs as :meth:`score`.
+        With the head's weight from :meth:`gathered_head` they give the same log-probs as :meth:`score`. A head that is tied to the
+        embedding was gathered with it, and stays whole until :meth:`gathered_head` ends, instead of being gathered again.
         """
         self.gathers += 1
-        with _gathers_off_the_heap(self.group, self.device):
+        with _gathers_off_the_heap(self.group, self.device), self._root_stays_gathered():
             hidden_TD = response_hidden(self.model, self._smallest if pairs is None else pairs.to(self.device))
         return hidden_TD[:0] if pairs is None else hidden_TD
 
@@ -157,6 +158,19 @@ class ShardedReference:
         finally:
             if isinstance(unit, FSDPModule):
                 unit.reshard()
+
+    @contextmanager
+    def _root_stays_gathered(self) -> Iterator[None]:
+        """Inside the block a forward leaves the root's unit whole, if that is where the head is."""
+        model, head = self.model, self.model.get_output_embeddings()
+        if not isinstance(model, FSDPModule) or isinstance(head, FSDPModule):
+            yield
+            return
+        model.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            model.set_reshard_after_forward(True, recurse=False)
 
     def _load(self, files: list[Path]) -> None:
         stored = stored_tensors(self.model, files, self.name)

@@ -132,6 +132,32 @@ def test_groups_of_four_ranks(pool4, folders, shard_size):
     assert sum(shares[: sizes[0]]) == 4 * parameters[0]
 
 
+def bytes_gathered_for_a_window(folder):
+    """Body in two forwards, then head: (bytes from the others, this rank's share of the head's and of all weights)."""
+    from mrpo_scale.bench.communication import CollectiveCounter
+
+    reference = ShardedReference(ReferenceSource("ref", folder), shard_group(2), CPU)
+    batches = [reference.batch(pairs_of(dist.get_rank(), 0)) for _ in range(2)]
+    head = reference.model.get_output_embeddings()
+    with CollectiveCounter() as counted:
+        for batch in batches:
+            reference.response_hidden(batch)
+        with reference.gathered_head() as whole:
+            assert not isinstance(whole.weight, DTensor)
+    assert_sharded(reference)
+    reference.score(batches[0])  # and a whole forward afterwards leaves nothing whole either
+    assert_sharded(reference)
+    own = head.weight.to_local()
+    return counted.bytes["all_gather"], own.numel() * own.element_size(), reference.bytes_per_rank
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "llama"])
+def test_a_window_gathers_a_head_once(pool2, folders, kind):
+    """A tied head comes with the body's first forward and stays; an untied one is not part of the body's forwards."""
+    for gathered, head, everything in pool2.run(bytes_gathered_for_a_window, str(folders / kind)):
+        assert gathered == pytest.approx(2 * (everything - head) + head, rel=0.01)
+
+
 def load_beside_zero3(folder):
     from transformers.integrations import deepspeed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 from pathlib import Path
@@ -9,6 +10,18 @@ from pathlib import Path
 import torch
 
 from mrpo_scale.gpus import GPUS, recognise_gpu
+
+
+def map_blocks_from(size: int, *, keep: int | None = None) -> None:
+    """Let glibc map every block of ``size`` bytes or more by itself, so that it goes back to the system when it is freed: its heap
+    cannot refill the aligned blocks that torch asks for. ``keep``: free bytes at the heap's end that stay. Other C libraries have
+    no such call, and nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1  # malloc.h
+        mallopt(mmap_threshold, size)
+        if keep is not None:
+            mallopt(trim_threshold, keep)
 
 
 def reset_peak_memory() -> None:

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mrpo_scale.artifacts import write_artifacts
 from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
 from mrpo_scale.config import MRPOConfig, ScriptArguments
-from mrpo_scale.device import peak_flops
+from mrpo_scale.device import map_blocks_from, peak_flops
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
 from mrpo_scale.fingerprint import fingerprint
@@ -116,6 +116,8 @@ class MRPOTrainer(ResumableTrainer):
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
         evals = {split: pairs for split, pairs in weighted.items() if split not in ("train", WEIGHTS_SET)}
 
+        if args.device.type == "cpu" and args.world_size == 1:
+            map_blocks_from(4 << 20)  # docs/performance.md: what each threshold costs in memory and time
         # Before the policy: what is scored ahead of training has the memory to itself.
         self.scores = self._open_scores(args)
         self.preference_objective = with_validation_weights(args, self.scores, self.pair_sets)

@@ -7,7 +7,6 @@ layer at a time; afterwards every weight is a shard again, the embedding and the
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from mrpo_scale.device import map_blocks_from
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.ranks import fail_together
@@ -227,21 +227,17 @@ def build_on_meta(source: ReferenceSource, config: PretrainedConfig) -> PreTrain
 def _gathers_off_the_heap(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
     """On a shard group of CPUs, let a gathered layer go back to the system when it is freed, as blocks that glibc maps do.
 
-    glibc's heap cannot refill the aligned blocks that torch asks for, so every layer of a forward stayed resident: seen with
-    SmolLM2-135M on 2 ranks, 1,170 MB after a score instead of 350, and no faster. Afterwards the threshold is what glibc itself
-    grows it to, because training lost a tenth of its speed to page faults under the low one. Other C libraries have no such call.
+    Seen with SmolLM2-135M on 2 ranks, 1,170 MB after a score instead of 350, and no faster. Afterwards the threshold is what glibc
+    itself grows it to, because training on ranks lost a tenth of its speed to page faults under the low one.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if group is not None and device.type == "cpu" else None
-    if mallopt is None:
+    if group is None or device.type != "cpu":
         yield
         return
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h
-    mallopt(mmap_threshold, 1 << 20)
+    map_blocks_from(1 << 20)
     try:
         yield
     finally:
-        mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, 64 << 20)
+        map_blocks_from(32 << 20, keep=64 << 20)
 
 
 def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str, *, offload: bool) -> None:

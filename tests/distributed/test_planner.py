@@ -43,6 +43,7 @@ def test_predicted_bytes_are_those_that_a_rank_holds(models, tmp_path, pool2, si
         checkpointing=checkpointing,
         words=40,
         ds_config=str(resource("ds_configs") / "zero3_cpu.json"),
+        timeout=300,
     )
     (found,) = worst_of_ranks([[rank] for rank in ranks])
     for kind, allowed in TOLERANCE.items():

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from mrpo_scale import MRPOConfig, MRPOTrainer, checkpoints
 from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.fingerprint import DECIDING_KEYS, HASHED_KEYS, OTHER_KEYS
+from mrpo_scale.preemption import Preempted
 from tests.tiny import pair_dataset, write_models
 
 ROWS = 18  # 5 steps of 4 pairs an epoch, the last one of 2
@@ -125,6 +126,31 @@ def test_an_epoch_ends_before_its_checkpoint(folders, tmp_path):
     assert logged(two) == logged(one)
     for name, tensor in two.policy.state_dict().items():
         assert torch.equal(tensor, one.policy.state_dict()[name]), name
+
+
+class HoursAreOver(TrainerCallback):
+    def __init__(self, run, step):
+        self.run, self.step = run, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            self.run.stop_requests.max_hours = 1e-9
+
+
+def test_max_hours_saves_and_the_next_life_is_the_uninterrupted_run(folders, tmp_path, whole):
+    for step in (1, 7):
+        run = trainer(folders, tmp_path, max_hours=10)
+        run.add_callback(HoursAreOver(run, step))
+        with pytest.raises(Preempted) as stopped:
+            run.train("auto")
+        assert stopped.value.code == 75
+        told = json.loads((tmp_path / "PREEMPTED").read_text())
+        assert (told["reason"], told["step"]) == ("max_hours", step)
+        assert told["checkpoint"] == str(tmp_path / f"checkpoint-{step}")
+    last = trainer(folders, tmp_path)
+    last.train("auto")
+    assert_same(last, whole)
+    assert not (tmp_path / "PREEMPTED").exists()
 
 
 def truncate(folder):

@@ -51,6 +51,13 @@ def cast_as_stored(state: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> 
     return {name: cast[tensor.data_ptr()] for name, tensor in state.items()}
 
 
+def share_weights(folder: Path) -> None:
+    """Let whoever may read the config read the weights: safetensors makes files that only their owner may read, and then a server
+    of another user cannot load the model."""
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod((folder / "config.json").stat().st_mode)
+
+
 def copy_small_files(source: Path, folder: Path, *, tokenizer: bool, chat_template: str | None) -> None:
     """The source's config, and where ``tokenizer`` its tokenizer, over what transformers wrote to ``folder``.
 

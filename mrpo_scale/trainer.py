@@ -34,7 +34,7 @@ from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.validation import with_validation_weights
 from mrpo_scale.report import RunSummary
-from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of
+from mrpo_scale.saving import cast_as_stored, copy_small_files, dtypes_on_disk, folder_of, share_weights
 from mrpo_scale.sequence_logps import (
     check_pair_scoring,
     choose_end_to_end,
@@ -285,9 +285,11 @@ class MRPOTrainer(Trainer):
         super()._save(output_dir, state_dict)
         config.use_cache = in_training
         if as_source:
+            folder = Path(output_dir or self.args.folder)
+            share_weights(folder)
             copy_small_files(
                 source,
-                Path(output_dir or self.args.folder),
+                folder,
                 tokenizer=self._tokenizer_of_source,
                 chat_template=self.plan.texts[0].template if self.args.chat_template else None,
             )

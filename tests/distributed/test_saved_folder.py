@@ -122,6 +122,10 @@ def test_the_saved_folder_is_the_sources_trained(sources, tmp_path, pool2, name,
         after = tensors(tmp_path / folder)
         assert after.keys() == before.keys()
         assert {k: (t.dtype, t.shape) for k, t in after.items()} == {k: (t.dtype, t.shape) for k, t in before.items()}
+        modes = {file.stat().st_mode for file in (tmp_path / folder).glob("*.safetensors")}
+        assert modes == {(tmp_path / folder / "config.json").stat().st_mode}, (
+            "a server of another user could not read it"
+        )
         for file in Path(source).glob("*.json"):
             if not file.name.endswith("index.json"):
                 assert (tmp_path / folder / file.name).read_bytes() == file.read_bytes(), file.name

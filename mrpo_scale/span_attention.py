@@ -4,7 +4,7 @@ A *span* is a text that others continue: a trunk and its branches. A shared-prom
 separate response the span (prompt + response, ()). Every branch sees the trunk and itself, so each span takes one causal call of
 ``scaled_dot_product_attention`` for the trunk with its first branch, and one call for each other branch. What a masked row would
 compute and throw away (every pair against every other, and padding in every layer) is never computed. On a CPU that is faster
-(docs/performance.md); a GPU is better served by one masked or varlen call.
+(docs/performance.md); on a GPU, where many small calls may cost more, it was not measured and is not used.
 """
 
 from __future__ import annotations

@@ -3,15 +3,16 @@
     torchrun --nproc_per_node 2 benchmarks/bench_reference_phase.py --model models/smollm2 --ref_models models/gemma3 \\
         --pairs pairs.json --output benchmarks/results/reference-phase-cpu.json
 
-Three ways to score the same pairs, in turns, each round in another order:
+Four ways to score the same pairs, in turns, each round in another order:
 
   references     what a step of MRPO does: tokens to batches, K models on FSDP2 shard groups over all ranks, gathers, heads
+  whole here     each model whole on every rank, through this package: what is left out is sharding, and the one call for K heads
   same batches   each model whole on every rank, transformers' own body under no_grad over the very same packed rows, its own
                  head on the response positions only, log-softmax: the least that scoring these tokens takes; batches are made
                  outside the clock
   as in TRL      each model whole, two padded sequences per pair, logits of every position, log-softmax of the responses
 
-A round's time is that of the slowest rank. First all three are compared pair by pair.
+A round's time is that of the slowest rank. First all four are compared pair by pair.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from mrpo_scale.inputs import prepare_sets
 from mrpo_scale.models import plan_models
 from mrpo_scale.pair_batch import PairBatch, attention_mask, collate_pairs
 from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.references.sharding import ShardedReference
 from mrpo_scale.window import PairExample, WeightedPairs
 
-REFERENCES, SAME, TRL = "references", "same batches", "as in TRL"
+REFERENCES, WHOLE, SAME, TRL = "references", "whole here", "same batches", "as in TRL"
 
 
 def main() -> None:
@@ -71,18 +73,18 @@ def measure(flags: argparse.Namespace, work: Path) -> dict:
     ways = Ways(flags, work)
     scores = {name: score() for name, score in ways.all.items()}
     difference = max(
-        ((scores[name] - scores[REFERENCES]) / scores[REFERENCES]).abs().max().item() for name in (SAME, TRL)
+        ((scores[name] - scores[REFERENCES]) / scores[REFERENCES]).abs().max().item() for name in (WHOLE, SAME, TRL)
     )
     if difference > 1e-4:
         raise SystemExit(f"the ways disagree by {difference:.1e} relative: nothing to compare")
     seconds: dict[str, list[float]] = {name: [] for name in ways.all}
     names = list(ways.all)
     for i in tqdm(range(flags.rounds), unit="round", disable=ways.args.process_index != 0):
-        for name in names[i % 3 :] + names[: i % 3]:
+        for name in names[i % 4 :] + names[: i % 4]:
             seconds[name].append(timed(ways.all[name]))
     ratios = {
         name: [mine / theirs for mine, theirs in zip(seconds[REFERENCES], seconds[name], strict=True)]
-        for name in (SAME, TRL)
+        for name in (WHOLE, SAME, TRL)
     }
     return {
         "rank": ways.args.process_index,
@@ -141,13 +143,18 @@ class Ways:
         examples = WeightedPairs(self.pairs)
         self.examples: list[PairExample] = [examples[first + i] for i in range(flags.pairs_per_rank)]
         self.scores = ReferenceScores(self.plan, self.args, {"train": self.pairs})
+        self.own = [ShardedReference(r.source, None, self.args.device) for r in self.plan.references]
         self.models = [self._whole(reference.source) for reference in self.plan.references]
         self.packed, self.separate = (self._batches(shared_prompt=shared) for shared in (True, False))
-        self.all = {REFERENCES: self.references, SAME: self.same_batches, TRL: self.as_in_trl}
+        self.all = {REFERENCES: self.references, WHOLE: self.whole_here, SAME: self.same_batches, TRL: self.as_in_trl}
 
     def references(self) -> Tensor:
         """[K, P, 2]"""
         return self.scores.score(self.examples, self.pairs)
+
+    def whole_here(self) -> Tensor:
+        tokens = [[e.tokens[r.view] for e in self.examples] for r in self.plan.references]
+        return torch.stack([m.score(m.batch(pairs)) for m, pairs in zip(self.own, tokens, strict=True)])
 
     @torch.no_grad()
     def same_batches(self) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from mrpo_scale.config import ModelSpec, MRPOConfig, parse_ref_models
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.references.source import ReferenceSource, check_config, check_source
+from mrpo_scale.references.source import ReferenceSource, check_config, check_source, check_weights_at_hand
 from mrpo_scale.tokenization import ModelText
 
 ANCHOR = "anchor"  #: the name of reference 0
@@ -105,7 +105,12 @@ def plan_models(
 
 
 def load_policy(source: ReferenceSource) -> PreTrainedModel:
-    """The policy's weights, partitioned on the way in when a ZeRO-3 config is alive."""
+    """The policy's weights, partitioned on the way in when a ZeRO-3 config is alive.
+
+    Raises:
+        ConfigError: the files at hand do not hold the model that config.json speaks of.
+    """
+    check_weights_at_hand(source)
     return AutoModelForCausalLM.from_pretrained(
         source.path,
         revision=source.revision,

@@ -39,17 +39,13 @@ class ReferenceSource:
 
 
 def check_source(source: ReferenceSource) -> PretrainedConfig:
-    """Whatever can be known of a model before its weights load. Runs no code of the model's unless the user agreed.
-
-    The weight files of a hub id that still has to be downloaded are checked by :class:`ShardedReference`.
+    """Whatever can be known of a model before its weight files are opened. Runs no code of the model's unless the user agreed.
 
     Raises:
-        ConfigError: see :func:`check_config` and :func:`check_weights`.
+        ConfigError: see :func:`check_config` and :func:`check_weight_files`.
     """
     config = check_config(source)
-    folder = _folder_at_hand(source)
-    if folder is not None:
-        check_weights(folder, config, source.name)
+    check_weight_files(source)
     return config
 
 
@@ -111,6 +107,13 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
     return config
+
+
+def check_weights_at_hand(source: ReferenceSource) -> None:
+    """:func:`check_weights` of a folder, or of a hub snapshot that nothing more comes to; what is downloaded is checked later."""
+    folder = _folder_at_hand(source)
+    if folder is not None:
+        check_weights(folder, check_config(source), source.name)
 
 
 def check_weights(folder: Path, config: PretrainedConfig, name: str) -> list[Path]:

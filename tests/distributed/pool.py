@@ -7,6 +7,7 @@ test modules without an importable name; arguments and results are pickled. Run 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import os
 import pickle
@@ -183,6 +184,7 @@ def _serve(pipe: Connection, folder: str) -> None:
             answer = pickle.dumps((True, function(*args, **kwargs)))
         except Exception:  # noqa: BLE001 (the parent raises it)
             answer = pickle.dumps((False, traceback.format_exc()))
+        gc.collect()  # a ZeRO-3 config that a trainer's cycles keep alive would partition the next test's models
         pipe.send_bytes(answer)
     dist.destroy_process_group()
 

@@ -274,6 +274,15 @@ def worst_of_ranks(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return cases
 
 
+def _keep(path: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the cases of one size in the file, in place of those that it has of that size; returns all that it has."""
+    known = json.loads(path.read_text())["cases"] if path.exists() else []
+    by_size = {size: [c for c in known if c["policy"] == size] for size in SIZES} | {cases[0]["policy"]: cases}
+    results = [case for of_size in by_size.values() for case in of_size]
+    path.write_text(json.dumps({"ranks": 2, "torch": torch.__version__, "cases": results}, indent=1) + "\n")
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/planner-cpu.json")
@@ -291,11 +300,10 @@ def main() -> None:
             write_model(folder / name, model_type, sizes)
         launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file"]
         words = [*launcher, "launch/accelerate/cpu_zero3.yaml", "-m", __spec__.name, "--folder", str(folder), "--sizes"]
-        results = []
         for size in args.sizes:  # a launch for each, so that no case inherits memory from a larger one
             subprocess.run([*words, size], check=True, cwd=ROOT)
-            results += worst_of_ranks([json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)])
-    args.output.write_text(json.dumps({"ranks": 2, "torch": torch.__version__, "cases": results}, indent=1) + "\n")
+            cases = worst_of_ranks([json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)])
+            results = _keep(args.output, cases)
     print(f"\n{_table(results)}")
     print(f"\nwritten to {args.output}")
 

@@ -185,6 +185,7 @@ def measure(
         gradient_checkpointing=checkpointing,
         head_backward="recompute",  # what the head keeps is then seen by the hooks, too
         ref_placement=placement,  # type: ignore[arg-type]
+        ref_shard_size=2,  # both ranks, as on a node of GPUs: left to themselves CPUs would map the files
         max_length=None,
         report_to="none",
         save_strategy="no",

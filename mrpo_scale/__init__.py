@@ -3,7 +3,12 @@
 from mrpo_scale import MRPOConfig, MRPOTrainer
 """
 
+import os
 from typing import Any
+
+# Large CPU tensors on huge pages: fresh memory cost a third of a step's processor time in page faults of 4 KiB
+# (docs/performance.md). torch reads it at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["MRPOConfig", "MRPOTrainer", "Objective", "preference_loss"]
 

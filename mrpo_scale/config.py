@@ -158,7 +158,9 @@ class MRPOConfig(TrainingArguments):
     # References
     shared_prompt: Literal["auto", "true", "false"] = _key("auto", "One forward over prompt, chosen and rejected.")
     ref_shard_size: int | None = _key(
-        None, "Ranks that share one copy of each reference. Default: the ranks of a node."
+        None,
+        "Ranks that share one copy of each reference. Default: the ranks of a node; on a CPU, where a node's ranks can map the "
+        "weight files as they are, 1.",
     )
     ref_placement: Literal["spread", "partition"] = _key(
         "spread", "spread: every reference on every shard group; partition: the ranks are divided among the references."

@@ -3,8 +3,10 @@
 Design note. ``torch.mm`` of float32 goes to MKL, which keeps its AVX-512 kernels for Intel's processors and runs AVX2 on others: on
 an AMD EPYC (Zen 5) a core makes 112 GFLOP/s that way and 250 in oneDNN, which torch ships as well and asks for convolutions and low
 precision only (docs/performance.md). The operator below is what ``torch.compile`` emits for a linear layer; it adds up in float32
-like the other, in another order. One rule decides: AVX-512, or torch's own way. It is a rule and not a measurement at start,
-so that every rank and every resumed run computes the same bits. Not measured on an Intel processor.
+like the other, in another order. oneDNN compiles each product anew for each number of rows, about 2 ms, and keeps up to 1,024 of
+them, so layers take it for products that are worth that only. One rule decides: AVX-512 and the size, or torch's own way. It is a
+rule and not a measurement at start, so that every rank and every resumed run computes the same bits. Not measured on an Intel
+processor.
 
 M rows, I inputs, O outputs.
 """
@@ -18,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
+
+#: FLOPs from which a layer's product goes to oneDNN: 0.6 ms of MKL's on one core, the smallest of SmolLM2-135M with 304 tokens.
+SMALLEST = 1 << 26
 
 
 @functools.cache
@@ -53,8 +58,15 @@ if has_fast_products():
         return 2 * math.prod(a_shape) * b_shape[0]
 
 
+def _product(a_MI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """:func:`fast_product`, or torch's where that is not worth compiling for."""
+    if 2 * a_MI.numel() * len(b_OI) < SMALLEST:
+        return nn.functional.linear(a_MI, b_OI, bias_O)
+    return fast_product(a_MI, b_OI, bias_O)
+
+
 class CpuLinear(nn.Linear):
-    """``nn.Linear`` whose products, forward and backward, are :func:`fast_product`'s where they can be.
+    """``nn.Linear`` whose products, forward and backward, are :func:`fast_product`'s where they can be and pay.
 
     A linear layer becomes one by its class alone, so that names, hooks and sharding stay as they are.
     """
@@ -69,7 +81,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_OI, bias_O):
         ctx.save_for_backward(x, weight_OI)
-        return fast_product(x.flatten(0, -2), weight_OI, bias_O).view(*x.shape[:-1], len(weight_OI))
+        return _product(x.flatten(0, -2), weight_OI, bias_O).view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
     @once_differentiable
@@ -78,7 +90,7 @@ class _Linear(torch.autograd.Function):
         d_y_MO, x_MI = d_y.flatten(0, -2), x.flatten(0, -2)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            fast_product(d_y_MO, weight_OI.t()).view_as(x) if needs_x else None,
-            fast_product(d_y_MO.t().contiguous(), x_MI.t().contiguous()) if needs_weight else None,
+            _product(d_y_MO, weight_OI.t()).view_as(x) if needs_x else None,
+            _product(d_y_MO.t().contiguous(), x_MI.t().contiguous()) if needs_weight else None,
             d_y_MO.sum(0) if needs_bias else None,
         )

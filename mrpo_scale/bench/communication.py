@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,8 +27,8 @@ class CollectiveCounter(TorchDispatchMode):
     """Counts every collective of torch.distributed, whoever calls it: DeepSpeed, FSDP2, this package.
 
     Attributes:
-        bytes: by kind, of this rank: what an all-gather brings from the others, what a reduce-scatter sends to them, the tensor
-            itself of everything else.
+        bytes: by kind, of this rank: what an all-gather or a broadcast brings from others, what a reduce-scatter sends to them,
+            the tensor itself of everything else.
         calls: by kind.
     """
 
@@ -41,7 +42,10 @@ class CollectiveCounter(TorchDispatchMode):
             name = func._schema.name.removeprefix("c10d::")
             kind = _KINDS.get(name, name)
             first, second = (_bytes(arg) for arg in (*args[:2], *[None] * (2 - len(args))))
-            self.bytes[kind] += abs(first - second) if kind in ("all_gather", "reduce_scatter") else first
+            if kind in ("all_gather", "reduce_scatter"):
+                self.bytes[kind] += abs(first - second)
+            elif kind != "broadcast" or dist.ProcessGroup.unbox(args[1]).rank() != args[2]:
+                self.bytes[kind] += first
             self.calls[kind] += 1
         return func(*args, **(kwargs or {}))
 

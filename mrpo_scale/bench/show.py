@@ -54,13 +54,15 @@ def tables(result: Mapping[str, Any]) -> str:
 _LEGEND = """The references' time is part of the step. Medians of phases need not add up to the median of the step; the phases of
 each single step do (JSON). x DPO's step: median over rounds of this step over DPO's on the same pairs, scored in the same way;
 x DPO's FLOPs: what that would be if time were FLOPs. GiB peak: of the rank that needed most, references of other arms left out.
-MiB gathered: received by one rank in one step's all-gathers. ms links: a collective was under way in one profiled step, waiting for
-the other ranks included."""
+MiB gathered: received by one rank in one step's all-gathers, and in the broadcasts that gather references on CPUs. ms links: a
+collective was under way in one profiled step, waiting for the other ranks included."""
 
 
 def gathered_mib(arm: Mapping[str, Any]) -> float:
-    """Received in the all-gathers of one step by the rank that receives most."""
-    return max(arm["collectives"].get("all_gather", {"bytes": [0]})["bytes"]) / 2**20
+    """Received in the all-gathers and broadcasts of one step by the rank that receives most."""
+    nothing = {"bytes": [0] * len(arm["peak_memory_gib"])}
+    both = [arm["collectives"].get(kind, nothing)["bytes"] for kind in ("all_gather", "broadcast")]
+    return max(map(sum, zip(*both, strict=True))) / 2**20
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

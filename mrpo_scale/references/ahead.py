@@ -25,7 +25,8 @@ from mrpo_scale.heartbeat import doing
 from mrpo_scale.models import RunPlan
 from mrpo_scale.ranks import fail_together, from_first, world_group
 from mrpo_scale.references.cache import PartWriter, ReferenceStore
-from mrpo_scale.references.placement import find_nodes, process_groups, spread
+from mrpo_scale.references.mapped import ranks_that_share
+from mrpo_scale.references.placement import process_groups, spread
 from mrpo_scale.references.scoring import Reference, load_reference, score_in_step
 from mrpo_scale.tokenization import PairDataset
 
@@ -87,7 +88,8 @@ def score_ahead(
     with fail_together(world_group()):
         for k in which:
             stores[k].prepare_to_write()
-    placement = spread(which, find_nodes(), args.ref_shard_size)
+    nodes = ranks_that_share([plan.references[k].source for k in which], args)
+    placement = spread(which, nodes, args.ref_shard_size)
     groups = process_groups(placement, timedelta(seconds=args.ddp_timeout), of_one=args.ref_offload)
     for k in which:
         ranks = placement.group_of(k, args.process_index)

@@ -123,6 +123,7 @@ class Share:
     group_size: int
     shared_prompt: bool
     offload: bool
+    mapped: bool = False
 
 
 def placement_table(
@@ -145,7 +146,9 @@ def placement_table(
                 name,
                 share.model_type,
                 _in_words(placement.groups[k]),
-                f"{share.bytes_per_rank / 2**30:.3f}" + " (host memory)" * share.offload,
+                f"{share.bytes_per_rank / 2**30:.3f}"
+                + " (host memory)" * share.offload
+                + " (its files, shared by a host)" * share.mapped,
                 str(gathers),
                 f"{gathers * share.bytes_per_rank * (share.group_size - 1) / 2**20:.1f}",
                 "shared prompt" if share.shared_prompt else "separate",

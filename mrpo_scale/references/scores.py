@@ -26,11 +26,11 @@ from mrpo_scale.ranks import agree_on_most, all_say, fail_together, from_first, 
 from mrpo_scale.references.ahead import score_ahead
 from mrpo_scale.references.cache import PartWriter, ReferenceStore
 from mrpo_scale.references.identity import ReferenceIdentity, identify
+from mrpo_scale.references.mapped import ranks_that_share
 from mrpo_scale.references.placement import (
     Placement,
     Ranks,
     Share,
-    find_nodes,
     partition,
     placement_table,
     process_groups,
@@ -194,6 +194,7 @@ class ReferenceScores:
                 group_size=r.model.group_size,
                 shared_prompt=r.model.shared_prompt,
                 offload=r.model.offload,
+                mapped=r.model.mapped,
             )
             for k, r in self.references.items()
         }
@@ -290,7 +291,7 @@ def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MR
 
 
 def _place(plan: RunPlan, args: MRPOConfig, live: Sequence[int], lengths: Mapping[int, float]) -> Placement:
-    nodes = find_nodes()
+    nodes = ranks_that_share([plan.references[k].source for k in live], args)
     if args.ref_placement == "spread":
         return spread(live, nodes, args.ref_shard_size)
     costs = {}

@@ -31,6 +31,7 @@ from mrpo_scale.device import map_blocks_from
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.ranks import fail_together
+from mrpo_scale.references.mapped import MappedFiles
 from mrpo_scale.references.source import (
     ReferenceSource,
     check_source,
@@ -61,7 +62,8 @@ class ShardedReference:
     Collective over the group: loading, and every :meth:`score`, in the same order on all its ranks.
 
     Args:
-        group: the shard group of this rank; None or a group of one rank holds the whole model here.
+        group: the shard group of this rank; None or a group of one rank holds the whole model here. On a CPU that is no copy:
+            weights whose dtype is the files' are used as they lie in them.
         device: of the weights and the computation.
         shared_prompt: ``auto``, ``true`` or ``false``; see :func:`~mrpo_scale.sequence_logps.choose_shared_prompt`.
         offload: keep the shards in host memory and stream each layer to the device for its forward. Needs a process group, of one
@@ -70,6 +72,7 @@ class ShardedReference:
     Attributes:
         shared_prompt, end_to_end: the layout that :meth:`batch` makes.
         bytes_per_rank: of this rank's shard, parameters only.
+        mapped: whether weights are used in their files, shared with whoever else does so on this host.
         gathers: forwards so far, each of which gathers the whole model once.
 
     Raises:
@@ -93,7 +96,9 @@ class ShardedReference:
             )
         self.source, self.name, self.offload = source, source.name, offload
         self.group = group if group is not None and (group.size() > 1 or offload) else None
-        self.device = device
+        # accelerate says cpu:0 on ranks, and a move from cpu to cpu:0 copies.
+        self.device = torch.device("cpu") if device.type == "cpu" else device
+        self.mapped = self.group is None and device.type == "cpu"
         self.gathers = 0
         folder = local_folder(source, self.group)
         with fail_together(self.group):
@@ -102,6 +107,7 @@ class ShardedReference:
             self.model = build_on_meta(source, config)
             self.shared_prompt = choose_shared_prompt(shared_prompt, self.config, source.name)
             self.end_to_end = choose_end_to_end(self.model, device)
+            self._mapped_files = MappedFiles(files if self.mapped else [], source.name)
             self._load(files)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self.bytes_per_rank = sum(_local(p).numel() * p.element_size() for p in self.model.parameters())
@@ -129,6 +135,7 @@ class ShardedReference:
     def score(self, pairs: PairBatch | None) -> Tensor:
         """Log-probs [P, 2] float32 of this rank's pairs; None, from a rank that has none left, keeps step and returns [0, 2]."""
         self.gathers += 1
+        self._mapped_files.check()
         with _gathers_off_the_heap(self.group, self.device):
             logps_P2 = score_pairs(self.model, self._smallest if pairs is None else pairs.to(self.device))
         return logps_P2[:0] if pairs is None else logps_P2
@@ -141,6 +148,7 @@ class ShardedReference:
         embedding was gathered with it, and stays whole until :meth:`gathered_head` ends, instead of being gathered again.
         """
         self.gathers += 1
+        self._mapped_files.check()
         with _gathers_off_the_heap(self.group, self.device), self._root_stays_gathered():
             hidden_TD = response_hidden(self.model, self._smallest if pairs is None else pairs.to(self.device))
         return hidden_TD[:0] if pairs is None else hidden_TD
@@ -255,7 +263,23 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str, *, offload: bool
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for unit in [*reversed(units), model]:
         # Said for the root too: by default it stays gathered after a forward, in the belief that a backward follows.
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+        sharded: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+        if mesh.device_type == "cpu":
+            sharded.set_custom_all_gather(_BroadcastGather())
+
+
+class _BroadcastGather:
+    """FSDP2's all-gather as one broadcast from each rank: with gloo between two processes 4.6 GB/s instead of 1.2."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """``input_tensor`` lies in its place in ``output_tensor`` already."""
+        for rank, part in enumerate(output_tensor.chunk(group.size())):
+            dist.broadcast(part, group=group, group_src=rank)
 
 
 @dataclass(frozen=True)
@@ -343,9 +367,9 @@ def _fill(
         module._buffers[leaf] = on_disk[...].to(reference.device, target.dtype, copy=True)
         return
     dtype = reference.source.dtype
-    # Copies throughout: what safetensors hands out is a view of the mapped file.
+    # What safetensors hands out is a view of the mapped file: a whole model on a CPU keeps it, a shard and a GPU copy.
     if mesh is None:
-        weight = on_disk[...].to(reference.device, dtype, copy=True)
+        weight = on_disk[...].to(reference.device, dtype)
     else:
         rows = -(-shape[0] // mesh.size())  # as torch.chunk cuts, which is how Shard(0) lies
         start = min(mesh.get_local_rank() * rows, shape[0])

@@ -148,7 +148,7 @@ def bytes_gathered_for_a_window(folder):
     reference.score(batches[0])  # and a whole forward afterwards leaves nothing whole either
     assert_sharded(reference)
     own = head.weight.to_local()
-    return counted.bytes["all_gather"], own.numel() * own.element_size(), reference.bytes_per_rank
+    return counted.bytes["broadcast"], own.numel() * own.element_size(), reference.bytes_per_rank
 
 
 @pytest.mark.parametrize("kind", ["llama_tied", "llama"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mrpo_kernels import cpu_linear
 from mrpo_kernels.cpu_linear import CpuLinear, fast, fast_product, has_fast_products
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +32,11 @@ def test_products_are_as_exact_as_torchs(m, i, o):
 @needs_products
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-def test_a_layer_and_its_gradients_equal_float64(bias, frozen):
+@pytest.mark.parametrize("smallest", [0, cpu_linear.SMALLEST], ids=["onednn", "too small for it"])
+def test_a_layer_and_its_gradients_equal_float64(bias, frozen, smallest, monkeypatch):
+    monkeypatch.setattr(cpu_linear, "SMALLEST", smallest)
+    products = []
+    monkeypatch.setattr(cpu_linear, "fast_product", lambda *args: products.append(1) or fast_product(*args))
     torch.manual_seed(0)
     layer = nn.Linear(33, 65, bias=bias)
     exact = nn.Linear(33, 65, bias=bias).double()
@@ -46,6 +51,9 @@ def test_a_layer_and_its_gradients_equal_float64(bias, frozen):
     y64 = 2 * exact(x64)
     (y * up).sum().backward()
     (y64 * up.double()).sum().backward()
+    assert len(products) == (0 if smallest else 3 + 2 * (1 if frozen else 2)), (
+        "two forwards, one again; then per call x and weight"
+    )
     assert error(y, y64) < 1e-6
     assert error(x.grad, x64.grad) < 1e-6
     if frozen:
@@ -57,7 +65,9 @@ def test_a_layer_and_its_gradients_equal_float64(bias, frozen):
 
 
 @needs_products
-def test_their_work_is_counted():
+@pytest.mark.parametrize("smallest", [0, cpu_linear.SMALLEST], ids=["onednn", "too small for it"])
+def test_their_work_is_counted(smallest, monkeypatch):
+    monkeypatch.setattr(cpu_linear, "SMALLEST", smallest)
     layer = nn.Linear(33, 65)
     layer.__class__ = CpuLinear
     with FlopCounterMode(display=False) as counter:

@@ -1,0 +1,68 @@
+"""Weights that a CPU uses as they lie in the files. All processes of a host that map a file share one copy of it, the page cache's,
+so nothing has to be sharded, gathered or copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from mrpo_scale.config import MRPOConfig
+from mrpo_scale.errors import TrainingError
+from mrpo_scale.ranks import all_say, fail_together, world_group
+from mrpo_scale.references.placement import find_nodes
+from mrpo_scale.references.source import ReferenceSource, local_folder, open_weights, weight_files
+
+_STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def ranks_that_share(sources: Sequence[ReferenceSource], args: MRPOConfig) -> list[list[int]]:
+    """Which ranks share a copy of each weight where ``ref_shard_size`` does not say it: those of a node, by sharding; or each rank
+    is by itself, if all models can be mapped. Collective over the world.
+
+    One rule for all models of a run, so that every rank meets the others in the same groups.
+    """
+    nodes = find_nodes()
+    if args.device.type != "cpu" or args.ref_offload or args.ref_shard_size is not None:
+        return nodes
+    folders = [local_folder(source, world_group()) for source in sources]
+    with fail_together(world_group()):
+        mapped = all(can_be_mapped(source, folder) for source, folder in zip(sources, folders, strict=True))
+    if not all(all_say(mapped, world_group())):
+        return nodes
+    return [[rank] for node in nodes for rank in node]
+
+
+def can_be_mapped(source: ReferenceSource, folder: Path) -> bool:
+    """Whether every tensor of a model's files has the dtype that it computes in; otherwise it must be converted, into a copy."""
+    return all(
+        tensors.get_slice(key).get_dtype() == _STORED_AS.get(source.dtype)
+        for file in weight_files(folder, source.name)
+        for tensors in [open_weights(file, source.name)]
+        for key in tensors.keys()  # noqa: SIM118 (no mapping)
+    )
+
+
+class MappedFiles:
+    """Files whose contents are in use. Who replaces one (rename) harms nobody; who writes into one changes the model."""
+
+    def __init__(self, files: Sequence[Path], name: str) -> None:
+        self._name = name
+        self._open = {file: file.open("rb") for file in files}
+        self._states = self._now()
+
+    def check(self) -> None:
+        """Raises TrainingError if a file was written since it was mapped."""
+        for file, state in self._now().items():
+            if state != self._states[file]:
+                raise TrainingError(
+                    f"{self._name}: {file} was written to while its weights were in use, so the scores since then may be of "
+                    "neither model. Put the file back and start again; a model that must change gets a folder of its own."
+                )
+
+    def _now(self) -> Mapping[Path, tuple[int, int]]:
+        """Size and time of change of the file that was opened, whatever bears its name now."""
+        states = {file: os.fstat(handle.fileno()) for file, handle in self._open.items()}
+        return {file: (state.st_size, state.st_mtime_ns) for file, state in states.items()}

@@ -5,7 +5,7 @@
 
 Four ways to score the same pairs, in turns, each round in another order:
 
-  references     what a step of MRPO does: tokens to batches, K models on FSDP2 shard groups over all ranks, gathers, heads
+  references     what a step of MRPO does: tokens to batches, K models mapped or on shard groups, gathers, heads in one call
   whole here     each model whole on every rank, through this package: what is left out is sharding, and the one call for K heads
   same batches   each model whole on every rank, transformers' own body under no_grad over the very same packed rows, its own
                  head on the response positions only, log-softmax: the least that scoring these tokens takes; batches are made
@@ -52,6 +52,9 @@ def main() -> None:
     parser.add_argument("--ref_models", nargs="*", default=[])
     parser.add_argument("--pairs", required=True, help="pairs in any layout that is known here")
     parser.add_argument("--pairs_per_rank", type=int, default=2)
+    parser.add_argument(
+        "--ref_shard_size", type=int, help="as in a recipe; by default CPUs map files that need no conversion"
+    )
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
@@ -97,6 +100,7 @@ def measure(flags: argparse.Namespace, work: Path) -> dict:
         "versions": {"torch": torch.__version__},
         "models": [Path(reference.source.path).name for reference in ways.plan.references],
         "shard_group": [reference.model.group_size for reference in ways.scores.references.values()],
+        "mapped": [reference.model.mapped for reference in ways.scores.references.values()],
         "pairs_per_rank": flags.pairs_per_rank,
         "positions": [batch.input_ids_BL.numel() for batch in ways.packed],
         "positions_as_in_trl": [batch.input_ids_BL.numel() for batch in ways.separate],
@@ -132,6 +136,7 @@ class Ways:
             use_cpu=not torch.cuda.is_available(),
             report_to="none",
             max_length=flags.max_length,
+            ref_shard_size=flags.ref_shard_size,
             max_bad_rows=0.9,
             disable_tqdm=True,
             bf16=False,
@@ -205,7 +210,8 @@ def print_table(result: dict) -> None:
     machine = result["machine"]
     print(
         f"\n{' + '.join(result['models'])}, {machine['name']}, {machine['ranks']} ranks of {machine['threads_per_rank']} "
-        f"thread(s), {result['pairs_per_rank']} pairs each, {len(result['seconds'][REFERENCES])} rounds"
+        f"thread(s), shard groups of {max(result['shard_group'])}, {result['pairs_per_rank']} pairs each, "
+        f"{len(result['seconds'][REFERENCES])} rounds"
     )
     print(f"largest relative difference of a log-prob: {result['largest_relative_difference']:.1e}")
     for name, seconds in result["seconds_median"].items():

@@ -103,25 +103,35 @@ class Partials(NamedTuple):
 
 
 @triton.jit
-def _power(x, side, softcap):
-    """exp(2 * side * x / softcap), capped where tanh(x / softcap) has long been 1, so that no difference is inf - inf."""
-    return tl.exp2(tl.minimum(x * (side * 2.0 / softcap * LOG2_E), 60.0))
+def _exp2_minus_one(t):
+    """2^t - 1 for t >= 0. exp2(t) keeps few digits of a small t, so up to 1 it is t times a polynomial: the best of degree 5 for
+    (2^t - 1) / t on [0, 1], by Remez's exchange, whose relative error is 2^-26."""
+    polynomial = 2.0745577e-4 * t + 1.2710057e-3
+    polynomial = polynomial * t + 9.6506509e-3
+    polynomial = polynomial * t + 5.5496565e-2
+    polynomial = polynomial * t + 2.4022714e-1
+    polynomial = polynomial * t + 6.9314717e-1
+    return tl.where(t < 1.0, polynomial * t, tl.exp2(t) - 1.0)
 
 
 @triton.jit
 def _sum_of_softcapped(logits, inside, row_max, softcap):
-    """Sum over the words inside of exp(softcapped(x) - softcapped(row_max)), where softcapped(x) = softcap * tanh(x / softcap).
+    """Sum over the words inside of exp(c tanh(x / c) - c tanh(m / c)), where c is the softcap and m the row's maximum.
 
-    The difference of two tanh is formed before either is rounded: with e = exp(2x / softcap), or exp(-2x / softcap) where the row's
-    maximum is negative, it is 2 * (e - e_max) / ((1 + e) * (1 + e_max)). softcapped(x) itself loses the digits of x to its own
-    size, near the ends of the range and in the middle; and words that equal the maximum, as saturated ones do, add exactly 1.
+    Neither c tanh(x / c) nor exp(2x / c) keeps the digits of x: the first rounds them to its own size near the ends of the range,
+    the second in the middle. m - x has them, so the difference is formed from it: with g = exp(2 (m - x) / c) - 1 and the row's
+    s = 1 / (1 + exp(2m / c)) it is -2 c s (1 - s) g / (1 + s g), where nothing cancels, and words at the maximum add exactly 1.
     """
-    side = tl.where(row_max < 0, -1.0, 1.0)
-    at_max, power = _power(row_max, side, softcap), _power(logits, side[:, None], softcap)
-    # 1 / (1 + e) as a square, because a division's extra steps take 40 registers more on sm_90, and spill.
-    root = tl.rsqrt(1.0 + power)
-    factor = side * softcap * (2.0 * LOG2_E) / (1.0 + at_max)
-    below_max = (power - at_max[:, None]) * (root * root) * factor[:, None]
+    # Past `end` tanh is 1 to 12 digits, and past 2^80 g changes none of g / (1 + s g): the bounds keep 0 * inf and inf - inf away.
+    end, to_power = 14.0 * softcap, 2.0 * LOG2_E / softcap
+    top = tl.clamp(row_max, -end, end)
+    s, one_minus_s = 1.0 / (1.0 + tl.exp2(top * to_power)), 1.0 / (1.0 + tl.exp2(-top * to_power))
+    factor = -2.0 * LOG2_E * softcap * s * one_minus_s
+    t = tl.clamp((top[:, None] - logits) * to_power, 0.0, 80.0, propagate_nan=tl.PropagateNan.ALL)
+    growth = _exp2_minus_one(t)
+    # 1 / (1 + s g) as a square, because a division's extra steps take 50 registers more on sm_90, and spill.
+    root = tl.rsqrt(1.0 + s[:, None] * growth)
+    below_max = growth * (root * root) * factor[:, None]
     return tl.sum(tl.where(inside, tl.exp2(below_max), 0.0), 1)
 
 

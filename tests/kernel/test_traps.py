@@ -123,13 +123,18 @@ def test_softcap_is_applied_before_the_mask(implementation, vocabulary):
     check(implementation, tensors, labels_T, cu_seqlens, softcap=40.0)
 
 
+NEAR_AN_END = [(0.003, level) for level in (-12, -8, -4, -2, -0.5, 2, 8)]
+NEAR_ZERO = [(6e-5, -0.02), (4e-4, 0.02), (2e-3, 0.0), (2e-3, 0.002), (2e-3, 0.006), (0.01, 0.0)]
+
+
 @pytest.mark.parametrize("softcap", [30.0, 50.0])
-@pytest.mark.parametrize("level", [-12, -8, -4, -2, -0.5, 2, 8, None], ids=lambda level: f"{level}")
-def test_softcap_keeps_the_digits_of_its_logits(implementation, softcap, level):
-    """Every logit near one end of the range (level: logit / softcap), or (None) at both and between; each token a response, since
-    sums let errors cancel. Formed as softcap - 2 * softcap / (1 + exp(2x / softcap)), label, maximum and words are each off by last
-    digits of softcap, and a log-prob by three times as much as plain torch's."""
-    tensors, labels_T, _ = inputs(scale=softcap * (0.1 if level is None else 0.003), bias=softcap * (level or 0.0))
+@pytest.mark.parametrize(("scale", "level"), [*NEAR_AN_END, *NEAR_ZERO, (0.1, 0.0)])
+def test_softcap_keeps_the_digits_of_its_logits(implementation, softcap, scale, level):
+    """Every logit near one end of the range (scale and level are parts of softcap), or far within it, or at both ends and between;
+    each token a response, since sums let errors cancel. Formed as softcap - 2 * softcap / (1 + exp(2x / softcap)), label, maximum
+    and words are each off by last digits of softcap, and near an end a log-prob by three times as much as plain torch's. With the
+    words' difference formed from two exp(2x / softcap), near zero both about 1, they are off so there, by up to five times."""
+    tensors, labels_T, _ = inputs(scale=softcap * scale, bias=softcap * level)
     ends = torch.tensor([0, *range(42)], device=DEVICE)  # the first response is empty: two for each pair
     check(implementation, tensors, labels_T, ends, (0.7,) * 42, softcap=softcap)
 

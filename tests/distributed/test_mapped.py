@@ -9,9 +9,6 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from mrpo_scale.errors import TrainingError
-from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
-from mrpo_scale.tokenization import PairTokens
 from mrpo_scale.window import WeightedPairs
 from tests.distributed.test_reference_scores import open_scores
 from tests.tiny import write_models
@@ -67,26 +64,3 @@ def test_what_must_be_converted_is_sharded(pool2, folders, tmp_path):
     AutoModelForCausalLM.from_pretrained(folders["qwen2"], dtype=torch.bfloat16).save_pretrained(converted)
     for held, _ in pool2.run(hold, {**folders, "qwen2": str(converted)}, tmp_path / "out"):
         assert held == [(2, False, {None})] * 3
-
-
-def load(folder):
-    return ShardedReference(ReferenceSource("ref", str(folder)), None, torch.device("cpu"))
-
-
-def test_a_file_that_is_written_to_is_noticed(folders, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(folders["llama"], folder)
-    weights = folder / "model.safetensors"
-    reference = load(folder)
-    batch = reference.batch([PairTokens([1, 2], [3], [4, 5])])
-    before = reference.score(batch)
-    shutil.copy(weights, tmp_path / "other")
-    (tmp_path / "other").replace(weights)  # a new file under the name: what is mapped is still the old one
-    assert torch.equal(reference.score(batch), before)
-
-    reference = load(folder)
-    with weights.open("r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"\0\0\0\0")
-    with pytest.raises(TrainingError, match=r"ref: .*model\.safetensors was written to while its weights were in use"):
-        reference.score(batch)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.pair_batch import collate_pairs
 from mrpo_scale.references.sharding import ReferenceSource, ShardedReference, check_source
 from mrpo_scale.sequence_logps import enable_pair_scoring, score_pairs
@@ -92,15 +92,22 @@ def test_index_of_several_files(tmp_path):
     assert torch.equal(got, plain_scores(tmp_path, PAIRS, dtype=torch.float32))
 
 
-def test_weights_do_not_depend_on_the_file(tmp_path):
-    """safetensors hands out views of the mapped file; a file that changes later must not change the reference."""
+def test_a_file_that_is_written_to_is_noticed(tmp_path):
+    """On a CPU the weights are the mapped file. A new file under its name leaves them what they are; another content does not."""
     reference = load(write_model(tmp_path))
-    before = reference.score(collate_pairs(PAIRS, shared_prompt=True))
     file = tmp_path / "model.safetensors"
+    before = reference.score(collate_pairs(PAIRS, shared_prompt=True))
+    (tmp_path / "other").write_bytes(b"\x7f" * file.stat().st_size)
+    (tmp_path / "other").replace(file)
+    assert torch.equal(reference.score(collate_pairs(PAIRS, shared_prompt=True)), before)
+
+    reference = load(write_model(tmp_path))
     with file.open("r+b") as stream:
         stream.seek(4096)
         stream.write(b"\x7f" * 8192)
-    assert torch.equal(reference.score(collate_pairs(PAIRS, shared_prompt=True)), before)
+    for score in (reference.score, reference.response_hidden):
+        with pytest.raises(TrainingError, match=r"model\.safetensors was written to while its weights were in use"):
+            score(collate_pairs(PAIRS, shared_prompt=True))
 
 
 def test_no_pairs(tmp_path):

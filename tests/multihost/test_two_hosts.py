@@ -155,11 +155,11 @@ def test_a_cut_link_ends_both_and_the_restarted_run_is_the_same(hosts, recipe, o
 @pytest.mark.parametrize("lost", ["a", "b"])
 def test_four_ranks_and_a_host_without_power(hosts, recipe, one_host, tmp_path, lost):
     """All processes of a host are killed, its launcher too: of host a, where the store lives, and of host b."""
-    whole = Run(recipe, tmp_path / "whole")
+    whole = Run(recipe, tmp_path / "whole", ref_shard_size="2")
     whole.finish(hosts, 2)
     assert re.search(r"anchor +llama +0-1 2-3 ", whole.log("a")), "a group of references on each host"
     assert whole.losses() == pytest.approx(one_host(4).losses(), rel=1e-6) and len(whole.losses()) == STEPS
-    run = Run(recipe, tmp_path / "killed")
+    run = Run(recipe, tmp_path / "killed", ref_shard_size="2")
     processes = run.start(hosts, 2)
     run.reach(8, processes)
     getattr(hosts, lost).kill()

@@ -29,17 +29,20 @@ def ranks_that_share(sources: Sequence[ReferenceSource], args: MRPOConfig) -> li
         return nodes
     folders = [local_folder(source, world_group()) for source in sources]
     with fail_together(world_group()):
-        mapped = all(can_be_mapped(source, folder) for source, folder in zip(sources, folders, strict=True))
+        mapped = all(
+            can_be_mapped(source, weight_files(folder, source.name))
+            for source, folder in zip(sources, folders, strict=True)
+        )
     if not all(all_say(mapped, world_group())):
         return nodes
     return [[rank] for node in nodes for rank in node]
 
 
-def can_be_mapped(source: ReferenceSource, folder: Path) -> bool:
+def can_be_mapped(source: ReferenceSource, files: Sequence[Path]) -> bool:
     """Whether every tensor of a model's files has the dtype that it computes in; otherwise it must be converted, into a copy."""
     return all(
         tensors.get_slice(key).get_dtype() == _STORED_AS.get(source.dtype)
-        for file in weight_files(folder, source.name)
+        for file in files
         for tensors in [open_weights(file, source.name)]
         for key in tensors.keys()  # noqa: SIM118 (no mapping)
     )

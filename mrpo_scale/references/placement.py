@@ -123,7 +123,7 @@ class Share:
     group_size: int
     shared_prompt: bool
     offload: bool
-    mapped: bool = False
+    mapped: bool
 
 
 def placement_table(

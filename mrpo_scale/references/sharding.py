@@ -31,7 +31,7 @@ from mrpo_scale.device import map_blocks_from
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.ranks import fail_together
-from mrpo_scale.references.mapped import MappedFiles
+from mrpo_scale.references.mapped import MappedFiles, can_be_mapped
 from mrpo_scale.references.source import (
     ReferenceSource,
     check_source,
@@ -62,8 +62,8 @@ class ShardedReference:
     Collective over the group: loading, and every :meth:`score`, in the same order on all its ranks.
 
     Args:
-        group: the shard group of this rank; None or a group of one rank holds the whole model here. On a CPU that is no copy:
-            weights whose dtype is the files' are used as they lie in them.
+        group: the shard group of this rank; None or a group of one rank holds the whole model here. On a CPU that is no copy if
+            all weights have the dtype of the files.
         device: of the weights and the computation.
         shared_prompt: ``auto``, ``true`` or ``false``; see :func:`~mrpo_scale.sequence_logps.choose_shared_prompt`.
         offload: keep the shards in host memory and stream each layer to the device for its forward. Needs a process group, of one
@@ -98,7 +98,6 @@ class ShardedReference:
         self.group = group if group is not None and (group.size() > 1 or offload) else None
         # accelerate says cpu:0 on ranks, and a move from cpu to cpu:0 copies.
         self.device = torch.device("cpu") if device.type == "cpu" else device
-        self.mapped = self.group is None and device.type == "cpu"
         self.gathers = 0
         folder = local_folder(source, self.group)
         with fail_together(self.group):
@@ -107,6 +106,7 @@ class ShardedReference:
             self.model = build_on_meta(source, config)
             self.shared_prompt = choose_shared_prompt(shared_prompt, self.config, source.name)
             self.end_to_end = choose_end_to_end(self.model, device)
+            self.mapped = self.group is None and device.type == "cpu" and can_be_mapped(source, files)
             self._mapped_files = MappedFiles(files if self.mapped else [], source.name)
             self._load(files)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -367,9 +367,9 @@ def _fill(
         module._buffers[leaf] = on_disk[...].to(reference.device, target.dtype, copy=True)
         return
     dtype = reference.source.dtype
-    # What safetensors hands out is a view of the mapped file: a whole model on a CPU keeps it, a shard and a GPU copy.
+    # Copies unless the model is used as it lies there: what safetensors hands out is a view of the mapped file.
     if mesh is None:
-        weight = on_disk[...].to(reference.device, dtype)
+        weight = on_disk[...].to(reference.device, dtype, copy=not reference.mapped)
     else:
         rows = -(-shape[0] // mesh.size())  # as torch.chunk cuts, which is how Shard(0) lies
         start = min(mesh.get_local_rank() * rows, shape[0])

@@ -110,6 +110,17 @@ def test_a_file_that_is_written_to_is_noticed(tmp_path):
             score(collate_pairs(PAIRS, shared_prompt=True))
 
 
+def test_converted_weights_do_not_depend_on_the_file(tmp_path):
+    """Copies, which the table of placements must not call shared: the file may then change."""
+    reference = load(write_model(tmp_path), dtype=torch.bfloat16)
+    assert not reference.mapped and load(tmp_path).mapped
+    before = reference.score(collate_pairs(PAIRS, shared_prompt=True))
+    with (tmp_path / "model.safetensors").open("r+b") as stream:
+        stream.seek(4096)
+        stream.write(b"\x7f" * 8192)
+    assert torch.equal(reference.score(collate_pairs(PAIRS, shared_prompt=True)), before)
+
+
 def test_no_pairs(tmp_path):
     reference = load(write_model(tmp_path))
     assert reference.score(None).shape == (0, 2)

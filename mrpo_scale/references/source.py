@@ -67,7 +67,17 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     try:
         raw, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: no config.json could be read from `{source.path}`: {one_line(error)}") from error
+        remedy = (
+            "get the model again"
+            if Path(source.path).is_dir()
+            else (
+                "there is no such folder here, so it was looked for on the hub; correct `model_name_or_path` or `ref_models`, or "
+                "download the model where there is a network"
+            )
+        )
+        raise ConfigError(
+            f"{name}: no config.json could be read from `{source.path}` ({one_line(error)}): {remedy}."
+        ) from error
     if not raw or not isinstance(raw, dict):
         raise ConfigError(f"{name}: `{source.path}` holds no config.json; name a model folder or a hub id.")
     model_type = raw.get("model_type")

@@ -153,7 +153,10 @@ def test_nothing_there(tmp_path):
 
 def test_unknown_hub_id_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"no config.json could be read from `nobody/nothing`"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no config.json could be read from `nobody/nothing` .* correct `model_name_or_path` or `ref_models`",
+    ):
         check_source(ReferenceSource("ref", "nobody/nothing"))
 
 

@@ -94,6 +94,7 @@ def end_apart(folder, slow):
 
 def pause_all(folder):
     """As a virtual machine that is suspended: every process stops for longer than the timeout, and all go on."""
+    dist.barrier()  # all at once: a rank that still runs sees the stopped one fall silent, and is right to end
     me, child = os.getpid(), os.fork()
     if child == 0:
         os.kill(me, signal.SIGSTOP)
@@ -165,7 +166,8 @@ def test_ranks_may_end_one_after_the_other(jobs, tmp_path, slow):
 
 
 def test_a_pause_of_everything_is_no_death(jobs, tmp_path):
-    assert [e.status for e in run(jobs, tmp_path, "pause_all")] == [0, 0]
+    ended = run(jobs, tmp_path, "pause_all")
+    assert [e.status for e in ended] == [0, 0], "\n".join(e.err for e in ended)
 
 
 def test_blocks_within_and_after_each_other(jobs, tmp_path):

@@ -12,7 +12,6 @@ import math
 import pytest
 import torch
 from mrpo_kernels import combine_logps, combine_references, finish, partials, sequence_logps, virtual_reference
-
 from mrpo_kernels.virtual_reference import AGGREGATES, aggregate_logps
 
 from tests.kernel.oracle import OPTIONS, assert_no_worse_than_plain, doubled, plain_logps, with_gradients

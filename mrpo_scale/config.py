@@ -111,8 +111,8 @@ class MRPOConfig(TrainingArguments):
     clip: str = _key("adaptive", f"Trust region, per response (Eq. 9), constant, or none: {', '.join(CLIPS)}.")
     ref_weights: list[str] = _key(
         ["confidence"],
-        "confidence (Eq. 10), uniform, validation (by how often each ranks pairs of `weights_split` right), or K numbers that sum "
-        "to 1, anchor first.",
+        f"{', '.join(REF_WEIGHTS)} (by how often each ranks pairs of `weights_split` right), or K numbers that sum to 1, anchor "
+        "first.",
     )
     weights_split: float | None = _key(
         None, "Fraction of the held-out pairs to set aside for `ref_weights: validation` (default there: 0.5)."

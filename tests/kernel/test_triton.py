@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 from mrpo_kernels import combine_logps, combine_references, finish, partials, sequence_logps, virtual_reference
-from mrpo_kernels.virtual_reference import AGGREGATES, aggregate_logps
+from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTINGS, aggregate_logps
 
 from tests.kernel.oracle import OPTIONS, assert_no_worse_than_plain, doubled, plain_logps, with_gradients
 
@@ -169,8 +169,8 @@ def test_virtual_reference_is_the_per_reference_path():
 
 
 @pytest.mark.parametrize("aggregate", [*AGGREGATES, 0.5])
-@pytest.mark.parametrize("ref_weights", ["confidence", "uniform", "fixed"])
-@pytest.mark.parametrize("clip", ["adaptive", "fixed", "none"])
+@pytest.mark.parametrize("ref_weights", [*WEIGHTINGS, "fixed"])
+@pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_the_finishing_arithmetic(count, clip, ref_weights, aggregate):
     """Against combine_references in float64: long responses, equal gaps, zeros everywhere, a fixed weight of zero."""

@@ -38,6 +38,7 @@ from mrpo_scale.data import load_rows
 from mrpo_scale.device import device_name
 from mrpo_scale.inputs import prepare_sets
 from mrpo_scale.models import plan_models
+from mrpo_scale.objective import Objective
 from mrpo_scale.pair_batch import PairBatch, attention_mask, collate_pairs
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.sharding import ShardedReference
@@ -155,7 +156,7 @@ class Ways:
 
     def references(self) -> Tensor:
         """[K, P, 2]"""
-        return self.scores.score(self.examples, self.pairs)
+        return self.scores.score(self.examples, self.pairs, Objective()).ref_logps_KP2
 
     def whole_here(self) -> Tensor:
         tokens = [[e.tokens[r.view] for e in self.examples] for r in self.plan.references]

@@ -97,7 +97,7 @@ class Measured(MRPOTrainer):
         if self.state.global_step == 0:
             return super().compute_loss(model, inputs, **kwargs)
         batch = [value for value in vars(inputs.pairs).values() if isinstance(value, Tensor)]
-        with saved_bytes(self.policy, [*batch, inputs.ref_logps_KP2, inputs.weight_P]) as found:
+        with saved_bytes(self.policy, [*batch, *vars(inputs.references).values(), inputs.weight_P]) as found:
             loss = super().compute_loss(model, inputs, **kwargs)
         size = model_size(self.plan.policy, itemsize=4, device_type="cpu")
         work = work_of_batch(inputs.pairs)

@@ -22,7 +22,7 @@ from mrpo_scale.data.ranking import RANKED_PAIRS
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.heartbeat import TIMEOUT
 from mrpo_scale.launched import check_restarts, clear_stale_build_locks
-from mrpo_scale.objective import REF_WEIGHTS, Objective
+from mrpo_scale.objective import AGGREGATES, CLIPS, REF_WEIGHTS, Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
 from mrpo_scale.untrusted import parse_json
 
@@ -108,18 +108,19 @@ class MRPOConfig(TrainingArguments):
     )
     beta: float = _key(0.1, "Strength of the tie to the reference; higher stays closer.")
     epsilon_max: float = _key(0.1, "Trust region around the anchor, relative (Eq. 8-9).")
-    clip: Literal["adaptive", "fixed", "none"] = _key(
-        "adaptive", "Trust region per response (Eq. 9), constant, or none."
-    )
+    clip: str = _key("adaptive", f"Trust region, per response (Eq. 9), constant, or none: {', '.join(CLIPS)}.")
     ref_weights: list[str] = _key(
         ["confidence"],
-        "confidence (Eq. 10), uniform, validation (by how often each ranks pairs of `weights_split` right), or K numbers that sum "
-        "to 1, anchor first.",
+        f"{', '.join(REF_WEIGHTS)} (by how often each ranks pairs of `weights_split` right), or K numbers that sum to 1, anchor "
+        "first.",
     )
     weights_split: float | None = _key(
         None, "Fraction of the held-out pairs to set aside for `ref_weights: validation` (default there: 0.5)."
     )
-    aggregate: Literal["harmonic", "geometric", "arithmetic", "min"] = _key("harmonic", "Mean of the K references.")
+    aggregate: str = _key(
+        "harmonic",
+        f"Power mean of the K references: {', '.join(AGGREGATES)}, or an exponent (-1 is harmonic, 0 geometric, 1 arithmetic).",
+    )
     loss_type: list[str] = _key(["sigmoid"], "Outer loss: sigmoid, ipo or hinge.")
     label_smoothing: float = _key(0.0, "Probability that a label is flipped (cDPO), sigmoid only.")
 
@@ -185,7 +186,7 @@ class MRPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.typed = typed(self)  # before anything is filled in: what a model card can say of the run
         self._normalise()
-        self.build_objective()
+        self.aggregate = str(self.build_objective().aggregate)  # one spelling: -1 and harmonic are the same run
         self._check()
         check_restarts()
         clear_stale_build_locks()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from mrpo_kernels import CombinedReferences
 from torch import Tensor
 
 from mrpo_scale.objective import Objective, PreferenceLoss
@@ -17,29 +18,32 @@ from mrpo_scale.objective import Objective, PreferenceLoss
 
 @torch.no_grad()
 def pair_metrics(
-    policy_logps_P2: Tensor, ref_logps_KP2: Tensor, loss: PreferenceLoss, objective: Objective, names: Sequence[str]
+    policy_logps_P2: Tensor,
+    references: CombinedReferences,
+    loss: PreferenceLoss,
+    objective: Objective,
+    names: Sequence[str],
 ) -> dict[str, Tensor]:
     """Metric name -> value of each pair, [P] float32. ``names`` are the K references', the anchor's first.
 
-    ``references/<name>/decides`` is the share of a pair's two texts for which the reference has the lowest clipped log-prob among
-    those with weight: it dominates the harmonic mean there. ``clipped`` is the share of the two that Eq. 8 moved.
+    ``references/<name>/decides`` is the share of a pair's two texts for which the reference decides (see CombinedReferences),
+    ``clipped`` the share of the two that Eq. 8 moved.
     """
     metrics = {
         "logps/chosen": policy_logps_P2[:, 0],
         "logps/rejected": policy_logps_P2[:, 1],
         "logps/accuracies": policy_logps_P2[:, 0] > policy_logps_P2[:, 1],
         **_rewards("rewards", loss.rewards_P2),
-        **_rewards("anchor/rewards", objective.beta * (policy_logps_P2 - ref_logps_KP2[0])),
+        **_rewards("anchor/rewards", objective.beta * (policy_logps_P2 - references.ref_logps_KP2[0])),
     }
-    used = len(loss.weights_KP)
-    moved_KP2 = loss.clipped_KP2 != ref_logps_KP2[:used]
-    lowest_P2 = loss.clipped_KP2.masked_fill(loss.weights_KP[..., None] == 0, torch.inf).argmin(0)
-    for k, name in enumerate(names[:used]):
-        metrics[f"references/{name}/weight"] = loss.weights_KP[k]
+    moved_KP2 = references.clipped_KP2 != references.ref_logps_KP2
+    decides_P2 = references.decides
+    for k, name in enumerate(names):
+        metrics[f"references/{name}/weight"] = references.weights_KP[k]
         metrics[f"references/{name}/clipped"] = moved_KP2[k].float().mean(-1)
-        metrics[f"references/{name}/decides"] = (lowest_P2 == k).float().mean(-1)
+        metrics[f"references/{name}/decides"] = (decides_P2 == k).float().mean(-1)
     for k, name in enumerate(names[1:], start=1):
-        rewards_P2 = objective.beta * (policy_logps_P2 - ref_logps_KP2[k])
+        rewards_P2 = objective.beta * (policy_logps_P2 - references.ref_logps_KP2[k])
         margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
         metrics[f"references/{name}/rewards/accuracies"] = margins_P > 0
         metrics[f"references/{name}/rewards/margins"] = margins_P

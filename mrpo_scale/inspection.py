@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mrpo_kernels import combine_references
+from mrpo_kernels import CombinedReferences
 from torch import Tensor
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.inputs import WEIGHTS_SET
-from mrpo_scale.objective import Objective
+from mrpo_scale.objective import Objective, combine
 from mrpo_scale.references.scores import distinct_rows, open_stores
 from mrpo_scale.references.validation import validation_weights
 from mrpo_scale.report import DECIDES_NOTHING, PALETTE, aligned
@@ -55,8 +55,8 @@ def worth_of_references(
     logps = ref_logps_KP2.double()
     per_token = logps / tokens_KP2
     margins_KP = (logps[..., 0] - logps[..., 1]).numpy()
-    virtual_P2, weights_KP, _, clipped_KP2 = _combine(logps, objective)
-    lowest_P2 = clipped_KP2.masked_fill(weights_KP[..., None] == 0, torch.inf).argmin(0)
+    combined = _combine(logps, objective)
+    decides_P2 = combined.decides
     found = []
     for k, name in enumerate(names):
         worth = Worth(
@@ -65,11 +65,11 @@ def worth_of_references(
             agrees_per_token=(per_token[k, :, 0] > per_token[k, :, 1]).double().mean().item(),
             correlation=_correlation(margins_KP[k], margins_KP[0]),
             rank_correlation=_correlation(_ranks(margins_KP[k]), _ranks(margins_KP[0])),
-            weight=weights_KP[k].mean().item(),
-            clipped=(clipped_KP2[k] != logps[k]).double().mean().item(),
-            decides=(lowest_P2 == k).double().mean().item(),
+            weight=combined.weights_KP[k].mean().item(),
+            clipped=(combined.clipped_KP2[k] != logps[k]).double().mean().item(),
+            decides=(decides_P2 == k).double().mean().item(),
             logp_per_token=(logps[k].sum() / tokens_KP2[k].sum()).item(),
-            moves=_moves(logps, virtual_P2, k, objective),
+            moves=_moves(logps, combined.virtual_logps_P2, k, objective),
         )
         found.append(Worth(**{**asdict(worth), "verdict": _verdict(worth, k, logps.shape[1])}))
     return found
@@ -193,20 +193,15 @@ def _or_dash(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def _combine(logps_KP2: Tensor, objective: Objective):
-    return combine_references(
-        logps_KP2,
-        epsilon_max=objective.epsilon_max,
-        clip=objective.clip,
-        ref_weights=objective.ref_weights,
-        aggregate=objective.aggregate,
-    )
+def _combine(logps_KP2: Tensor, objective: Objective) -> CombinedReferences:
+    """As MRPO combines them, whatever a run would: DPO would take the anchor alone."""
+    return combine(logps_KP2, replace(objective, name="mrpo"))
 
 
 def _moves(logps_KP2: Tensor, virtual_P2: Tensor, k: int, objective: Objective) -> float | None:
     if k == 0 or not isinstance(objective.ref_weights, str):
         return None
-    without_P2 = _combine(torch.cat([logps_KP2[:k], logps_KP2[k + 1 :]]), objective)[0]
+    without_P2 = _combine(torch.cat([logps_KP2[:k], logps_KP2[k + 1 :]]), objective).virtual_logps_P2
     difference_P2 = virtual_P2 - without_P2
     return (difference_P2[:, 0] - difference_P2[:, 1]).abs().mean().item()
 

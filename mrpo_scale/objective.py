@@ -2,31 +2,44 @@
 
 Shapes: K references, P pairs; the last axis of size 2 is (chosen, rejected). Log-probs are natural logs of the probability of a
 whole response, summed over its tokens. Reference 0 is the anchor. The arithmetic of Equations 8-10 and Proposition 1 lives once,
-in :mod:`mrpo_kernels.virtual_reference`; this module adds the outer losses (Equations 7 and 11) around it.
+in :mod:`mrpo_kernels.virtual_reference`; this module adds the outer losses (Equations 7 and 11) around it: :func:`combine` forms
+the virtual reference, once for all pairs of a step, and :func:`loss_against` holds a policy to it, as often as is convenient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, combine_references
+from mrpo_kernels import CombinedReferences, combine_logps
+from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTINGS, exponent_of
 from torch import Tensor
 
 from mrpo_scale.errors import ConfigError
 
 OBJECTIVES = ("mrpo", "dpo", "multi_dpo")
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
-REF_WEIGHTS = ("confidence", "uniform", "validation")
+REF_WEIGHTS = (*WEIGHTINGS, "validation")
 
 
-def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+def _one_of(key: str, value: object, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ConfigError(f"`{key}: {value}` is not known; choose one of {', '.join(allowed)}.")
+
+
+def _named_mean(aggregate: str | float) -> str | float:
+    """The name of a power mean, or the exponent of one that has none."""
+    try:
+        p = exponent_of(aggregate)
+    except ValueError:
+        raise ConfigError(
+            f"`aggregate: {aggregate}` is not known; choose one of {', '.join(AGGREGATES)}, or the exponent of a power mean."
+        ) from None
+    return next((name for name, exponent in AGGREGATES.items() if exponent == p), p)
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,12 @@ class Objective:
         name: ``mrpo`` (Eq. 7), ``dpo`` (the anchor alone) or ``multi_dpo`` (Eq. 11).
         beta: strength of the tie to the (virtual) reference, > 0. For ``ipo`` it is that paper's tau.
         epsilon_max: trust region around the anchor (Eq. 8-9), >= 0. Zero makes MRPO plain DPO on the anchor.
-        clip: ``adaptive`` (Eq. 9), ``fixed`` (epsilon_max everywhere) or ``none``.
-        ref_weights: ``confidence`` (Eq. 10), ``uniform`` or K numbers >= 0 that sum to 1; ``validation`` stands for numbers that
-            references/validation.py puts in its place before training, and no loss can be computed with the word itself.
-        aggregate: ``harmonic`` (Proposition 1), ``geometric``, ``arithmetic`` or ``min``.
+        clip: one of ``CLIPS``: ``adaptive`` (Eq. 9), ``fixed`` (epsilon_max everywhere) or ``none``.
+        ref_weights: one of ``WEIGHTINGS``, ``confidence`` (Eq. 10) or ``uniform``; or K numbers >= 0 that sum to 1. ``validation``
+            stands for numbers that references/validation.py puts in its place before training, and no loss can be computed with
+            the word itself.
+        aggregate: a power mean of the references' probabilities: one of ``AGGREGATES``, as ``harmonic`` (Proposition 1), or its
+            exponent. An exponent that has a name becomes that name.
         loss_type: outer loss around the margin.
         label_smoothing: probability in [0, 0.5) that a preference label is flipped; ``sigmoid`` only (cDPO).
 
@@ -51,16 +66,16 @@ class Objective:
     name: Literal["mrpo", "dpo", "multi_dpo"] = "mrpo"
     beta: float = 0.1
     epsilon_max: float = 0.1
-    clip: Literal["adaptive", "fixed", "none"] = "adaptive"
+    clip: str = "adaptive"
     ref_weights: str | Sequence[float] = "confidence"
-    aggregate: Literal["harmonic", "geometric", "arithmetic", "min"] = "harmonic"
+    aggregate: str | float = "harmonic"
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("objective", self.name, OBJECTIVES)
         _one_of("clip", self.clip, CLIPS)
-        _one_of("aggregate", self.aggregate, AGGREGATES)
+        object.__setattr__(self, "aggregate", _named_mean(self.aggregate))
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigError(f"`beta: {self.beta}` must be a number above 0; the papers use 0.01 to 0.5.")
@@ -102,6 +117,20 @@ class Objective:
                 f"{num_references} references (the anchor and {num_references - 1} of `ref_models`); give one per reference."
             )
 
+    @property
+    def modes(self) -> dict[str, Any]:
+        """How the references are combined: keyword arguments of ``virtual_reference`` and ``combine_logps``.
+
+        ``dpo`` is given the anchor alone. Under ``multi_dpo`` the virtual reference only serves the rewards: Eq. 11's K margins
+        average around the geometric mean.
+        """
+        return {
+            "epsilon_max": self.epsilon_max,
+            "clip": self.clip,
+            "ref_weights": "confidence" if self.name == "dpo" else self.ref_weights,
+            "aggregate": "geometric" if self.name == "multi_dpo" else self.aggregate,
+        }
+
     def on_anchor(self) -> Objective:
         """Plain DPO on the anchor with the same outer loss: what the comparison metrics are computed with."""
         return replace(self, name="dpo", ref_weights="confidence", aggregate="harmonic")
@@ -109,7 +138,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """What :func:`preference_loss` returns. Only ``loss``, ``losses_P``, ``rewards_P2`` and ``margins_P`` carry gradients."""
+    """A loss and what led to it. Only ``loss``, ``losses_P``, ``rewards_P2`` and ``margins_P`` carry gradients."""
 
     loss: Tensor  #: scalar, mean over pairs
     losses_P: Tensor
@@ -138,16 +167,58 @@ def outer_loss(margins: Tensor, objective: Objective) -> Tensor:
     return (1 - smoothing) * loss - smoothing * F.logsigmoid(-margins)
 
 
-def preference_loss(policy_logps_P2: Tensor, ref_logps_KP2: Tensor, objective: Objective) -> PreferenceLoss:
-    """The loss of P pairs (Eq. 7, or 11 for ``multi_dpo``), its rewards, and everything that led to them.
+def combine(ref_logps_KP2: Tensor, objective: Objective, impl: str = "auto") -> CombinedReferences:
+    """The virtual reference of P pairs, and what led to it.
+
+    Args:
+        ref_logps_KP2: raw log-probs, anchor first; treated as constants. ``dpo`` uses the anchor and ignores the rest.
+        impl: of the arithmetic, as in :func:`mrpo_kernels.combine_logps`.
+
+    Raises:
+        ConfigError: a fixed weight list whose length is not K.
+    """
+    ref_logps_KP2 = ref_logps_KP2.detach()
+    if objective.name == "dpo":
+        ref_logps_KP2 = ref_logps_KP2[:1]
+    else:
+        objective.check_references(len(ref_logps_KP2))
+    return combine_logps(ref_logps_KP2, **objective.modes, impl=impl)
+
+
+def loss_against(policy_logps_P2: Tensor, references: CombinedReferences, objective: Objective) -> PreferenceLoss:
+    """The loss of P pairs (Eq. 7, or 11 for ``multi_dpo``) against references that are combined already.
 
     Args:
         policy_logps_P2: the policy's log-probs; gradients flow into these only.
-        ref_logps_KP2: the references', anchor first; treated as constants. ``dpo`` uses the anchor and ignores the rest.
+        references: of the same pairs, combined with the same ``objective``.
 
     Returns:
         PreferenceLoss. Under ``multi_dpo`` the rewards are those against the weighted mean of the clipped references,
         which is the point around which Eq. 11's K margins average.
+    """
+    rewards_P2 = objective.beta * (policy_logps_P2 - references.virtual_logps_P2)
+    margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    if objective.name == "multi_dpo":
+        weights_KP = references.weights_KP
+        rewards_KP2 = objective.beta * (policy_logps_P2 - references.clipped_KP2)
+        losses_KP = outer_loss(rewards_KP2[..., 0] - rewards_KP2[..., 1], objective)
+        losses_P = (weights_KP * losses_KP).masked_fill(weights_KP == 0, 0).sum(0)
+    else:
+        losses_P = outer_loss(margins_P, objective)
+    return PreferenceLoss(
+        loss=losses_P.mean(),
+        losses_P=losses_P,
+        rewards_P2=rewards_P2,
+        margins_P=margins_P,
+        virtual_logps_P2=references.virtual_logps_P2,
+        weights_KP=references.weights_KP,
+        epsilon_P2=references.epsilon_P2,
+        clipped_KP2=references.clipped_KP2,
+    )
+
+
+def preference_loss(policy_logps_P2: Tensor, ref_logps_KP2: Tensor, objective: Objective) -> PreferenceLoss:
+    """:func:`loss_against` the references whose raw log-probs, anchor first, are ``ref_logps_KP2``: both steps in one.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -157,33 +228,4 @@ def preference_loss(policy_logps_P2: Tensor, ref_logps_KP2: Tensor, objective: O
         raise ValueError(
             f"expected policy [P, 2] and references [K, P, 2], got {tuple(policy_logps_P2.shape)} and {tuple(ref_logps_KP2.shape)}"
         )
-    ref_logps_KP2 = ref_logps_KP2.detach()
-    if objective.name == "dpo":
-        ref_logps_KP2 = ref_logps_KP2[:1]
-    else:
-        objective.check_references(ref_logps_KP2.shape[0])
-    combined = combine_references(
-        ref_logps_KP2,
-        epsilon_max=objective.epsilon_max,
-        clip=objective.clip,
-        ref_weights="confidence" if objective.name == "dpo" else objective.ref_weights,
-        aggregate="geometric" if objective.name == "multi_dpo" else objective.aggregate,
-    )
-    rewards_P2 = objective.beta * (policy_logps_P2 - combined.virtual_logps_P2)
-    margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
-    if objective.name == "multi_dpo":
-        rewards_KP2 = objective.beta * (policy_logps_P2 - combined.clipped_KP2)
-        losses_KP = outer_loss(rewards_KP2[..., 0] - rewards_KP2[..., 1], objective)
-        losses_P = (combined.weights_KP * losses_KP).masked_fill(combined.weights_KP == 0, 0).sum(0)
-    else:
-        losses_P = outer_loss(margins_P, objective)
-    return PreferenceLoss(
-        loss=losses_P.mean(),
-        losses_P=losses_P,
-        rewards_P2=rewards_P2,
-        margins_P=margins_P,
-        virtual_logps_P2=combined.virtual_logps_P2,
-        weights_KP=combined.weights_KP,
-        epsilon_P2=combined.epsilon_P2,
-        clipped_KP2=combined.clipped_KP2,
-    )
+    return loss_against(policy_logps_P2, combine(ref_logps_KP2, objective), objective)

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import torch
 import torch.distributed as dist
+from mrpo_kernels import CombinedReferences
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
@@ -33,7 +34,7 @@ from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.held_out import HeldOutScores
 from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
-from mrpo_scale.objective import preference_loss
+from mrpo_scale.objective import loss_against
 from mrpo_scale.output_folder import check_output_folder
 from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.references.scores import ReferenceScores
@@ -150,8 +151,8 @@ class MRPOTrainer(ResumableTrainer):
             self.add_callback(ProgressLine)
         self._metrics, self._eval_metrics = MetricSums(), MetricSums()
         self._tokens = 0
-        self._held_out_scores: dict[int, dict[int, Tensor]] = {}
-        self._eval_scores: dict[int, Tensor] = {}
+        self._held_out_scores: dict[int, dict[int, CombinedReferences]] = {}
+        self._eval_scores: dict[int, CombinedReferences] = {}
         self._eval_rows: list[HeldOutScores] = []
         self._policy_checked = False
         self._save_as_source = False
@@ -189,21 +190,23 @@ class MRPOTrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[PairExample]], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], Tensor]:
-        """This rank's share of the next window, scored by every reference, and the number of pairs in the whole window."""
+        """This rank's share of the next window, its virtual reference formed, and the number of pairs in the whole window."""
         self._check_policy()
         doing(f"scoring the pairs of step {self.state.global_step + 1} with the references")
         self.clock.start()
         examples = [example for _ in range(num_batches) for example in next(epoch_iterator)]
-        ref_logps_KP2 = self.scores.score(examples, self.pair_sets["train"])
+        references = self.scores.score(examples, self.pair_sets["train"], self.preference_objective)
         self.clock.references_done()
-        batches = self._batches(examples, ref_logps_KP2, num_batches)
+        batches = self._batches(examples, references, num_batches)
         pairs = torch.tensor(sum(e.weight for e in examples), device=device)
         return batches, self._sum_over_ranks(pairs)
 
-    def _batches(self, examples: list[PairExample], ref_logps_KP2: Tensor, num_batches: int) -> list[MicroBatch]:
+    def _batches(
+        self, examples: list[PairExample], references: CombinedReferences, num_batches: int
+    ) -> list[MicroBatch]:
         return policy_batches(
             examples,
-            ref_logps_KP2,
+            references,
             num_batches,
             shared_prompt=self.shared_prompt,
             end_to_end=self.end_to_end,
@@ -238,25 +241,23 @@ class MRPOTrainer(ResumableTrainer):
         assert num_items_in_batch is not None
         doing(f"computing step {self.state.global_step + 1}")
         share_P = inputs.weight_P / num_items_in_batch * self.accelerator.num_processes
+        references, objective = inputs.references, self.preference_objective
         if self.args.gradients_in_forward:
 
             def loss_of_pairs(logps_C2: Tensor, pairs: slice) -> Tensor:
-                ref_logps_KC2 = inputs.ref_logps_KP2[:, pairs]
-                return share_P[pairs] * preference_loss(logps_C2, ref_logps_KC2, self.preference_objective).losses_P
+                return share_P[pairs] * loss_against(logps_C2, references[pairs], objective).losses_P
 
             total, policy_logps_P2 = preference_step(model, inputs.pairs, loss_of_pairs)
-            loss = preference_loss(policy_logps_P2, inputs.ref_logps_KP2, self.preference_objective)
+            loss = loss_against(policy_logps_P2, references, objective)
         else:
             policy_logps_P2 = score_pairs(model, inputs.pairs)
-            loss = preference_loss(policy_logps_P2, inputs.ref_logps_KP2, self.preference_objective)
+            loss = loss_against(policy_logps_P2, references, objective)
             total = (loss.losses_P * share_P).sum()
         self._stop_if_not_finite(loss.losses_P, inputs)
         if self.state.global_step == 0 and not self._metrics:
-            self._compare_with_anchor(policy_logps_P2, inputs.ref_logps_KP2)
-        self._metrics.add(
-            pair_metrics(policy_logps_P2, inputs.ref_logps_KP2, loss, self.preference_objective, self.plan.names),
-            inputs.weight_P,
-        )
+            self._compare_with_anchor(policy_logps_P2, references.ref_logps_KP2[0])
+        metrics = pair_metrics(policy_logps_P2, references, loss, objective, self.plan.names)
+        self._metrics.add(metrics, inputs.weight_P)
         self._tokens += inputs.pairs.num_tokens
         return total
 
@@ -278,10 +279,10 @@ class MRPOTrainer(ResumableTrainer):
             "`learning_rate`, or at the reference that returned such a log-prob."
         )
 
-    def _compare_with_anchor(self, policy_logps_P2: Tensor, ref_logps_KP2: Tensor) -> None:
+    def _compare_with_anchor(self, policy_logps_P2: Tensor, anchor_logps_P2: Tensor) -> None:
         """Before the first step the policy is the anchor: say how closely their log-probs agree."""
         if not self.args.anchor:
-            relative = ((policy_logps_P2.detach() - ref_logps_KP2[0]) / ref_logps_KP2[0]).abs().max().item()
+            relative = ((policy_logps_P2.detach() - anchor_logps_P2) / anchor_logps_P2).abs().max().item()
             log = logger.warning if relative > 0.02 else logger.info
             log("step 0: the policy's log-probs differ from the anchor's by at most %.1e relative", relative)
 
@@ -397,12 +398,12 @@ class MRPOTrainer(ResumableTrainer):
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Measure one batch of held-out pairs; the metrics are summed here, not gathered by the Trainer."""
         self.poll()
-        ref_logps_KP2 = torch.stack([self._eval_scores[e.row] for e in inputs], dim=1)
-        batch = self._batches(inputs, ref_logps_KP2, 1)[0]
+        references = CombinedReferences.joined([self._eval_scores[e.row] for e in inputs])
+        batch = self._batches(inputs, references, 1)[0]
         with torch.no_grad(), self.compute_loss_context_manager():
             logps_P2 = score_pairs(model, batch.pairs)
-        loss = preference_loss(logps_P2, batch.ref_logps_KP2, self.preference_objective)
-        metrics = pair_metrics(logps_P2, batch.ref_logps_KP2, loss, self.preference_objective, self.plan.names)
+        loss = loss_against(logps_P2, batch.references, self.preference_objective)
+        metrics = pair_metrics(logps_P2, batch.references, loss, self.preference_objective, self.plan.names)
         self._eval_metrics.add({"loss": loss.losses_P, **metrics}, batch.weight_P)
         self._eval_rows.append(self._held_out_rows(batch, logps_P2))
         return None, None, None
@@ -414,7 +415,7 @@ class MRPOTrainer(ResumableTrainer):
             self.plan.names,
             keys[real.numpy()],
             logps_P2.float().cpu()[real].numpy(),
-            batch.ref_logps_KP2.float().cpu()[:, real].numpy(),
+            batch.references.ref_logps_KP2.float().cpu()[:, real].numpy(),
         )
 
     def _keep_held_out(self, path: Path) -> None:
@@ -424,11 +425,11 @@ class MRPOTrainer(ResumableTrainer):
         if self.is_world_process_zero() and everybody:
             HeldOutScores.joined(everybody).save(path)
 
-    def _score_held_out(self, dataloader: Any) -> dict[int, Tensor]:
-        """Row -> [K, 2] for this rank's rows of the set, from the references once and from memory afterwards."""
+    def _score_held_out(self, dataloader: Any) -> dict[int, CombinedReferences]:
+        """Row -> its virtual reference, for this rank's rows of the set: formed once, from memory afterwards."""
         key = id(dataloader.dataset)
         if key not in self._held_out_scores:
-            scores: dict[int, Tensor] = {}
+            scores: dict[int, CombinedReferences] = {}
             progress = tqdm(
                 dataloader,
                 desc=f"Scoring held-out pairs with {len(self.plan.names)} references",
@@ -436,8 +437,8 @@ class MRPOTrainer(ResumableTrainer):
             )
             for examples in progress:
                 self.poll()
-                ref_logps_KP2 = self.scores.score(examples, dataloader.dataset.pairs)
-                scores.update({e.row: ref_logps_KP2[:, i] for i, e in enumerate(examples)})
+                references = self.scores.score(examples, dataloader.dataset.pairs, self.preference_objective)
+                scores.update({e.row: references[i : i + 1] for i, e in enumerate(examples)})
             self.scores.flush()
             self._held_out_scores[key] = scores
         return self._held_out_scores[key]

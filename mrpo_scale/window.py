@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from mrpo_kernels import CombinedReferences
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -37,7 +38,7 @@ class MicroBatch:
     pairs: PairBatch
     rows: tuple[int, ...]
     weight_P: Tensor
-    ref_logps_KP2: Tensor
+    references: CombinedReferences
 
 
 class TokenizedPairs(Protocol):
@@ -100,17 +101,18 @@ def sorted_by_length(pairs: Sequence[PairTokens], shared_prompt: bool) -> list[i
 
 def policy_batches(
     examples: Sequence[PairExample],
-    ref_logps_KP2: Tensor,
+    references: CombinedReferences,
     num_batches: int,
     *,
     shared_prompt: bool,
     end_to_end: bool = False,
     pad_token_id: int,
 ) -> list[MicroBatch]:
-    """This rank's share of a window as ``num_batches`` equally large micro-batches of pairs of similar length."""
+    """This rank's share of a window, with its ``references``, as ``num_batches`` equally large micro-batches of pairs of similar
+    length."""
     order = sorted_by_length([e.tokens[0] for e in examples], shared_prompt)
     size = len(examples) // num_batches
-    device = ref_logps_KP2.device
+    device = references.virtual_logps_P2.device
     batches = []
     for start in range(0, num_batches * size, size):
         chosen = order[start : start + size]
@@ -125,7 +127,7 @@ def policy_batches(
                 pairs=pairs.to(device),
                 rows=tuple(examples[i].row for i in chosen),
                 weight_P=torch.tensor([examples[i].weight for i in chosen], device=device),
-                ref_logps_KP2=ref_logps_KP2[:, chosen],
+                references=references[torch.tensor(chosen, device=device)],
             )
         )
     return batches

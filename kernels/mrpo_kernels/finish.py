@@ -6,11 +6,13 @@ float64: a 4,096-token response stays exact to the last float32 digit. The pair 
 goes through Equations 9, 8, 10 and Proposition 1 at once, so K * S + S numbers leave the device and the arithmetic of a dozen
 small torch kernels costs none. How to clip, weigh and aggregate are arguments, not constants, and a pair's block has room for
 ``MAX_REFERENCES``: three variants of these kernels serve every run on a GPU, and all three are compiled by the tests. It is the
-same arithmetic as :mod:`mrpo_kernels.virtual_reference`, in float32 from the rounded log-probs, and reads given log-probs
-(partition, cache) with the same code: cached and live references agree bit for bit.
+same arithmetic as :mod:`mrpo_kernels.virtual_reference`, from the rounded log-probs in float32 but for the power mean, and reads
+given log-probs (partition, cache) with the same code: cached and live references agree bit for bit.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -30,16 +32,16 @@ from mrpo_kernels.partials import (
     WEIGHT_K,
     Partials,
 )
-from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTS
+from mrpo_kernels.virtual_reference import CLIPS, WEIGHTINGS, CombinedReferences, exponent_of
 
 BLOCK_T, BLOCK_N = 32, 32
 # Left to itself the assembler spills 8 bytes of the pair kernel to stay within 80 registers, although it has one program per pair.
 NUM_WARPS, MAX_REGISTERS = 4, 168
-ADAPTIVE, NO_CLIP = (tl.constexpr(CLIPS.index(name)) for name in ("adaptive", "none"))
-CONFIDENCE, UNIFORM = (tl.constexpr(WEIGHTS.index(name)) for name in ("confidence", "uniform"))
-HARMONIC, GEOMETRIC, ARITHMETIC = (
-    tl.constexpr(AGGREGATES.index(name)) for name in ("harmonic", "geometric", "arithmetic")
-)
+ADAPTIVE, NO_CLIP = (tl.constexpr(list(CLIPS).index(name)) for name in ("adaptive", "none"))
+CONFIDENCE, UNIFORM = (tl.constexpr(list(WEIGHTINGS).index(name)) for name in ("confidence", "uniform"))
+FIXED = len(WEIGHTINGS)  # the K numbers of the float table
+# Up to it, three terms of expm1(t) and two of log1p have 12 digits; past it, a plain logarithm's rounding over p leaves as many.
+NEAR = tl.constexpr(2.0**-12)
 
 
 @triton.jit
@@ -112,16 +114,35 @@ def response_sums_kernel(
 
 
 @triton.jit
-def _logsumexp(x_K2):
-    """Over references. All -inf (every weight zero) is -inf, not NaN."""
-    top_2 = tl.max(x_K2, 0)
-    shift_2 = tl.where(top_2 == -float("inf"), 0.0, top_2)
-    return shift_2 + tl.log(tl.sum(tl.exp(x_K2 - shift_2[None, :]), 0))
+def _power_mean(logps_K2, weights_K, p):
+    """:func:`~mrpo_kernels.virtual_reference.aggregate_logps` of one pair, in float64. Rows without weight are left out."""
+    used_K1 = (weights_K != 0)[:, None]
+    logps_K2 = tl.where(used_K1, logps_K2, 0.0).to(tl.float64)
+    p = tl.cast(p, tl.float64)
+    if tl.abs(p) == float("inf"):
+        sign = tl.where(p > 0, -1.0, 1.0)
+        broken_K2 = tl.where(logps_K2 != logps_K2, logps_K2, 0.0)  # tl.min would skip a NaN
+        mean_2 = sign * tl.min(tl.where(used_K1, sign * logps_K2, float("inf")), 0) + tl.sum(broken_K2, 0)
+    else:
+        shares_K = weights_K.to(tl.float64)
+        shares_K /= tl.sum(shares_K, 0)
+        mean_2 = tl.sum(shares_K[:, None] * logps_K2, 0)
+        if p != 0:
+            t_K2 = tl.where(used_K1, p * (logps_K2 - mean_2[None, :]), 0.0)
+            near_2 = tl.sum(shares_K[:, None] * (t_K2 * (1.0 + t_K2 * (0.5 + t_K2 * (1.0 / 6.0)))), 0)
+            near_2 -= 0.5 * near_2 * near_2
+            logs_K1 = tl.log(tl.where(weights_K != 0, shares_K, 1.0))[:, None]
+            x_K2 = tl.where(used_K1, logs_K1 + p * logps_K2, -float("inf"))
+            top_2 = tl.max(x_K2, 0)
+            shift_2 = tl.where(tl.abs(top_2) < float("inf"), top_2, 0.0)  # infinite minus infinite would be NaN
+            far_2 = shift_2 + tl.log(tl.sum(tl.exp(x_K2 - shift_2[None, :]), 0))
+            mean_2 = tl.where(tl.max(tl.abs(t_K2), 0) < NEAR, mean_2 + near_2 / p, far_2 / p)
+    return mean_2.to(tl.float32)
 
 
 @triton.jit
-def _combine(raw_K2, fixed_weights_K, ks, num_refs, epsilon_max, clip, weights, aggregate):
-    """Equations 9, 8, 10 and the aggregate of one pair. Rows past num_refs are zeros and get weight zero."""
+def _combine(raw_K2, fixed_weights_K, ks, num_refs, epsilon_max, clip, weights, exponent):
+    """Equations 9, 8, 10 and the power mean of one pair. Rows past num_refs are zeros and get weight zero."""
     anchor_2 = tl.sum(tl.where((ks == 0)[:, None], raw_K2, 0.0), 0)
     epsilon_2 = tl.zeros_like(anchor_2) + tl.where(clip == NO_CLIP, float("inf"), epsilon_max)
     if clip == ADAPTIVE:
@@ -145,27 +166,15 @@ def _combine(raw_K2, fixed_weights_K, ks, num_refs, epsilon_max, clip, weights, 
         gap = tl.sum(gaps_K, 0)
         weights_K = tl.where(gap > 0, gaps_K / tl.where(gap > 0, gap, 1.0), 1.0 / num_refs)
     weights_K = tl.where(ks < num_refs, weights_K, 0.0)
-
-    used_K1 = (weights_K != 0)[:, None]
-    log_weights_K1 = tl.log(tl.where(weights_K != 0, weights_K, 1.0))[:, None]
-    if aggregate == HARMONIC:
-        virtual_2 = -_logsumexp(tl.where(used_K1, log_weights_K1 - clipped_K2, -float("inf")))
-    elif aggregate == GEOMETRIC:
-        virtual_2 = tl.sum(tl.where(used_K1, weights_K[:, None] * clipped_K2, 0.0), 0)
-    elif aggregate == ARITHMETIC:
-        virtual_2 = _logsumexp(tl.where(used_K1, log_weights_K1 + clipped_K2, -float("inf")))
-    else:
-        broken_K2 = tl.where(used_K1 & (clipped_K2 != clipped_K2), float("nan"), 0.0)  # tl.min would skip a NaN
-        virtual_2 = tl.min(tl.where(used_K1, clipped_K2, float("inf")), 0) + tl.sum(broken_K2, 0)
-    return virtual_2, weights_K, epsilon_2, clipped_K2
+    return _power_mean(clipped_K2, weights_K, exponent), weights_K, epsilon_2, clipped_K2
 
 
 # Otherwise a step with one pair, or sixteen, or log-probs that are a view, would each wait for a compilation of its own.
-@triton.jit(do_not_specialize=["raw_ptr", "num_refs", "num_pairs", "clip", "weights", "aggregate"])
+@triton.jit(do_not_specialize=["raw_ptr", "num_refs", "num_pairs", "clip", "weights"])
 def virtual_reference_kernel(
     table_ptr, floats_ptr, max_ptr, sum_ptr, label_logit_ptr, raw_ptr,
     virtual_ptr, weights_ptr, epsilon_ptr, clipped_ptr, num_refs, num_pairs, epsilon_max,
-    clip, weights, aggregate,
+    clip, weights, exponent,
     FROM_LOGPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program p: pair p of every reference. ``raw_ptr`` [K, P, 2] is read if FROM_LOGPS, else written."""
@@ -187,7 +196,7 @@ def virtual_reference_kernel(
         tl.store(raw_ptr + at_K2, raw_K2, mask=live_K[:, None])
     fixed_weights_K = tl.load(floats_ptr + ks * FLOAT_COLUMNS + WEIGHT_K, mask=live_K, other=0.0)
     virtual_2, weights_K, epsilon_2, clipped_K2 = _combine(
-        raw_K2, fixed_weights_K, ks, num_refs, epsilon_max, clip, weights, aggregate
+        raw_K2, fixed_weights_K, ks, num_refs, epsilon_max, clip, weights, exponent
     )
     tl.store(virtual_ptr + pair * 2 + sides, virtual_2)
     tl.store(epsilon_ptr + pair * 2 + sides, epsilon_2)
@@ -215,27 +224,27 @@ def combine(
     floats: Tensor,
     epsilon_max: float,
     clip: str,
-    weights: str,
-    aggregate: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch 2 for K references: (virtual_P2, weights_KP, epsilon_P2, clipped_KP2).
+    ref_weights: str | Sequence[float],
+    aggregate: str | float,
+) -> CombinedReferences:
+    """Launch 2 for K references.
 
     Args:
         partials: of launch 1, and ``raw_KP2`` is filled; or None, and ``raw_KP2`` holds the log-probs.
-        weights: ``confidence``, ``uniform`` or ``fixed``, which takes them from ``floats``.
+        floats: the table that has the weights where they are numbers.
     """
     num_refs, num_pairs, _ = raw_KP2.shape
     clipped_KP2, weights_KP = torch.empty_like(raw_KP2), raw_KP2.new_empty(num_refs, num_pairs)
     virtual_P2, epsilon_P2 = raw_KP2.new_empty(num_pairs, 2), raw_KP2.new_empty(num_pairs, 2)
+    weights = list(WEIGHTINGS).index(ref_weights) if isinstance(ref_weights, str) else FIXED
     if num_pairs:
         # Without partials their pointers are never read: any tensor does.
         table, *arrays = partials[3:4] + partials[:3] if partials else (floats,) * 4
         with torch.cuda.device_of(raw_KP2):
             virtual_reference_kernel[(num_pairs,)](
                 table, floats, *arrays, raw_KP2, virtual_P2, weights_KP, epsilon_P2, clipped_KP2,
-                num_refs, num_pairs, float(epsilon_max),
-                CLIPS.index(clip), WEIGHTS.index(weights), AGGREGATES.index(aggregate),
+                num_refs, num_pairs, float(epsilon_max), list(CLIPS).index(clip), weights, exponent_of(aggregate),
                 FROM_LOGPS=partials is None, BLOCK_K=MAX_REFERENCES, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
                 num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
-    return virtual_P2, weights_KP, epsilon_P2, clipped_KP2
+    return CombinedReferences(raw_KP2, virtual_P2, weights_KP, epsilon_P2, clipped_KP2)

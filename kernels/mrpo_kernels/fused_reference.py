@@ -4,7 +4,8 @@ Design note. Scoring K references one by one leaves K pipelines that drain at th
 dozen kernels of Equations 8-10. Here one persistent launch (:mod:`~mrpo_kernels.partials`) walks the tiles of all K heads, whatever
 their D, V and T, and one small launch (:mod:`~mrpo_kernels.finish`) goes from partials to ref_logps_KP2 and the virtual log-probs.
 References are constants: nothing here is differentiable. The torch path is :func:`sequence_logps` per reference and
-:func:`combine_references`; it is the CPU's and the oracle.
+:func:`combine_references`; it is the CPU's and the oracle. Log-probs that are there already (partition, cache) are combined by
+the same code: cached and live references agree bit for bit.
 
 K references, P pairs, S = 2P responses; responses 2p and 2p+1 are pair p's chosen and rejected; reference 0 is the anchor.
 """
@@ -12,22 +13,13 @@ K references, P pairs, S = 2P responses; responses 2p and 2p+1 are pair p's chos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mrpo_kernels.backend import resolve_impl
 from mrpo_kernels.sequence_logps import check_inputs, sequence_logps
-from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, combine_references
-
-
-class VirtualReference(NamedTuple):
-    ref_logps_KP2: Tensor
-    virtual_logps_P2: Tensor
-    weights_KP: Tensor
-    epsilon_P2: Tensor
-    clipped_KP2: Tensor
+from mrpo_kernels.virtual_reference import CombinedReferences, check_modes, combine_references
 
 
 @torch.no_grad()
@@ -43,9 +35,9 @@ def virtual_reference(
     epsilon_max: float,
     clip: str,
     ref_weights: str | Sequence[float],
-    aggregate: str,
+    aggregate: str | float,
     impl: str = "auto",
-) -> VirtualReference:
+) -> CombinedReferences:
     """Score P pairs with K references and combine them; each sequence has one entry per reference.
 
     Args:
@@ -56,7 +48,7 @@ def virtual_reference(
         impl: ``auto``, ``triton`` (at most 64 references, all on one device in one dtype) or ``torch``.
 
     Returns:
-        ref_logps_KP2 (raw), virtual_logps_P2, weights_KP, epsilon_P2, clipped_KP2; float32, without gradient.
+        CombinedReferences, float32 (float64 for float64 inputs), without gradient.
 
     Raises:
         ValueError: sequences or inputs that do not fit, an unknown mode, or ``triton`` for tensors it cannot take.
@@ -67,23 +59,23 @@ def virtual_reference(
     softcap = [None] * num_refs if softcap is None else softcap
     logit_scale = [1.0] * num_refs if logit_scale is None else logit_scale
     _check_references(hidden, head_weight, labels, cu_seqlens, bias, softcap, logit_scale)
-    weights = _check_modes(clip, ref_weights, aggregate, num_refs)
+    check_modes(clip, ref_weights, aggregate, num_refs)
     heads = list(zip(hidden, head_weight, labels, cu_seqlens, bias, softcap, logit_scale, strict=True))
     if resolve_impl(impl, (*hidden, *head_weight), references=num_refs) == "torch":
         logps_K = [
             sequence_logps(h, w, y, cu, bias=b, softcap=cap, logit_scale=scale, impl="torch")
             for h, w, y, cu, b, cap, scale in heads
         ]
-        return _combine_in_torch(torch.stack(logps_K).view(num_refs, -1, 2), epsilon_max, clip, ref_weights, aggregate)
+        raw_KP2 = torch.stack(logps_K).view(num_refs, -1, 2)
+        return _combine(raw_KP2, epsilon_max, clip, ref_weights, aggregate, impl)
 
     from mrpo_kernels.finish import combine
     from mrpo_kernels.partials import Head, vocabulary_partials
 
-    partials = vocabulary_partials([Head(*head) for head in heads], None if weights != "fixed" else ref_weights)  # type: ignore[arg-type]
+    fixed = None if isinstance(ref_weights, str) else ref_weights
+    partials = vocabulary_partials([Head(*head) for head in heads], fixed)
     raw_KP2 = torch.empty(num_refs, len(cu_seqlens[0]) // 2, 2, dtype=torch.float32, device=hidden[0].device)
-    return VirtualReference(
-        raw_KP2, *combine(partials, raw_KP2, partials.floats, epsilon_max, clip, weights, aggregate)
-    )
+    return combine(partials, raw_KP2, partials.floats, epsilon_max, clip, ref_weights, aggregate)
 
 
 @torch.no_grad()
@@ -93,36 +85,42 @@ def combine_logps(
     epsilon_max: float,
     clip: str,
     ref_weights: str | Sequence[float],
-    aggregate: str,
+    aggregate: str | float,
     impl: str = "auto",
-) -> VirtualReference:
+) -> CombinedReferences:
     """The same from log-probs that are there already (partition, cache), raw and [K, P, 2].
 
-    On a GPU this is the finishing launch of :func:`virtual_reference` itself, so that a cached reference and a live one that
-    scored the same give the same bits; in torch it is :func:`combine_references`. Raises as :func:`virtual_reference` does.
+    On a GPU this is the finishing launch of :func:`virtual_reference` itself; in torch, and for float64, it is
+    :func:`combine_references`. Raises as :func:`virtual_reference` does.
     """
-    num_refs = ref_logps_KP2.shape[0]
-    weights = _check_modes(clip, ref_weights, aggregate, num_refs)
     if ref_logps_KP2.ndim != 3 or ref_logps_KP2.shape[2] != 2:
         raise ValueError(f"ref_logps_KP2 must be [references, pairs, 2], got {tuple(ref_logps_KP2.shape)}")
-    if resolve_impl(impl, (ref_logps_KP2,), products=False, references=num_refs) == "torch":
-        return _combine_in_torch(ref_logps_KP2, epsilon_max, clip, ref_weights, aggregate)
+    check_modes(clip, ref_weights, aggregate, ref_logps_KP2.shape[0])
+    return _combine(ref_logps_KP2, epsilon_max, clip, ref_weights, aggregate, impl)
+
+
+def _combine(
+    raw_KP2: Tensor,
+    epsilon_max: float,
+    clip: str,
+    ref_weights: str | Sequence[float],
+    aggregate: str | float,
+    impl: str,
+) -> CombinedReferences:
+    """By the implementation that log-probs like these get, wherever they come from: heads that are left to cuBLAS are no reason for
+    a live window to be finished by other code than a cached one."""
+    num_refs = raw_KP2.shape[0]
+    if resolve_impl(impl, (raw_KP2,), products=False, references=num_refs) == "torch":
+        return combine_references(
+            raw_KP2, epsilon_max=epsilon_max, clip=clip, ref_weights=ref_weights, aggregate=aggregate
+        )
 
     from mrpo_kernels.finish import combine
     from mrpo_kernels.partials import float_table
 
-    raw_KP2 = ref_logps_KP2.float().contiguous()
-    floats = float_table([(0.0, 1.0)] * num_refs, None if weights != "fixed" else ref_weights, raw_KP2.device)  # type: ignore[arg-type]
-    return VirtualReference(raw_KP2, *combine(None, raw_KP2, floats, epsilon_max, clip, weights, aggregate))
-
-
-def _combine_in_torch(
-    raw_KP2: Tensor, epsilon_max: float, clip: str, ref_weights: str | Sequence[float], aggregate: str
-) -> VirtualReference:
-    combined = combine_references(
-        raw_KP2, epsilon_max=epsilon_max, clip=clip, ref_weights=ref_weights, aggregate=aggregate
-    )
-    return VirtualReference(raw_KP2, *combined)
+    fixed = None if isinstance(ref_weights, str) else ref_weights
+    floats = float_table([(0.0, 1.0)] * num_refs, fixed, raw_KP2.device)
+    return combine(None, raw_KP2.float().contiguous(), floats, epsilon_max, clip, ref_weights, aggregate)
 
 
 def _check_references(*per_reference: Sequence) -> None:
@@ -138,18 +136,3 @@ def _check_references(*per_reference: Sequence) -> None:
             check_inputs(*inputs)
         except ValueError as error:
             raise ValueError(f"reference {k}: {error}") from None
-
-
-def _check_modes(clip: str, ref_weights: str | Sequence[float], aggregate: str, num_refs: int) -> str:
-    """Returns ``confidence``, ``uniform`` or ``fixed``."""
-    if clip not in CLIPS:
-        raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {clip!r}")
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
-    if isinstance(ref_weights, str):
-        if ref_weights not in ("confidence", "uniform"):
-            raise ValueError(f"ref_weights must be confidence, uniform or {num_refs} numbers, got {ref_weights!r}")
-        return ref_weights
-    if len(ref_weights) != num_refs:
-        raise ValueError(f"ref_weights must be confidence, uniform or {num_refs} numbers, got {list(ref_weights)}")
-    return "fixed"

@@ -66,9 +66,9 @@ def linear_preference_loss(
             waits for the device once.
         loss_of_pairs: maps (policy_logps_C2, pairs) to the losses [C] of the pairs ``pairs.start .. pairs.stop - 1``, each already
             weighted by its share of the batch. It is differentiated by autograd in its first argument, called once per chunk,
-            and must treat pairs independently; whatever else it needs (reference log-probs, weights) it slices by ``pairs``::
+            and must treat pairs independently; whatever else it needs (combined references, weights) it slices by ``pairs``::
 
-                lambda logps_C2, pairs: weight_P[pairs] * preference_loss(logps_C2, ref_logps_KP2[:, pairs], objective).losses_P
+                lambda logps_C2, pairs: weight_P[pairs] * loss_against(logps_C2, references[pairs], objective).losses_P
 
     Returns:
         LinearPreferenceLoss, float32 (float64 for float64 inputs). Where no gradient is wanted, none is computed. With no tokens

@@ -10,11 +10,13 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+from mrpo_kernels import CombinedReferences
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,9 +24,10 @@ from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.heartbeat import doing
 from mrpo_scale.models import RunPlan
+from mrpo_scale.objective import Objective, combine
 from mrpo_scale.ranks import agree_on_most, all_say, fail_together, from_first, world_group
 from mrpo_scale.references.ahead import score_ahead
-from mrpo_scale.references.cache import PartWriter, ReferenceStore
+from mrpo_scale.references.cache import PartWriter, ReferenceStore, StoredScores
 from mrpo_scale.references.identity import ReferenceIdentity, identify
 from mrpo_scale.references.mapped import ranks_that_share
 from mrpo_scale.references.placement import (
@@ -46,8 +49,19 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 5.0  #: between two looks at the cache while `follow` waits
 
 
+@dataclass(frozen=True)
+class _Window:
+    """This rank's pairs that are scored together, and what the cache has of them."""
+
+    examples: Sequence[PairExample]
+    pairs: TokenizedPairs
+    rows: np.ndarray
+    stored: Sequence[StoredScores]  #: of every reference; none without a cache
+    which: Sequence[int]  #: references that must score them
+
+
 class ReferenceScores:
-    """The scores of a run's K references. Collective over the world: opening, :meth:`score` and :meth:`flush`.
+    """The scores of a run's K references. Collective over the world: opening, :meth:`score`, :meth:`logps` and :meth:`flush`.
 
     Args:
         pair_sets: every set that will be scored.
@@ -68,7 +82,7 @@ class ReferenceScores:
         pair_sets: Mapping[str, PairDataset],
         pool: dict[tuple[int, Ranks], Reference] | None = None,
     ) -> None:
-        self.names, self.device = plan.names, args.device
+        self.names, self.device, self.impl = plan.names, args.device, args.head_impl
         self.stores = open_stores(plan, args, pair_sets)
         everything = distinct_rows(pair_sets)
         if self.stores and args.ref_scoring == "follow":
@@ -91,26 +105,24 @@ class ReferenceScores:
         if self.live:
             self._load(plan, args, pair_sets, {} if pool is None else pool)
 
-    def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs) -> Tensor:
-        """Raw log-probs [K, P, 2] float32 of this rank's examples, all rows of ``pairs``, in their order.
+    def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, objective: Objective) -> CombinedReferences:
+        """The virtual reference of this rank's examples, all rows of ``pairs``, in their order. This is where a step forms it.
+
+        Where all references are live it comes from the fused call that scores them, otherwise from the log-probs, by the same code.
 
         Raises:
             TrainingError: on every rank if one of them cannot write what it scored.
         """
-        if not self.stores:
-            return self._scorer.score(examples, pairs, self.live)
-        rows = np.array([example.row for example in examples], dtype=np.int64)
-        stored = [store.lookup(pairs.row_keys[rows]) for store in self.stores]
-        incomplete = [int(not stored[k].found_N.all()) for k in self.live]
-        if self.live:
-            incomplete = agree_on_most(incomplete, world_group(), self.device)
-        which = [k for k, some in zip(self.live, incomplete, strict=True) if some]
-        scores_KP2 = torch.stack([torch.from_numpy(s.logps_N2) for s in stored]).to(self.device)
-        if which:
-            scores_KP2[which] = self._scorer.score(examples, pairs, which)
-            with fail_together(world_group()):
-                self._keep(which, examples, rows, pairs, {k: stored[k].found_N for k in which}, scores_KP2)
-        return scores_KP2
+        window = self._look_up(examples, pairs)
+        if len(window.which) < len(self.names):
+            return combine(self._completed(window), objective, self.impl)
+        combined = self._scorer.combined(examples, pairs, window.which, objective)
+        self._keep(window, combined.ref_logps_KP2)
+        return combined
+
+    def logps(self, examples: Sequence[PairExample], pairs: TokenizedPairs) -> Tensor:
+        """Raw log-probs [K, P, 2] float32, where nothing is to be combined yet. Otherwise as :meth:`score`."""
+        return self._completed(self._look_up(examples, pairs))
 
     def flush(self, *, refresh: bool = False) -> None:
         """Write the rows that wait in memory. ``refresh``: then also read what the other ranks wrote, for the next epoch.
@@ -128,20 +140,42 @@ class ReferenceScores:
                 for k in self._writers:
                     self.stores[k].refresh()
 
-    def _keep(
-        self,
-        which: Sequence[int],
-        examples: Sequence[PairExample],
-        rows: np.ndarray,
-        pairs: TokenizedPairs,
-        found: Mapping[int, np.ndarray],
-        scores_KP2: Tensor,
-    ) -> None:
-        real = np.array([example.weight > 0 for example in examples], dtype=bool)
-        for k in which:
-            new = real & ~found[k]
-            tokens_N2 = pairs.lengths[rows[new], self._views[k], 1:]
-            self._writers[k].add(pairs.row_keys[rows[new]], scores_KP2[k].cpu().numpy()[new], tokens_N2)
+    def _look_up(self, examples: Sequence[PairExample], pairs: TokenizedPairs) -> _Window:
+        """What the cache has of a window, and which references must score it. Collective over the world."""
+        rows = np.array([example.row for example in examples], dtype=np.int64)
+        if not self.stores:
+            return _Window(examples, pairs, rows, [], self.live)
+        stored = [store.lookup(pairs.row_keys[rows]) for store in self.stores]
+        incomplete = [int(not stored[k].found_N.all()) for k in self.live]
+        if self.live:
+            incomplete = agree_on_most(incomplete, world_group(), self.device)
+        return _Window(
+            examples, pairs, rows, stored, [k for k, some in zip(self.live, incomplete, strict=True) if some]
+        )
+
+    def _completed(self, window: _Window) -> Tensor:
+        """[K, P, 2] from the cache and, for the references that lack a row, scored anew and kept."""
+        scored_KP2 = None
+        if window.which:
+            scored_KP2 = self._scorer.score(window.examples, window.pairs, window.which)
+            self._keep(window, scored_KP2)
+            if not window.stored:
+                return scored_KP2
+        logps_KP2 = torch.stack([torch.from_numpy(stored.logps_N2) for stored in window.stored]).to(self.device)
+        if scored_KP2 is not None:
+            logps_KP2[window.which] = scored_KP2
+        return logps_KP2
+
+    def _keep(self, window: _Window, scored_KP2: Tensor) -> None:
+        """Hand rows that the cache lacks to its writers. Collective over the world, where there is a cache."""
+        if not window.stored:
+            return
+        real = np.array([example.weight > 0 for example in window.examples], dtype=bool)
+        with fail_together(world_group()):
+            for k, logps_P2 in zip(window.which, scored_KP2.cpu().numpy(), strict=True):
+                new = real & ~window.stored[k].found_N
+                tokens_N2 = window.pairs.lengths[window.rows[new], self._views[k], 1:]
+                self._writers[k].add(window.pairs.row_keys[window.rows[new]], logps_P2[new], tokens_N2)
 
     def _load(
         self,
@@ -179,12 +213,10 @@ class ReferenceScores:
         per_forward = args.ref_tokens_per_forward
         if args.ref_placement == "partition":
             self._scorer: PartitionScorer | SpreadScorer = PartitionScorer(
-                self.references, placement, self.device, tokens_per_forward=per_forward
+                self.references, placement, self.device, tokens_per_forward=per_forward, impl=self.impl
             )
         else:
-            self._scorer = SpreadScorer(
-                self.references, args.build_objective(), tokens_per_forward=per_forward, impl=args.head_impl
-            )
+            self._scorer = SpreadScorer(self.references, tokens_per_forward=per_forward, impl=self.impl)
 
     def _shares(self) -> dict[int, Share]:
         return {

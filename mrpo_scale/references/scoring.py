@@ -1,31 +1,32 @@
-"""Score the pairs of a window with live references: examples -> ref_logps [references, P, 2].
+"""Score the pairs of a window with live references: examples -> ref_logps [references, P, 2], or what they combine to.
 
 :class:`SpreadScorer`: each rank scores its own pairs. One reference after the other runs its body over the window and leaves the
 hidden states of its response positions; then the output heads are gathered together and one ``virtual_reference`` call turns the
-hidden states of all of them into log-probs. :class:`PartitionScorer`: the ranks of a reference score everybody's pairs; row
-numbers go out and scores come back, nothing else.
+hidden states of all of them into their virtual reference. :class:`PartitionScorer`: the ranks of a reference score everybody's
+pairs; row numbers go out and scores come back, nothing else.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from mrpo_kernels import virtual_reference
+from mrpo_kernels import CombinedReferences, sequence_logps, virtual_reference
 from torch import Tensor
 
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.models import PlannedReference
-from mrpo_scale.objective import Objective
+from mrpo_scale.objective import Objective, combine
 from mrpo_scale.pair_batch import PairBatch, segment_length
 from mrpo_scale.ranks import agree_on_most, world_group
 from mrpo_scale.references.placement import Placement
 from mrpo_scale.references.sharding import ShardedReference
+from mrpo_scale.sequence_logps import FusedHead
 from mrpo_scale.tokenization import PairTokens
 from mrpo_scale.window import PairExample, TokenizedPairs
 
@@ -59,8 +60,18 @@ def load_reference(planned: PlannedReference, group: dist.ProcessGroup | None, a
     return Reference(planned.name, model, planned.view, planned.pad_token_id)
 
 
+@dataclass(frozen=True)
+class _Scorable:
+    """A window as one reference's head takes it."""
+
+    hidden_TD: Tensor
+    head: FusedHead
+    labels_T: Tensor
+    cu_seqlens: Tensor
+
+
 class SpreadScorer:
-    """K references on this rank's shard group. Collective: every rank of the group calls :meth:`score` equally often.
+    """K references on this rank's shard group. Collective: every rank of the group calls each method equally often.
 
     Args:
         references: {k: reference}; those whose scores are all cached are left out.
@@ -68,16 +79,51 @@ class SpreadScorer:
             weights, per reference; a larger one takes as many as its size asks for.
     """
 
-    def __init__(
-        self, references: Mapping[int, Reference], objective: Objective, *, tokens_per_forward: int, impl: str = "auto"
-    ) -> None:
-        self.references, self.objective = dict(references), objective
+    def __init__(self, references: Mapping[int, Reference], *, tokens_per_forward: int, impl: str = "auto") -> None:
+        self.references = dict(references)
         self.tokens_per_forward, self.impl = tokens_per_forward, impl
         self._most_forwards = 1
 
     @torch.no_grad()
     def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int]) -> Tensor:
         """Raw log-probs [len(which), P, 2] float32 of this rank's P >= 0 examples, in their order, by the references ``which``."""
+        with self._scorable(examples, which) as (references, places_P):
+            logps_K = [
+                sequence_logps(
+                    *(r.hidden_TD, r.head.weight, r.labels_T, r.cu_seqlens),
+                    bias=r.head.bias,
+                    softcap=r.head.softcap,
+                    logit_scale=r.head.logit_scale,
+                    impl=self.impl,
+                )
+                for r in references
+            ]
+        return torch.stack(logps_K).view(len(which), -1, 2)[:, places_P]
+
+    @torch.no_grad()
+    def combined(
+        self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int], objective: Objective
+    ) -> CombinedReferences:
+        """The virtual reference of these examples in one call, by ``which``, all of a run's references. Else as :meth:`score`."""
+        with self._scorable(examples, which) as (references, places_P):
+            combined = virtual_reference(
+                [r.hidden_TD for r in references],
+                [r.head.weight for r in references],
+                [r.labels_T for r in references],
+                [r.cu_seqlens for r in references],
+                bias=[r.head.bias for r in references],
+                softcap=[r.head.softcap for r in references],
+                logit_scale=[r.head.logit_scale for r in references],
+                **objective.modes,
+                impl=self.impl,
+            )
+        return combined[places_P]
+
+    @contextmanager
+    def _scorable(
+        self, examples: Sequence[PairExample], which: Sequence[int]
+    ) -> Iterator[tuple[list[_Scorable], Tensor]]:
+        """Of each reference what its head takes, all heads gathered; and each example's place in them."""
         references = [self.references[k] for k in which]
         # One order for all references, so that pair p is the same pair in each; longest first, so that neighbours pad little. Of
         # all texts, not of those read by ``which``: a resumed run may find one reference's scores in the cache and not another's,
@@ -92,23 +138,16 @@ class SpreadScorer:
                 references, batches_K, self._forwards(references, batches_K), strict=True
             )
         ]
+        places_P = torch.tensor(order, device=hidden_K[0].device, dtype=torch.long).argsort()
         with ExitStack() as gathered:
             heads = [gathered.enter_context(r.model.gathered_head()) for r in references]
-            combined = virtual_reference(
-                hidden_K,
-                [head.weight for head in heads],
-                [_joined_labels(b, h) for b, h in zip(batches_K, hidden_K, strict=True)],
-                [_joined_seqlens(b, h) for b, h in zip(batches_K, hidden_K, strict=True)],
-                bias=[head.bias for head in heads],
-                softcap=[head.softcap for head in heads],
-                logit_scale=[head.logit_scale for head in heads],
-                epsilon_max=self.objective.epsilon_max,
-                clip=self.objective.clip,
-                ref_weights="uniform",  # only the log-probs count here: some references may come from the cache
-                aggregate=self.objective.aggregate,
-                impl=self.impl,
+            yield (
+                [
+                    _Scorable(hidden_TD, head, _joined_labels(batches, hidden_TD), _joined_seqlens(batches, hidden_TD))
+                    for hidden_TD, head, batches in zip(hidden_K, heads, batches_K, strict=True)
+                ],
+                places_P,
             )
-        return combined.ref_logps_KP2[:, torch.tensor(order, device=hidden_K[0].device, dtype=torch.long).argsort()]
 
     def _forwards(self, references: Sequence[Reference], batches_K: Sequence[list[PairBatch]]) -> list[int]:
         """Forwards per reference that the busiest rank of the group needs; all ranks run that many."""
@@ -132,10 +171,16 @@ class PartitionScorer:
     """
 
     def __init__(
-        self, held: Mapping[int, Reference], placement: Placement, device: torch.device, *, tokens_per_forward: int
+        self,
+        held: Mapping[int, Reference],
+        placement: Placement,
+        device: torch.device,
+        *,
+        tokens_per_forward: int,
+        impl: str = "auto",
     ) -> None:
         self.references, self.placement, self.device = dict(held), placement, device
-        self.tokens_per_forward = tokens_per_forward
+        self.tokens_per_forward, self.impl = tokens_per_forward, impl
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
     @torch.no_grad()
@@ -156,6 +201,12 @@ class PartitionScorer:
         if dist.is_initialized():
             dist.all_reduce(scores_KU2)  # one rank wrote each entry, the others add zeros: exact
         return scores_KU2[:, np.searchsorted(rows, own)]
+
+    def combined(
+        self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int], objective: Objective
+    ) -> CombinedReferences:
+        """As :meth:`SpreadScorer.combined`, from log-probs."""
+        return combine(self.score(examples, pairs, which), objective, self.impl)
 
     def _everybodys_rows(self, own: np.ndarray) -> np.ndarray:
         """Row numbers of all ranks' examples, each once, ascending. Ranks may have different numbers of examples."""

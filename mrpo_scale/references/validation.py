@@ -70,7 +70,7 @@ def _right(args: MRPOConfig, scores: ReferenceScores, pairs: PairDataset) -> Ten
     right_K = torch.zeros(len(scores.names), device=args.device)
     for start in range(size * args.process_index, len(indices), size * args.world_size):
         examples = [rows[index] for index in indices[start : start + size]]
-        ref_logps_KP2 = scores.score(examples, pairs)
+        ref_logps_KP2 = scores.logps(examples, pairs)
         weight_P = torch.tensor([example.weight for example in examples], device=args.device)
         right_K += ((ref_logps_KP2[..., 0] > ref_logps_KP2[..., 1]) * weight_P).sum(1)
     scores.flush()

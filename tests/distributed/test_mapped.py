@@ -41,7 +41,7 @@ def hold(folders, output_dir, **keys):
         found.append((model.group_size, model.mapped, files))
     pairs = pair_sets["train"]
     examples = [WeightedPairs(pairs)[row] for row in range(dist.get_rank(), 8, 2)]
-    return found, scores.score(examples, pairs)
+    return found, scores.logps(examples, pairs)
 
 
 def files_of(folders):

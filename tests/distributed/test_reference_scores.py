@@ -11,6 +11,7 @@ from deepspeed import comm as deepspeed_comm
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.inputs import prepare_sets
 from mrpo_scale.models import plan_models
+from mrpo_scale.objective import Objective
 from mrpo_scale.recipe import resource
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.window import WeightedPairs
@@ -65,11 +66,11 @@ def score_rows(folders, output_dir, **keys):
     batches = [examples[:half], examples[half:]] if rank < world_size - 1 or world_size == 1 else [examples, []]
     found = {}
     for batch in batches:
-        values = scores.score(batch, pairs)
+        values = scores.score(batch, pairs, Objective()).ref_logps_KP2
         assert values.shape == (3, len(batch), 2)
         found |= {example.row: values[:, i].tolist() for i, example in enumerate(batch)}
     scores.flush(refresh=True)
-    again = torch.cat([scores.score(batch, pairs) for batch in batches], dim=1)
+    again = torch.cat([scores.logps(batch, pairs) for batch in batches], dim=1)
     expected = torch.tensor([found[e.row] for batch in batches for e in batch]).transpose(0, 1)
     if "ref_cache_dir" in keys:
         assert torch.equal(again, expected), "what was read is not, bit for bit, what was scored"

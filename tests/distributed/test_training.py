@@ -1,6 +1,7 @@
 """Training over ranks: the same steps whatever the split, every row once, and a loss that is not finite stops everyone."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import PrinterCallback
 from mrpo_scale.config import MRPOConfig
 from mrpo_scale.errors import TrainingError
 from mrpo_scale.held_out import HeldOutScores
+from mrpo_scale.objective import combine
 from mrpo_scale.recipe import resource
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.trainer import MRPOTrainer
@@ -37,9 +39,11 @@ class Recorder(MRPOTrainer):
         for i, (row, weight) in enumerate(zip(inputs.rows, inputs.weight_P.tolist(), strict=True)):
             if weight:
                 self.rows.append((self.state.global_step, row))
-                self.seen[row] = inputs.ref_logps_KP2[:, i]
+                self.seen[row] = inputs.references.ref_logps_KP2[:, i].clone()
                 if row == self.poison:
-                    inputs.ref_logps_KP2[0, i, 0] = torch.nan
+                    inputs.references.ref_logps_KP2[0, i, 0] = torch.nan
+                    references = combine(inputs.references.ref_logps_KP2, self.preference_objective)
+                    inputs = replace(inputs, references=references)
         return super().compute_loss(model, inputs, **kwargs)
 
 
@@ -165,7 +169,6 @@ def test_a_poisoned_row_is_named_in_one_process(folders, tmp_path):
 
 def pair_scoring_in_unequal_batches(folders):
     """Scoring when ranks need different numbers of forwards: rank 1 has one short pair, rank 0 several long ones."""
-    from mrpo_scale.objective import Objective
     from mrpo_scale.pair_batch import collate_pairs
     from mrpo_scale.references.scoring import Reference, SpreadScorer
     from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
@@ -180,11 +183,11 @@ def pair_scoring_in_unequal_batches(folders):
     pairs = [PairTokens([9] * a, [10] * b, [11] * c) for a, b, c in lengths]
     examples = [PairExample(i, 1.0, (pair,)) for i, pair in enumerate(pairs)]
     before = model.gathers
-    references, objective = {0: Reference("anchor", model, 0, 0)}, Objective()
-    many = SpreadScorer(references, objective, tokens_per_forward=20)
+    references = {0: Reference("anchor", model, 0, 0)}
+    many = SpreadScorer(references, tokens_per_forward=20)
     scores_KP2 = many.score(examples, None, [0])
     forwards = model.gathers - before
-    one = SpreadScorer(references, objective, tokens_per_forward=10**6)
+    one = SpreadScorer(references, tokens_per_forward=10**6)
     before = model.gathers
     together_KP2 = one.score(examples, None, [0])
     assert model.gathers - before == 1, "a window is one forward, so one gather, unless memory asks for more"
@@ -223,14 +226,15 @@ def live_step_of_three(folders, shard_size):
         PairExample(i, 1.0, tuple(PairTokens([9 + v] * a, [10] * (b + v), [11] * (c + 2 * v)) for v in range(3)))
         for i, (a, b, c) in enumerate(lengths)
     ]
-    scorer = scoring.SpreadScorer(dict(enumerate(references)), Objective(), tokens_per_forward=10**6)
+    scorer = scoring.SpreadScorer(dict(enumerate(references)), tokens_per_forward=10**6)
     scoring.virtual_reference = counted
     try:
         before = [r.model.gathers for r in references]
-        scores_KP2 = scorer.score(examples, None, [0, 1, 2])
+        scores_KP2 = scorer.combined(examples, None, [0, 1, 2], Objective()).ref_logps_KP2
         gathers = [r.model.gathers - b for r, b in zip(references, before, strict=True)]
     finally:
         scoring.virtual_reference = fused
+    assert torch.equal(scorer.score(examples, None, [0, 1, 2]), scores_KP2), "scores alone have the same bits"
     alone = [
         r.model.score(collate_pairs([e.tokens[r.view] for e in examples], shared_prompt=r.model.shared_prompt))
         for r in references

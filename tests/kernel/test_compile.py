@@ -26,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton.language as tl  # noqa: E402
 from mrpo_kernels import finish, partials  # noqa: E402
 from mrpo_kernels.backend import MAX_REFERENCES  # noqa: E402
-from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTS  # noqa: E402
+from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTINGS  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -106,7 +106,7 @@ def launch_finish():
     scored = [partials.vocabulary_partials([head(aligned=aligned)]) for aligned in (True, False)]
     for one in scored:
         finish.response_logps(one, 2)
-    modes = list(itertools.product(CLIPS, WEIGHTS, AGGREGATES))
+    modes = list(itertools.product(CLIPS, (*WEIGHTINGS, [1.0] * 3), (*AGGREGATES, 0.5, 2)))
     sizes = itertools.product((1, 2, 3, 16, MAX_REFERENCES), (1, 3, 16))
     cases = [(3, 2, *mode) for mode in modes] + [(*size, *modes[0]) for size in sizes]
     for given, (num_refs, num_pairs, *mode) in itertools.product((*scored, None), cases):

@@ -7,10 +7,12 @@ programs: every size below crosses each of them, and the finishing kernel's 32 t
 import dataclasses
 import functools
 import importlib
+import math
 
 import pytest
 import torch
 from mrpo_kernels import combine_logps, combine_references, finish, partials, sequence_logps, virtual_reference
+from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTINGS, aggregate_logps
 
 from tests.kernel.oracle import OPTIONS, assert_no_worse_than_plain, doubled, plain_logps, with_gradients
 
@@ -130,7 +132,8 @@ def references(count=3, dtype=torch.float32, same=False):
 
 
 def assert_same(got, expected, rtol=0.0, atol=0.0):
-    for name, mine, theirs in zip(got._fields, got, expected, strict=True):
+    for name, mine in vars(got).items():
+        theirs = getattr(expected, name)
         torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -146,9 +149,9 @@ def test_virtual_reference_against_float64(dtype):
         exact_KS.append(plain_logps(*doubled(tensors), y, cu, **transform))
     exact, eager = (torch.stack(rows).view(3, 2, 2) for rows in (exact_KS, plain_KS))
     combined = (raw_KP2.float() if raw_KP2.dtype != torch.float64 else raw_KP2 for raw_KP2 in (eager, exact))
-    eager_all, exact_all = ((raw, *combine_references(raw, **MODES)) for raw in combined)
-    for name, mine, torchs, x in zip(got._fields, got, eager_all, exact_all, strict=True):
-        assert_no_worse_than_plain(mine, torchs, x, dtype, name)
+    eager_all, exact_all = (vars(combine_references(raw, **MODES)) for raw in combined)
+    for name, mine in vars(got).items():
+        assert_no_worse_than_plain(mine, eager_all[name], exact_all[name], dtype, name)
 
 
 def test_virtual_reference_is_the_per_reference_path():
@@ -165,9 +168,9 @@ def test_virtual_reference_is_the_per_reference_path():
     assert_same(got, virtual_reference(*arguments, **options, **MODES, impl="triton"))
 
 
-@pytest.mark.parametrize("aggregate", ["harmonic", "geometric", "arithmetic", "min"])
-@pytest.mark.parametrize("ref_weights", ["confidence", "uniform", "fixed"])
-@pytest.mark.parametrize("clip", ["adaptive", "fixed", "none"])
+@pytest.mark.parametrize("aggregate", [*AGGREGATES, 0.5])
+@pytest.mark.parametrize("ref_weights", [*WEIGHTINGS, "fixed"])
+@pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_the_finishing_arithmetic(count, clip, ref_weights, aggregate):
     """Against combine_references in float64: long responses, equal gaps, zeros everywhere, a fixed weight of zero."""
@@ -185,7 +188,8 @@ def test_the_finishing_arithmetic(count, clip, ref_weights, aggregate):
     raw = raw_KP2.float()
     got = combine_logps(raw.to(DEVICE), **modes, impl="triton")
     exact, eager = combine_references(raw.double(), **modes), combine_references(raw, **modes)
-    for name, mine, torchs, x in zip(exact._fields, got[1:], eager, exact, strict=True):
+    for name, mine in vars(got).items():
+        torchs, x = getattr(eager, name), getattr(exact, name)
         finite = x.isfinite()
         assert torch.equal(mine.cpu().isfinite(), finite), name
         assert_no_worse_than_plain(
@@ -193,7 +197,31 @@ def test_the_finishing_arithmetic(count, clip, ref_weights, aggregate):
         ) if finite.any() else None
 
 
-@pytest.mark.parametrize("aggregate", ["harmonic", "geometric", "arithmetic", "min"])
+@pytest.mark.parametrize("p", [-100, -3, -1, 0, 0.5, *(-((-10.0) ** -n) for n in range(1, 13, 2)), 1e-4, 1e-6])
+def test_the_mean_is_within_one_rounding_of_float64(p):
+    """Over clusters of log-probs and log-probs far apart, on both sides of the kernel's switch between two formulas."""
+    generator = torch.Generator().manual_seed(0)
+    apart_P = 10.0 ** torch.linspace(-3, 3, 16)[:, None]
+    raw_KP2 = -1000 - apart_P * torch.rand(5, 16, 2, generator=generator)
+    modes = MODES | {"clip": "none", "aggregate": p}
+    got = combine_logps(raw_KP2.to(DEVICE), **modes, impl="triton")
+    weights_KP, exact = got.weights_KP.cpu(), aggregate_logps(raw_KP2.double(), got.weights_KP.cpu().double(), p)
+    assert (weights_KP > 0).all()
+    torch.testing.assert_close(got.virtual_logps_P2.cpu().double(), exact, rtol=1.5 * 2**-24, atol=0)
+
+
+@pytest.mark.parametrize("aggregate", [*AGGREGATES, 0.5])
+@pytest.mark.parametrize("ref_weights", [[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]])
+def test_a_probability_of_zero(aggregate, ref_weights):
+    """-inf, with and without weight, is what it is in torch: never NaN."""
+    raw_KP2 = torch.tensor([[[-5.0, -3.0]], [[-4.0, -2.0]], [[-math.inf, -1.0]]], device=DEVICE)
+    modes = MODES | {"clip": "none", "ref_weights": ref_weights, "aggregate": aggregate}
+    got, expected = (combine_logps(raw_KP2, **modes, impl=impl).virtual_logps_P2 for impl in ("triton", "torch"))
+    assert not expected.isnan().any()
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("aggregate", [*AGGREGATES, 0.5, 1e-8])
 def test_a_reference_that_scored_nan_is_not_clipped_to_a_number(aggregate):
     raw_KP2 = torch.full((3, 2, 2), -5.0, device=DEVICE)
     raw_KP2[2, 1, 0] = torch.nan
@@ -220,7 +248,8 @@ def test_nothing_but_masked_tokens():
 
     assert_same(scored(3, "triton"), scored(3, "torch"), rtol=1e-7, atol=1e-7)
     for impl in ("triton", "torch"):
-        assert [tuple(x.shape) for x in scored(0, impl)] == [(3, 0, 2), (0, 2), (3, 0), (0, 2), (3, 0, 2)]
+        shapes = [tuple(x.shape) for x in vars(scored(0, impl)).values()]
+        assert shapes == [(3, 0, 2), (0, 2), (3, 0), (0, 2), (3, 0, 2)]
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
@@ -250,7 +279,7 @@ def test_references_are_constants():
     arguments, options = references()
     arguments[1][0].requires_grad_()
     got = virtual_reference(*arguments, **options, **MODES, impl="triton")
-    assert not any(tensor.requires_grad for tensor in got)
+    assert not any(tensor.requires_grad for tensor in vars(got).values())
 
 
 def test_backward_recomputes_from_the_kernels_logsumexp():

@@ -135,6 +135,28 @@ def test_an_empty_key_means_none_where_none_means_something(recipe):
 
 
 @pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("min", "min"),
+        ("-1", "harmonic"),
+        ("1.0", "arithmetic"),
+        ("0.5", 0.5),
+        ("-2", -2.0),
+        ("-1e-3", -1e-3),
+        (".inf", "max"),
+    ],
+)
+def test_a_mean_by_name_or_exponent(recipe, typed, expected):
+    """From YAML, the command line and Python; whichever way, a run's description has one word for it."""
+    from_yaml = parse(["--config", recipe(f"aggregate: {typed}\n")])[1]
+    from_line = parse(["--config", recipe("aggregate: max\n"), f"--aggregate={yaml.safe_load(typed)}"])[1]
+    from_python = MRPOConfig(aggregate=yaml.safe_load(typed), use_cpu=True)
+    for config in (from_yaml, from_line, from_python):
+        assert config.build_objective().aggregate == expected
+        assert config.aggregate == str(expected)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("betta: 0.1", ["unknown key `betta`", "did you mean `beta`"]),
@@ -145,6 +167,9 @@ def test_an_empty_key_means_none_where_none_means_something(recipe):
         ("ref_weights: [0.5, 0.4]", ["ref_weights", "0.9", "summing to 1"]),
         ("ref_weights: [half, half]", ["ref_weights", "half"]),
         ("objective: ppo", ["objective", "ppo", "multi_dpo"]),
+        ("aggregate: median", ["`aggregate: median`", "harmonic", "exponent"]),
+        ("aggregate: .nan", ["`aggregate: nan`", "harmonic", "exponent"]),
+        ("clip: hard", ["`clip: hard`", "adaptive", "none"]),
         ("loss_type: [sigmoid, ipo]", ["loss_type", "one outer loss"]),
         ("use_peft: true", ["use_peft", "all weights"]),
         ("beta: 0.1\nbeta: 0.2", ["`beta`", "twice"]),

@@ -1,8 +1,11 @@
 """MRPOTrainer from Python, in one process: the call of the README, the anchor, plain DPO, saving, resuming."""
 
+import importlib
 import json
 import math
 import shutil
+import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +105,55 @@ def test_both_ways_through_the_head_are_one_run(folders, tmp_path, keys):
         logs.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
     for got, expected in zip(*logs, strict=True):
         assert got == pytest.approx(expected, rel=1e-4)
+
+
+def counted(monkeypatch, module, *names):
+    """{name: calls} of functions of a module, wherever they were imported; they run as ever."""
+    calls = Counter()
+
+    def counting(name, function):
+        def count(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return count
+
+    for name in names:
+        function = getattr(importlib.import_module(module), name)
+        for user in list(sys.modules.values()):
+            if vars(user).get(name) is function:
+                monkeypatch.setattr(user, name, counting(name, function))
+    return calls
+
+
+@pytest.mark.parametrize(("head_backward", "objective"), [("in_forward", "mrpo"), ("recompute", "multi_dpo")])
+def test_a_step_forms_the_virtual_reference_once(folders, tmp_path, monkeypatch, head_backward, objective):
+    """K=3 over 2 micro-batches and several chunks of the head: by the fused call where all references are live, from log-probs
+    where all or some come from the cache. Held-out pairs once and for all. Whichever way, the losses are the same bits."""
+    # A chunk of some 20 tokens, where a micro-batch of 4 pairs has about 80.
+    one_pass = importlib.import_module("mrpo_kernels.linear_preference_loss")
+    monkeypatch.setitem(one_pass._CHUNK_BYTES, "cpu", 4 * 300 * 20)
+    aggregated = counted(monkeypatch, "mrpo_kernels.virtual_reference", "aggregate_logps")
+    entered = counted(monkeypatch, "mrpo_kernels.fused_reference", "virtual_reference", "combine_logps")
+    held_to = counted(monkeypatch, "mrpo_scale.objective", "loss_against")
+    keys = {"gradient_accumulation_steps": 2, "max_steps": 3, "head_backward": head_backward, "objective": objective}
+    cache = {"ref_cache_dir": str(tmp_path / "cache")}
+    rows, others = (pair_dataset(24), pair_dataset(5, 1)), [folders["qwen2"], folders["gpt_neox"]]
+    MRPOTrainer(folders["llama"], others[:1], config(tmp_path, ref_scoring="precompute", **cache), *rows)  # K=2
+    ways = {"live": {}, "mixed": cache, "cached": {**cache, "ref_scoring": "precompute"}}
+    logs = {}
+    for way, options in ways.items():
+        trainer = MRPOTrainer(folders["llama"], others, config(tmp_path, **keys, **options), *rows)
+        assert trainer.scores.live == {"live": [0, 1, 2], "mixed": [2], "cached": []}[way]
+        for counter in (aggregated, entered, held_to):
+            counter.clear()
+        trainer.train()
+        once = {"virtual_reference" if way == "live" else "combine_logps": 3}
+        assert (aggregated, entered) == ({"aggregate_logps": 3}, once), way
+        assert held_to["loss_against"] == 6 if head_backward == "recompute" else held_to["loss_against"] > 20
+        assert [trainer.evaluate()["eval_loss"] for _ in range(2)] and aggregated["aggregate_logps"] == 4
+        logs[way] = losses(trainer)
+    assert logs["live"] == logs["mixed"] == logs["cached"]
 
 
 def test_a_foreign_anchor(folders, tmp_path):

@@ -1,6 +1,7 @@
 """Windows: every row once, fillers of weight 0, the same pairs per step whatever the split, batches by length."""
 
 import torch
+from mrpo_kernels import CombinedReferences
 from torch.utils.data import BatchSampler
 
 from mrpo_scale.tokenization import PairTokens
@@ -57,10 +58,14 @@ def test_a_window_is_the_same_pairs_whatever_the_split():
 def test_micro_batches_hold_pairs_of_similar_length_with_their_own_scores():
     rows = [5, 0, 9, 1, 8, 4]
     examples = [PairExample(row, float(row != 9), Rows(10).tokens(row)) for row in rows]
-    scores_KP2 = torch.tensor(rows, dtype=torch.float32)[None, :, None].expand(3, -1, 2)
-    batches = policy_batches(examples, scores_KP2, 3, shared_prompt=True, pad_token_id=0)
+    row_P = torch.tensor(rows, dtype=torch.float32)
+    row_P2, row_KP, row_KP2 = row_P[:, None].expand(-1, 2), row_P.expand(3, -1), row_P[None, :, None].expand(3, -1, 2)
+    references = CombinedReferences(row_KP2, row_P2, row_KP, row_P2, row_KP2)
+    batches = policy_batches(examples, references, 3, shared_prompt=True, pad_token_id=0)
     assert [batch.rows for batch in batches] == [(8, 9), (5, 4), (1, 0)]
     for batch in batches:
-        assert torch.equal(batch.ref_logps_KP2, torch.tensor(batch.rows).float()[None, :, None].expand(3, -1, 2))
+        for values in vars(batch.references).values():
+            own_P2 = values.movedim(1, 0) if len(values) == 3 else values
+            assert own_P2.flatten(1).tolist() == [[float(row)] * own_P2[0].numel() for row in batch.rows]
         assert batch.weight_P.tolist() == [float(row != 9) for row in batch.rows]
         assert batch.pairs.num_pairs == 2

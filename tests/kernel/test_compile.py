@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter's process cannot compile", allow_module_level=True)
+from tests.tools import require_module
+
+triton = require_module("triton", "pip install triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's process cannot compile"
+)
 
 import triton.language as tl  # noqa: E402
 from mrpo_kernels import finish, partials  # noqa: E402

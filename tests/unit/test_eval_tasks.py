@@ -16,8 +16,9 @@ from mrpo_scale.errors import ConfigError
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.tasks import find_tasks
 from tests.tiny import WORDS, pair_rows, write_models
+from tests.tools import require_module
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'mrpo-scale[eval]'")
+require_module("lm_eval", "pip install 'mrpo-scale[eval]'")
 
 ROOT = Path(__file__).parents[2]
 TASK = """task: local_choice

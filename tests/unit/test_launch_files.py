@@ -1,7 +1,6 @@
 """Launch files: shells, YAML and schemas hold, and the batch scripts do what they say around a stand-in for the cluster."""
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -10,6 +9,8 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+
+from tests.tools import require_tool
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 BATCH = sorted(LAUNCH.glob("slurm/*.sbatch"))
@@ -20,9 +21,7 @@ CONTAINER = POD["containers"][0]
 
 
 def shellcheck(path):
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed (Debian: apt-get install shellcheck)")
-    found = subprocess.run(["shellcheck", "--shell=bash", path], capture_output=True, text=True)
+    found = subprocess.run([require_tool("shellcheck"), "--shell=bash", path], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 

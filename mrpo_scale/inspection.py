@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mrpo_kernels import combine_references
+from mrpo_kernels import CombinedReferences, combine_references
 from torch import Tensor
 
 from mrpo_scale.errors import ConfigError
@@ -193,7 +193,7 @@ def _or_dash(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def _combine(logps_KP2: Tensor, objective: Objective):
+def _combine(logps_KP2: Tensor, objective: Objective) -> CombinedReferences:
     return combine_references(
         logps_KP2,
         epsilon_max=objective.epsilon_max,

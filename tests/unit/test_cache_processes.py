@@ -19,6 +19,8 @@ from mrpo_scale.references.cache import PartWriter, list_cache
 from tests.scored_rows import IDENTITY, assert_holds, new_store, opened, rows
 from tests.tools import lacking
 
+pytestmark = pytest.mark.processes
+
 ROOT = str(Path(__file__).parents[2])
 
 # Writes parts of `rows` rows from row `start` on, and says after each which rows are on the disk.

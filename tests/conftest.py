@@ -28,7 +28,7 @@ def _note(event: str, args: tuple[Any, ...]) -> None:
     """Audit hook: note a process that this repository's code starts. Libraries run programs of their own
     (matplotlib `fc-list`, when it first looks for fonts), which says nothing of the test; a fork is always somebody's worker.
     """
-    if _started is None or os.getpid() != _pid or event not in ("os.fork", "subprocess.Popen"):
+    if event not in ("os.fork", "subprocess.Popen") or _started is None or os.getpid() != _pid:
         return
     frame = sys._getframe(1)
     while frame.f_back and frame.f_code.co_filename.startswith(("<", STANDARD_LIBRARY)):

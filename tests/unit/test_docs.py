@@ -27,6 +27,7 @@ def test_links_lead_somewhere(page):
 
 def test_decisions_are_numbered_once_and_without_gaps():
     numbers = re.findall(r"^- \*\*(\d+)\. ", (ROOT / "docs" / "decisions.md").read_text(), re.MULTILINE)
+    assert len(numbers) >= 64
     assert sorted(map(int, numbers)) == list(range(1, len(numbers) + 1))
 
 

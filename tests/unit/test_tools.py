@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,15 @@ def test_no_test_looks_for_tools_by_itself():
         calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
         found = {"shutil.which", "pytest.importorskip", "pytest.skip"} & calls
         assert not found, f"{path.name} calls {found}: use tests/tools.py"
+
+
+@pytest.mark.xfail(
+    strict=True, raises=pytest.fail.Exception, reason="it shall fail: it starts a process without the mark"
+)
+def test_a_process_without_the_mark_is_noticed():
+    subprocess.run(["true"], check=True)
+
+
+@pytest.mark.processes
+def test_a_process_with_the_mark_is_not():
+    subprocess.run(["true"], check=True)

@@ -17,7 +17,7 @@ install: .venv/installed
 quickstart: install
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu_zero3.yaml launch/train.py --config quickstart
 
-# Before each commit: linters, types, and the tests that start no process. CHECK_WORKERS=1 shows them in order, in one process.
+# Before each commit: linters, types, and the tests that start no process. CHECK_WORKERS=0 runs them in order, in one process.
 check: lint
 	$(BIN)/python -m pytest -q -m "not processes and not slow" --numprocesses $${CHECK_WORKERS:-2} --dist worksteal
 

@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 # compile over each other, and a lock that a killed build left behind makes every later start wait for ever.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
-.PHONY: install quickstart test chaos lint format clean
+.PHONY: install quickstart check test chaos lint format clean
 
 install: .venv/installed
 
@@ -16,6 +16,10 @@ install: .venv/installed
 
 quickstart: install
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu_zero3.yaml launch/train.py --config quickstart
+
+# Before each commit: linters, types, and the tests that start no process. CHECK_WORKERS=0 runs them in order, in one process.
+check: lint
+	$(BIN)/python -m pytest -q -m "not processes and not slow" --numprocesses $${CHECK_WORKERS:-2} --dist worksteal
 
 test: install
 	$(BIN)/python -m pytest

@@ -13,16 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from tests.tools import find_tool, require_tool
 
 
 def without_network() -> list[str]:
     """Words that start a command in a network namespace of its own, where not even loopback is up; [] where that is forbidden."""
     for words in (["unshare", "-n"], ["unshare", "-rn"]):
-        if (
-            shutil.which("unshare")
-            and subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0
-        ):
+        if find_tool("unshare") and subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0:
             return words
     return []
 
@@ -33,7 +30,7 @@ class Browser:
     """
 
     def __init__(self) -> None:
-        assert CHROMIUM is not None
+        chromium = require_tool("chromium", "chromium-browser", "google-chrome")
         self._profile = tempfile.TemporaryDirectory(prefix="mrpo-chromium-")
         here, there = os.pipe(), os.pipe()  # we write here[1], it reads here[0]; it writes there[1], we read there[0]
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
@@ -42,7 +39,7 @@ class Browser:
         shell = f'exec "$@" 3<&{here[0]} 4>&{there[1]}'
         self._log = open(Path(self._profile.name) / "log", "wb")  # noqa: SIM115 (closed with the browser)
         self._process = subprocess.Popen(
-            [*without_network(), "bash", "-c", shell, "bash", CHROMIUM, *flags],
+            [*without_network(), "bash", "-c", shell, "bash", chromium, *flags],
             pass_fds=[here[0], there[1]],
             stdout=self._log,
             stderr=self._log,

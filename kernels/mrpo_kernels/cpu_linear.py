@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def fast_product(a_MI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Te
 if has_fast_products():
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
+    def _flops(a_shape: Any, b_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         """For whoever counts with ``FlopCounterMode``: torch knows the operator, but not its work."""
         return 2 * math.prod(a_shape) * b_shape[0]
 
@@ -79,13 +80,13 @@ class CpuLinear(nn.Linear):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight_OI, bias_O):
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
         return _product(x.flatten(0, -2), weight_OI, bias_O).view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI = ctx.saved_tensors
         d_y_MO, x_MI = d_y.flatten(0, -2), x.flatten(0, -2)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad

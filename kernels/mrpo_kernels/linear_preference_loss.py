@@ -16,7 +16,7 @@ T tokens, D hidden, V vocabulary, P pairs; responses 2p and 2p + 1 are pair p's 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,17 @@ def linear_preference_loss(
 
 class _LinearPreferenceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, loss_of_pairs, transform, wants_gradients):
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_T: Tensor,
+        cu_seqlens: Tensor,
+        loss_of_pairs: LossOfPairs,
+        transform: tuple[float | None, float],
+        wants_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
         needs = [wants_gradients and need for need in ctx.needs_input_grad[:3]]
         dtype = accumulation_dtype(hidden_TD.dtype)
         batch = _Batch(hidden_TD, OutputHead(weight_VD, bias_V, *transform), labels_T, cu_seqlens, loss_of_pairs)
@@ -109,7 +119,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         return loss, policy_logps_P2
 
     @staticmethod
-    def backward(ctx, d_loss, _):
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         totals, ctx.totals = ctx.totals, None
         if totals is None:
             raise RuntimeError("linear_preference_loss gives its gradients away in backward; it cannot run twice")

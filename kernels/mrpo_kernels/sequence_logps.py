@@ -18,6 +18,8 @@ T tokens, D hidden, V vocabulary, S responses. Token t belongs to response s whe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -115,7 +117,17 @@ def _triton_forward(
 
 class _SequenceLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap, scale, use_triton):
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_T: Tensor,
+        cu_seqlens: Tensor,
+        softcap: float | None,
+        scale: float,
+        use_triton: bool,
+    ) -> Tensor:
         forward = _triton_forward if use_triton else _torch_forward
         with torch.autocast(hidden_TD.device.type, enabled=False):  # it would round products whose dtype is chosen here
             logps_S, max_T, log_sum_T = forward(hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, softcap, scale)
@@ -125,7 +137,7 @@ class _SequenceLogps(torch.autograd.Function):
         return logps_S
 
     @staticmethod
-    def backward(ctx, d_logps_S):
+    def backward(ctx: Any, d_logps_S: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, bias_V, labels_T, cu_seqlens, max_T, log_sum_T = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # The output's size is given because otherwise a host would wait for the device to tell it.

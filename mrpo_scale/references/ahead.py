@@ -28,7 +28,7 @@ from mrpo_scale.references.cache import PartWriter, ReferenceStore
 from mrpo_scale.references.mapped import ranks_that_share
 from mrpo_scale.references.placement import process_groups, spread
 from mrpo_scale.references.scoring import Reference, load_reference, score_in_step
-from mrpo_scale.tokenization import PairDataset
+from mrpo_scale.tokenization import PairDataset, PairTokens
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class _Rows:
         starts = np.flatnonzero(np.diff(ends // max(tokens, 1), prepend=-1))
         return np.split(np.arange(len(ends)), starts[1:])
 
-    def tokens(self, i: int):
+    def tokens(self, i: int) -> PairTokens:
         return self.pairs[self.set_N[i]].tokens(int(self.row_N[i]))[self.view]
 
     def token_counts(self, chosen: np.ndarray) -> np.ndarray:

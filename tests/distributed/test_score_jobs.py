@@ -24,6 +24,7 @@ from mrpo_scale.references.cache import ReferenceStore, list_cache
 from mrpo_scale.references.identity import ReferenceIdentity
 from tests.distributed.jobs import ROOT, Job
 from tests.tiny import pair_rows, write_models
+from tests.tools import lacking
 
 ROWS = 40
 NAMES = ["anchor", "qwen2", "gpt_neox"]
@@ -129,7 +130,7 @@ def opened_files(*folders):
     libc = ctypes.CDLL(None, use_errno=True)
     watch = libc.inotify_init1(os.O_NONBLOCK)
     if watch < 0:
-        pytest.skip("this kernel has no inotify")
+        lacking("this kernel has no inotify")
     in_open, names = 0x20, {}
     for folder in folders:
         descriptor = libc.inotify_add_watch(watch, os.fsencode(folder), in_open)
@@ -181,7 +182,7 @@ def mounted(folder, options, source="tmpfs"):
     folder.mkdir(exist_ok=True)
     done = subprocess.run(["mount", *options, source, folder], capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+        lacking(f"a file system cannot be mounted here: {done.stderr.strip()}")
     try:
         yield folder
     finally:

@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter's process cannot compile", allow_module_level=True)
+from tests.tools import require_module
+
+triton = require_module("triton", "pip install triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's process cannot compile"
+)
 
 import triton.language as tl  # noqa: E402
 from mrpo_kernels import finish, partials  # noqa: E402
@@ -156,6 +159,7 @@ def usage(kernel, folder):
     return registers, stack + local
 
 
+@pytest.mark.processes
 def test_no_variant_spills(tmp_path, capsys):
     variants = [(sm, variant) for sm in ARCHITECTURES for variant in launched(sm, launch_all)]
 
@@ -185,6 +189,7 @@ def test_every_tile_is_compiled():
     assert {sm // 10 for sm in ARCHITECTURES} == partials.TILES.keys()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("architecture", [90, 100])
 def test_tiles_loaded_by_descriptors_do_not_spill(architecture, tmp_path, monkeypatch):
     """No shipped tile takes the option yet; with bias or softcap it spills, so a tile that does needs another shape there."""

@@ -101,8 +101,6 @@ class TwoHosts:
 
 def why_not() -> str | None:
     """The reason why this machine cannot pretend to be two; None where it can."""
-    if not shutil.which("ip"):
-        return "iproute2 is not installed (Debian: apt-get install iproute2)"
     if os.geteuid() != 0:
         return "network namespaces need root"
     try:

@@ -13,6 +13,7 @@ from mrpo_scale.checkpoints import MARKER
 from tests.distributed.jobs import ENV, Job
 from tests.multihost.hosts import ROOT, two_hosts, wait_until, why_not
 from tests.tiny import pair_rows, write_models
+from tests.tools import lacking, require_tool
 
 STEPS, SAVE_STEPS = 24, 4
 START, END = 400.0, 200.0  # seconds, on a busy machine
@@ -26,8 +27,9 @@ LAUNCHED = {  # what `accelerate launch` makes of launch/accelerate/cpu_zero3.ya
 
 @pytest.fixture(scope="module", autouse=True)
 def namespaces():
+    require_tool("ip")
     if reason := why_not():
-        pytest.skip(reason)
+        lacking(reason)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import pickle
 
+import pytest
+
 from mrpo_scale.cli import run_command
 
 SECRETS = {
@@ -22,6 +24,7 @@ def test_the_sentinel_would_be_found():
     assert leaks(pickle.dumps({"hub_token": TOKEN})) and leaks(f"x{TOKEN}")
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on(place, monkeypatch, capsys):
     """Checkpoints, evaluation, a dashboard, a baseline, a cache, and a token in the recipe."""
     for name, secret in SECRETS.items():

@@ -17,6 +17,9 @@ import pytest
 from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.references.cache import PartWriter, list_cache
 from tests.scored_rows import IDENTITY, assert_holds, new_store, opened, rows
+from tests.tools import lacking
+
+pytestmark = pytest.mark.processes
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -125,13 +128,13 @@ def test_many_processes_describe_one_reference_at_once(tmp_path):
 def small_disk():
     """A file system of one megabyte."""
     if os.geteuid() != 0:
-        pytest.skip("mounting a small disk takes root")
+        lacking("mounting a small disk takes root")
     with tempfile.TemporaryDirectory() as folder:
         mount = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", "size=1m", "mrpo-test", folder], capture_output=True, text=True, check=False
         )
         if mount.returncode:
-            pytest.skip(f"no small disk: {mount.stderr.strip()}")
+            lacking(f"no small disk: {mount.stderr.strip()}")
         try:
             yield Path(folder)
         finally:

@@ -200,6 +200,7 @@ def test_a_run_that_stops_leaves_its_report(words, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "trainer_state.json").exists(), "that would say that the run is finished"
 
 
+@pytest.mark.processes
 def test_exit_code_through_the_launcher(words, tmp_path):
     """Two launched processes, wrong key: the launcher reports failure and the line is there once."""
     command = [
@@ -223,6 +224,7 @@ def test_exit_code_through_the_launcher(words, tmp_path):
     assert done.stderr.count("error: unknown key `betta`; did you mean `beta`?") == 1
 
 
+@pytest.mark.processes
 def test_a_process_that_does_not_see_its_peers_stops(tmp_path):
     """WORLD_SIZE says two, nothing tells this process which one it is: it must not train alone."""
     done = subprocess.run(

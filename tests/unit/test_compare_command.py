@@ -47,6 +47,7 @@ def words(world, *more):
     return ["--config", f"{world}/tiny.yaml", "--output", f"{world}/out", "--seeds", "1", *more]
 
 
+@pytest.mark.processes
 def test_a_comparison_is_scored_once_and_resumed(world, capsys):
     """Four runs, one of which fails at its first step (its optimizer's package is not installed); then two start again."""
     vary = ["--objectives", "mrpo", "mrpo:optim=adamw_bnb_8bit"]
@@ -79,6 +80,7 @@ def test_a_comparison_is_scored_once_and_resumed(world, capsys):
         compare(words(world, "--objectives", "mrpo", "--max_steps", "3"))
 
 
+@pytest.mark.processes
 def test_the_plan_without_a_run(world, capsys):
     out = world / "plan"
     vary = ["--vary", "epsilon_max=0,0.1", "ref_weights=validation"]
@@ -139,6 +141,7 @@ def test_it_needs_held_out_pairs(world, tmp_path):
         compare(["--config", f"{tmp_path}/none.yaml", "--output", f"{tmp_path}/out"])
 
 
+@pytest.mark.processes
 def test_a_process_that_outlived_its_comparison_keeps_its_folder(tmp_path):
     """The log stays locked as long as the process lives, whoever started it."""
     sleeper = start([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log.txt")
@@ -151,6 +154,7 @@ def test_a_process_that_outlived_its_comparison_keeps_its_folder(tmp_path):
     start(["true"], tmp_path / "log.txt").wait()
 
 
+@pytest.mark.processes
 def test_a_comparison_that_is_stopped_ends_its_processes(tmp_path):
     script = f"""
 import pathlib

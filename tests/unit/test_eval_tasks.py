@@ -16,8 +16,9 @@ from mrpo_scale.errors import ConfigError
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.tasks import find_tasks
 from tests.tiny import WORDS, pair_rows, write_models
+from tests.tools import require_module
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'mrpo-scale[eval]'")
+require_module("lm_eval", "pip install 'mrpo-scale[eval]'")
 
 ROOT = Path(__file__).parents[2]
 TASK = """task: local_choice
@@ -93,6 +94,7 @@ def trained(folders, tmp_path):
     return str(tmp_path / "trained")
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_the_harness_says_what_a_hand_computation_says(tmp_path):
     """A folder that `mrpo train` saved and one of another architecture, 40 documents."""
@@ -115,6 +117,7 @@ def test_the_harness_says_what_a_hand_computation_says(tmp_path):
         assert results[name]["local_choice"]["acc_norm"] == pytest.approx(per_character, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_tasks_that_the_documentation_names_exist():
     """Their data sets are on the hub, so they cannot be run here; the harness knows all of them, and says which it does not."""
     named = ["gsm8k,truthfulqa_mc2,hellaswag,mmlu,arc_easy,winogrande", "no_such_task"]

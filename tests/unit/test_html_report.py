@@ -16,7 +16,7 @@ from mrpo_scale.cli import main
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.html_curves import Run, sections
 from mrpo_scale.html_report import read_run, write_report
-from tests.browser import CHROMIUM, Browser
+from tests.browser import Browser
 
 EVIL = "<script>window.pwned = 1</script>"
 EVIL_QUOTED = "\"'><img src=x onerror='window.pwned=1'></script>"
@@ -210,8 +210,6 @@ def test_a_run_that_stopped_is_read_from_its_last_checkpoint(tmp_path: Path) -> 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium; `apt-get install chromium` brings it")
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -226,7 +224,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@needs_chromium
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)])
 def test_it_opens_without_network_and_draws_every_metric(browser: Browser, page: Path, width: int, dark: bool) -> None:
     browser.open(page, width=width, dark=dark)
@@ -243,7 +240,6 @@ def test_it_opens_without_network_and_draws_every_metric(browser: Browser, page:
     assert browser.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
 
 
-@needs_chromium
 def test_hovering_shows_the_values_of_a_step(browser: Browser, page: Path) -> None:
     browser.open(page)
     x, y, wide = browser.evaluate(
@@ -258,7 +254,6 @@ def test_hovering_shows_the_values_of_a_step(browser: Browser, page: Path) -> No
     assert browser.complaints == []
 
 
-@needs_chromium
 def test_a_click_in_the_legend_hides_a_line(browser: Browser, page: Path) -> None:
     browser.open(page)
     count = "document.querySelector('figure').querySelectorAll('path[data-key]').length"
@@ -267,7 +262,6 @@ def test_a_click_in_the_legend_hides_a_line(browser: Browser, page: Path) -> Non
     assert (before, browser.evaluate(count)) == (2, 1)
 
 
-@needs_chromium
 def test_a_model_named_script_does_not_run(browser: Browser, tmp_path: Path) -> None:
     evil = facts(name=EVIL, base_model=EVIL_QUOTED, status=EVIL)
     evil["references"][1] |= {"name": EVIL_QUOTED, "source": EVIL}

@@ -358,6 +358,7 @@ judged(Server, Path(sys.argv[2]), comparisons(20), concurrency=3)
 """
 
 
+@pytest.mark.processes
 def test_a_killed_run_resumes_without_paying_twice(tmp_path):
     """The server stops answering after 17 of 40 calls; once all three workers wait, what it answered is on disk."""
     with ChatServer(prefers_good) as server:

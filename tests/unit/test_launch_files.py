@@ -1,7 +1,6 @@
 """Launch files: shells, YAML and schemas hold, and the batch scripts do what they say around a stand-in for the cluster."""
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -10,6 +9,8 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+
+from tests.tools import require_tool
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 BATCH = sorted(LAUNCH.glob("slurm/*.sbatch"))
@@ -20,15 +21,14 @@ CONTAINER = POD["containers"][0]
 
 
 def shellcheck(path):
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed (Debian: apt-get install shellcheck)")
-    found = subprocess.run(["shellcheck", "--shell=bash", path], capture_output=True, text=True)
+    found = subprocess.run([require_tool("shellcheck"), "--shell=bash", path], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
 # --- syntax and schemas
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("path", BATCH, ids=lambda p: p.name)
 def test_batch_scripts_are_bash(path):
     subprocess.run(["bash", "-n", path], check=True)
@@ -67,6 +67,7 @@ def test_the_manifests_parts_fit_together():
     assert f"NODES * {CONTAINER['resources']['limits']['nvidia.com/gpu']}" in CONTAINER["args"][0]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", [CONTAINER["args"][0], CONTAINER["lifecycle"]["preStop"]["exec"]["command"][2]])
 def test_the_manifests_scripts_are_bash(tmp_path, script):
     path = tmp_path / "script.sh"
@@ -136,6 +137,7 @@ def wait_for(path):
         time.sleep(0.02)
 
 
+@pytest.mark.processes
 def test_the_train_script_starts_a_launcher_on_each_node(cluster):
     process = cluster.train("true")
     output, _ = process.communicate(timeout=30)
@@ -148,6 +150,7 @@ def test_the_train_script_starts_a_launcher_on_each_node(cluster):
     assert not [call for call in cluster.calls("scontrol") if call.startswith("requeue")]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_warning_stops_saves_and_requeues(cluster, warning):
     cluster.out.mkdir()
@@ -162,6 +165,7 @@ def test_a_warning_stops_saves_and_requeues(cluster, warning):
     assert cluster.calls("scontrol")[-1] == "requeue 70123"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("training", "again"), [("exit 1", False), (f"{SAVES}; exit 1", True)], ids=["at-once", "later"]
 )
@@ -175,6 +179,7 @@ def test_a_failure_is_tried_again_if_it_got_further(cluster, training, again):
     assert ("requeue 70123" in cluster.calls("scontrol")) == again
 
 
+@pytest.mark.processes
 def test_the_score_script(cluster):
     process = cluster.start([LAUNCH / "slurm" / "score.sbatch", "my.yaml", "cache", "--reference", "qwen"], "exit 3")
     output, _ = process.communicate(timeout=30)
@@ -184,6 +189,7 @@ def test_the_score_script(cluster):
     assert "--num_processes 4 " in words
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("path", BATCH, ids=lambda p: p.name)
 def test_too_few_words_are_an_error(cluster, path):
     process = cluster.start([path, "my.yaml"], "true")
@@ -191,6 +197,7 @@ def test_too_few_words_are_an_error(cluster, path):
     assert process.returncode == 2 and output.startswith("usage: sbatch ")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("training", "status"), [("true", 0), ("exit 1", 1), ('touch "$OUTPUT_DIR/PREEMPTED"', 75)])
 def test_the_pods_exit_code_says_whether_to_start_it_again(cluster, training, status):
     env = {entry["name"]: entry["value"] for entry in CONTAINER["env"]}

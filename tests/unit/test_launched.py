@@ -44,6 +44,7 @@ def test_a_young_lock_may_be_another_hosts(lock, caplog, monkeypatch):
     assert "removing" in caplog.text and not lock.exists()
 
 
+@pytest.mark.processes
 def test_a_build_that_goes_on_is_left_alone(lock, caplog):
     """However old: torch keeps the lock open while it compiles."""
     code = "import sys, time; file = open(sys.argv[1], 'w'); print(flush=True); time.sleep(60)"

@@ -265,7 +265,7 @@ def test_tables_are_memory_mapped_and_read_again_for_the_same_options(monkeypatc
     assert table().to_list() == first.to_list()
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("num_proc", [None, pytest.param(2, marks=pytest.mark.processes)])
 def test_processes_do_not_change_a_table(tmp_path, num_proc):
     rows = [{"prompt": f"{i // 4}", "response": f"{i}", "helpfulness": i % 4} for i in range(400)]
     path = tmp_path / "scored.jsonl"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import deepspeed
 
 from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.pair_batch import collate_pairs
@@ -128,7 +129,6 @@ def test_no_pairs(tmp_path):
 
 
 def test_zero3_config_object_is_hidden_and_restored(tmp_path):
-    deepspeed = pytest.importorskip("transformers.integrations.deepspeed")
     folder = write_model(tmp_path)
     expected = plain_scores(folder, PAIRS, dtype=torch.float32)
     alive = deepspeed.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})

@@ -344,7 +344,7 @@ def prepare(rows, layout=CHAT, texts=MODELS, **options):
     return prepare_pairs(rows, layout, texts, **{"max_length": 80, "max_bad_rows": 1.0, **options})
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("num_proc", [None, pytest.param(2, marks=pytest.mark.processes)])
 def test_prepare_pairs(tmp_path, caplog, num_proc):
     rows, listed = chat_rows(tmp_path), tmp_path / "out" / "bad.jsonl"
     with caplog.at_level(logging.INFO, "mrpo_scale"):

@@ -93,6 +93,7 @@ def _make_and_report(root: Path, made: Any) -> None:
     assert make_world(root, SMALL).train_file.is_file()
 
 
+@pytest.mark.processes
 def test_two_processes_make_one_world(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     made = context.Queue()

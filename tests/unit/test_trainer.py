@@ -308,8 +308,12 @@ def test_a_card_from_python(folders, tmp_path):
 
 @pytest.mark.parametrize(
     "keys",
-    [{"gradient_checkpointing": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
-    ids=["gradient_checkpointing", "torch_compile"],
+    [
+        pytest.param({"gradient_checkpointing": True}, id="gradient_checkpointing"),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager"}, id="torch_compile", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_options_for_memory_and_speed_do_not_change_the_run(folders, tmp_path, keys):
     logs = []

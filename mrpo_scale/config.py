@@ -214,6 +214,11 @@ class MRPOConfig(TrainingArguments):
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False  # a NaN loss stops the run; it is never averaged away
 
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether layers of the policy are computed again in the backward."""
+        return bool(getattr(self, "activation_checkpointing", self.gradient_checkpointing))
+
     def build_objective(self) -> Objective:
         """The :class:`Objective` of these keys; raises ConfigError where they do not make one."""
         if len(self.loss_type) != 1:

@@ -105,9 +105,15 @@ def unit_costs(model: PreTrainedModel) -> UnitCosts:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that gradient checkpointing recomputes and FSDP gathers, one by one."""
+    """The blocks that gradient checkpointing recomputes and FSDP gathers, one by one: those that the model's class names, or else
+    (Marian, OpenAI GPT, ...) the members of its largest list of modules. None where it has neither."""
     classes = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in classes]
+    named = [module for module in model.modules() if type(module).__name__ in classes]
+    if named:
+        return named
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [members for members in lists if not any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in members)]
+    return max(blocks, key=_parameters_of, default=[])
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -202,6 +208,11 @@ def _recomputed(layer: nn.Module) -> int:
     products = [module for module in layer.modules() if _size(module)]
     spared = not hasattr(layer, "post_feedforward_layernorm") and not isinstance(products[-1], CpuLinear)
     return sum(2 * _size(module) for module in (products[:-1] if spared else products))
+
+
+def _parameters_of(modules: Sequence[nn.Module]) -> int:
+    """Of ZeRO-3's parameters, which are empty where they lie, too."""
+    return sum(int(getattr(p, "ds_numel", p.numel())) for module in modules for p in module.parameters())
 
 
 def _size(module: nn.Module) -> int:

@@ -8,16 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import is_offline_mode
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mrpo_scale.config import ModelSpec, MRPOConfig, parse_ref_models
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.references.source import ReferenceSource, check_config, check_source, check_weights_at_hand
+from mrpo_scale.references.source import ReferenceSource, check_config, check_source, snapshot
+from mrpo_scale.references.tensor_check import check_model, check_tensors
 from mrpo_scale.tokenization import ModelText
 
 ANCHOR = "anchor"  #: the name of reference 0
@@ -69,9 +79,11 @@ def plan_models(
         weights_needed: False: config and tokenizer suffice, for a plan that nothing will be loaded for.
 
     Raises:
-        ConfigError: a model that is missing, has no safetensors, wants remote code, or has no fast tokenizer.
+        ConfigError: a model that is missing, has no safetensors or not all tensors, wants remote code, has no fast tokenizer, or as
+            the policy lacks what the arguments ask of it.
     """
-    check = check_source if weights_needed else check_config
+    # A reference's headers are read when it is loaded: one whose scores are complete never is.
+    check_policy, check = (check_model, check_source) if weights_needed else (check_config, check_config)
     spec = ModelSpec(
         model=model if isinstance(model, str) else str(args.folder / "anchor"),
         name="policy",
@@ -84,9 +96,13 @@ def plan_models(
     if not isinstance(model, str):
         if tokenizer is None:
             raise ConfigError("`processing_class` is missing: pass the policy's tokenizer beside a loaded model.")
+        if args.checkpoints_activations:
+            check_checkpointing(type(model))
         write_weights(model, Path(spec.model), is_main=args.process_index == 0)
     policy = _source(spec, args, args.policy_dtype)
-    policy_config = check(policy)
+    policy_config = check_policy(policy)
+    if args.checkpoints_activations and isinstance(model, str):
+        check_checkpointing(_class_of(policy, policy_config))
     tokenizer = tokenizer or load_tokenizer(spec)
     texts = [_text(spec, args, tokenizer, policy_config)]
 
@@ -95,8 +111,8 @@ def plan_models(
     references: list[PlannedReference] = []
     for k, (ref_spec, name) in enumerate(zip([anchor_spec, *ref_specs], _names(ref_specs), strict=True)):
         source = _source(ref_spec, args, args.reference_dtype(ref_spec.dtype), name)
-        config = check(source)
         own_text = k == 0 and not args.anchor
+        config = policy_config if own_text else check(source)
         ref_tokenizer = tokenizer if own_text else load_tokenizer(ref_spec, name)
         view = shared_view(texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name))
         references.append(PlannedReference(source, view, pad_token_id(ref_tokenizer)))
@@ -108,10 +124,11 @@ def load_policy(source: ReferenceSource) -> PreTrainedModel:
     """The policy's weights, partitioned on the way in when a ZeRO-3 config is alive.
 
     Raises:
-        ConfigError: the files at hand do not hold the model that config.json speaks of.
+        ConfigError: the files do not hold the whole model that config.json speaks of.
     """
-    check_weights_at_hand(source)
-    return AutoModelForCausalLM.from_pretrained(
+    folder = Path(source.path) if Path(source.path).is_dir() else snapshot(source, local_files_only=is_offline_mode())
+    check_tensors(source, folder, check_config(source))
+    model = AutoModelForCausalLM.from_pretrained(
         source.path,
         revision=source.revision,
         dtype=source.dtype,
@@ -119,6 +136,33 @@ def load_policy(source: ReferenceSource) -> PreTrainedModel:
         attn_implementation=source.attn_implementation,
         use_safetensors=True,
     )
+    _forget_unused_renamings(model)
+    return model
+
+
+def _forget_unused_renamings(model: Any) -> None:
+    """Keep of the table that translated a folder's key names what it was used for, as ``from_pretrained`` does but under ZeRO-3:
+    ``save_pretrained`` turns all of it around, and would write ``language_model.model.model`` for names that were in order."""
+    table = getattr(model, "_weight_conversions", None)
+    if table is not None:
+        model._weight_conversions = [renaming for renaming in table if renaming.was_used()]
+
+
+def check_checkpointing(policy_class: type[PreTrainedModel]) -> None:
+    """Raises ConfigError where a policy's class has no activation checkpointing, which is on unless a recipe says otherwise."""
+    if not policy_class.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"`gradient_checkpointing: true` (the default) does not work for the policy: {policy_class.__name__} has no activation "
+            "checkpointing; set `gradient_checkpointing: false`."
+        )
+
+
+def _class_of(source: ReferenceSource, config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that ``AutoModelForCausalLM`` makes of a config that check_config has let through."""
+    own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if own_code and source.trust_remote_code:
+        return get_class_from_dynamic_module(own_code, source.path, revision=source.revision)
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -133,6 +177,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 def write_weights(model: PreTrainedModel, folder: Path, *, is_main: bool) -> None:
     """Write a loaded model's weights as safetensors; under ZeRO-3 they are gathered one parameter at a time. Collective."""
+    _forget_unused_renamings(model)
     weights = {}
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):

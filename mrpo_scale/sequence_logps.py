@@ -84,7 +84,7 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
         impl: of the head: ``auto``, ``triton`` or ``torch``.
 
     Raises:
-        ConfigError: the model has no plain linear output head.
+        ConfigError: the model has no plain linear output head, or no body of its own.
     """
     head = model.get_output_embeddings()
     if type(head) is FusedHead:
@@ -94,6 +94,7 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
             f"{name} ({type(model).__name__}): its output head is {type(head).__name__}, not a plain linear layer, "
             "so its log-probs cannot be computed here; choose a causal language model with a linear head."
         )
+    body_of(model)
     head.__class__ = FusedHead
     fused = cast(FusedHead, head)
     fused.softcap, fused.logit_scale = logit_transform(model.config)
@@ -123,8 +124,26 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
     model.forward = types.MethodType(forward, model)
 
 
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The module of a causal LM that makes hidden states of tokens, everything but the head.
+
+    Raises:
+        ConfigError: it cannot be told which of the model's modules that is.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    # A class may name a prefix that it does not have (Llama 4's text model): then its only part that is a model.
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    if len(parts) != 1:
+        raise ConfigError(
+            f"{type(model).__name__} has {len(parts)} parts that could be its body, not one, so its log-probs cannot be computed "
+            "here; choose another model."
+        )
+    return parts[0]
+
+
 def _response_hidden(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
-    hidden_BLD = model.base_model(
+    hidden_BLD = body_of(model)(
         input_ids=pairs.input_ids_BL,
         position_ids=pairs.position_ids_BL,
         use_cache=False,

@@ -33,6 +33,7 @@ from mrpo_scale.fingerprint import fingerprint
 from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.held_out import HeldOutScores
 from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
+from mrpo_scale.left_out import copy_left_out
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
 from mrpo_scale.objective import loss_against
 from mrpo_scale.output_folder import check_output_folder
@@ -124,7 +125,7 @@ class MRPOTrainer(ResumableTrainer):
         self.preference_objective = with_validation_weights(args, self.scores, self.pair_sets)
         doing("loading the policy")
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
-        self._source_use_cache = policy.config.use_cache
+        self._source_use_cache = getattr(policy.config, "use_cache", None)  # of a wrapper the text config has it
         enable_pair_scoring(policy, "policy", args.head_impl)
         if args.disable_dropout:
             disable_dropout(policy)
@@ -330,7 +331,10 @@ class MRPOTrainer(ResumableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         config = self.policy.config
         in_training = config.use_cache
-        config.use_cache = self._source_use_cache  # the Trainer switches it off
+        if self._source_use_cache is None:
+            del config.use_cache  # the Trainer has set it on a wrapper's config too
+        else:
+            config.use_cache = self._source_use_cache  # the Trainer switches it off
         as_source = self._save_as_source and self.args.should_save
         if as_source:
             source = folder_of(self.plan.policy)
@@ -340,6 +344,12 @@ class MRPOTrainer(ResumableTrainer):
         config.use_cache = in_training
         if as_source:
             folder = Path(output_dir or self.args.folder)
+            if copied := copy_left_out(self.policy, source, folder):
+                logger.info(
+                    "%d tensors of %s that its causal language model does not have, such as a vision tower's, were not trained "
+                    "and are in %s as they were",
+                    *(copied, source, folder),
+                )
             share_weights(folder)
             copy_small_files(
                 source,

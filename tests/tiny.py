@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 WORDS = [
     *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -73,6 +75,66 @@ def write_models(root: Path) -> dict[str, str]:
         tok.save_pretrained(root / name)
         folders[name] = str(root / name)
     return folders
+
+
+_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+_TOWER = {"hidden_size": 32, "intermediate_size": 48}
+#: Models that see pictures too. The causal class of qwen3_5 is its text model alone; gemma3's is the whole, and the `use_cache` of
+#: its config is in the text's part.
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "qwen3_5": {
+        "text_config": {
+            **_TEXT,
+            "num_hidden_layers": 4,  # three of linear attention and one of full attention
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        "vision_config": {**_TOWER, "depth": 2, "num_heads": 4, "out_hidden_size": 32, "num_position_embeddings": 16},
+        "image_token_id": 10,
+        "video_token_id": 11,
+        "vision_start_token_id": 12,
+        "vision_end_token_id": 13,
+    },
+    "gemma3": {
+        "text_config": {**_TEXT, "num_hidden_layers": 2, "sliding_window": 64},
+        "vision_config": {
+            **_TOWER,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_index": 10,
+        "boi_token_index": 11,
+        "eoi_token_index": 12,
+    },
+}
+
+
+def write_wrapper(folder: Path, kind: str, **options: Any) -> str:
+    """A tiny model of :data:`WRAPPERS` with llama's tokenizer; ``options`` are of ``save_pretrained``."""
+    tok = tokenizer(CHATML, 300)
+    keys = copy.deepcopy(WRAPPERS[kind])
+    keys["text_config"] |= {"vocab_size": len(tok), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **keys))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(folder, **options)
+    tok.save_pretrained(folder)
+    return str(folder)
 
 
 def pair_rows(count: int, seed: int = 0) -> list[dict[str, object]]:

@@ -82,7 +82,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        return _product(x.flatten(0, -2), weight_OI, bias_O).view(*x.shape[:-1], len(weight_OI))
+        # No `view`: a model may add to its layer's output in place (Gemma 3n does), which autograd forbids on a view made here.
+        return torch.ops.aten._unsafe_view(
+            _product(x.flatten(0, -2), weight_OI, bias_O), [*x.shape[:-1], len(weight_OI)]
+        )
 
     @staticmethod
     @once_differentiable

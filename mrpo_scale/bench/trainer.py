@@ -30,6 +30,7 @@ from mrpo_scale.objective import Objective
 from mrpo_scale.references.placement import Ranks
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.scoring import Reference
+from mrpo_scale.sequence_logps import body_of
 from mrpo_scale.tokenization import PairDataset
 from mrpo_scale.trainer import MRPOTrainer, window_sampler
 from mrpo_scale.window import MicroBatch, PairExample
@@ -211,7 +212,7 @@ class BenchTrainer(MRPOTrainer):
             stepper: Any = self.deepspeed if self.deepspeed is not None else self.optimizer
             stepper.step = clock.timed("optimizer", stepper.step)
             # Before and after all other hooks, so that gathers of ZeRO-3 count as part of the forward that needs them.
-            body = self.policy.base_model
+            body = body_of(self.policy)
             body.register_forward_pre_hook(lambda *_: clock.enter("policy forward"), prepend=True)
             body.register_forward_hook(lambda *_: clock.leave())
 

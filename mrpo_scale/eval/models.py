@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from mrpo_scale.config import ModelSpec, parse_ref_models
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.models import load_tokenizer, pad_token_id, shared_view
-from mrpo_scale.references.sharding import ReferenceSource, check_source
+from mrpo_scale.references.source import ReferenceSource
+from mrpo_scale.references.tensor_check import check_model
 from mrpo_scale.tokenization import ModelText
 from mrpo_scale.toyworld import resolve
 
@@ -76,7 +77,7 @@ def _plan(spec: ModelSpec, name: str, args: EvalConfig, device: torch.device, te
         trust_remote_code=spec.trust_remote_code,
         attn_implementation=spec.attn_implementation or args.attn_implementation,
     )
-    config = check_source(source)
+    config = check_model(source)
     if dtype == "auto" and device.type != "cpu":
         source = replace(source, dtype=getattr(config, "dtype", None) or torch.float32)
     tokenizer = load_tokenizer(replace(spec, model=source.path), name)

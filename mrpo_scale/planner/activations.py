@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mrpo_scale.flops import SKIPS_THE_MASKED, Work, decoder_layers, head_size
+from mrpo_scale.sequence_logps import body_of
 from mrpo_scale.span_attention import SPAN_ATTENTION
 
 _NORMS_IN_FLOAT32 = {"CohereLayerNorm": 3, "GemmaRMSNorm": 2, "Gemma2RMSNorm": 2, "Gemma3RMSNorm": 2, "Olmo2RMSNorm": 2}
@@ -78,7 +79,7 @@ def activations_of(model: PreTrainedModel) -> Activations:
     hidden = model.config.get_text_config().hidden_size
     attention, key, score = _attention(model, layer)
     outside = Kept(compute=2 * head_size(model.config.get_text_config()))
-    for module in model.base_model.children():
+    for module in body_of(model).children():
         if _is_norm(module):
             outside += _norm(module, hidden)
     return Activations(

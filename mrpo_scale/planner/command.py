@@ -1,4 +1,4 @@
-"""`mrpo check`: the dry run before money is spent. Configs, tokenizers and data are read; no weights are opened."""
+"""`mrpo check`: the dry run before money is spent. Configs, tokenizers, data and the headers of weights that are here are read."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ from mrpo_scale.planner.workload import Workload
 from mrpo_scale.planner.zero import Zero, read_zero
 from mrpo_scale.recipe import parse
 from mrpo_scale.references.source import check_weight_files
+from mrpo_scale.references.tensor_check import check_model
 from mrpo_scale.toyworld import resolve
 
 HELP = """usage: mrpo check --config RECIPE [--key value ...] [--gpus N] [--gpu NAME] [--gpus_per_node N] [--network RATE]
                   [--ds_config NAME] [--output FOLDER]
 
-What a run will read, hold, compute and send, from configs, tokenizers and data alone; no weights are opened or needed.
+What a run will read, hold, compute and send, from configs, tokenizers and data alone; no weights are loaded or needed (of those
+that are here, it is checked that no tensor is missing).
 Ends with exit code 2 where the run would not start, and says all the reasons that can be known beforehand.
 
   --gpus           devices of the run, 8 unless given
@@ -175,6 +177,9 @@ class _Check:
                 check_weight_files(source)
             except ConfigError as error:
                 self.warnings.append(f"the weights are not here: {error}")
+            else:
+                with self._collected():
+                    check_model(source)
             if assumed := assumed_fields(source):
                 self.warnings.append(
                     f"{source.name}: config.json leaves out {', '.join(assumed)}; these are transformers' defaults"

@@ -29,6 +29,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from mrpo_scale.device import map_blocks_from
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.flops import decoder_layers
 from mrpo_scale.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.ranks import fail_together
 from mrpo_scale.references.mapped import MappedFiles, can_be_mapped
@@ -53,7 +54,7 @@ from mrpo_scale.sequence_logps import (
 from mrpo_scale.tokenization import PairTokens
 
 # Buffers that old checkpoints hold and that today's models compute; `PreTrainedModel` ignores the same two for every model.
-_COMPUTED_BUFFERS = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+COMPUTED_BUFFERS = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
 
 
 class ShardedReference:
@@ -181,8 +182,7 @@ class ShardedReference:
             model.set_reshard_after_forward(True, recurse=False)
 
     def _load(self, files: list[Path]) -> None:
-        stored = stored_tensors(self.model, files, self.name)
-        plan = match_names(self.model, stored, self.name)
+        stored, plan = locate_tensors(self.model, files, self.name)
         enable_pair_scoring(self.model, self.name)
         mesh = None
         if self.group is not None:
@@ -250,22 +250,36 @@ def _gathers_off_the_heap(group: dist.ProcessGroup | None, device: torch.device)
 
 def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str, *, offload: bool) -> None:
     """FSDP2 over each decoder layer, over an untied embedding and head, and over the rest."""
-    classes = set(model._no_split_modules or ())
-    units: list[nn.Module] = [module for module in model.modules() if type(module).__name__ in classes]
-    if not units:
+    layers = decoder_layers(model)
+    if not layers:
         raise ConfigError(
             f"{name} ({type(model).__name__}) does not say which of its modules are decoder layers (`_no_split_modules`), so it "
             "cannot be sharded; set `ref_shard_size: 1` to hold it whole on every rank."
         )
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is not head.weight:  # then the two large matrices need not be whole at the same time
-        units += [embedding, head]
+    # The two large matrices need not be whole at the same time, unless they are one.
+    units = _without_shared(model, [*layers, model.get_input_embeddings(), model.get_output_embeddings()])
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for unit in [*reversed(units), model]:
         # Said for the root too: by default it stays gathered after a forward, in the belief that a backward follows.
         sharded: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
         if mesh.device_type == "cpu":
             sharded.set_custom_all_gather(_BroadcastGather())
+
+
+def _without_shared(model: PreTrainedModel, units: Sequence[nn.Module]) -> list[nn.Module]:
+    """The units whose parameters nobody else has. FSDP2 manages a parameter in one place: what is tied (an embedding and a head) or
+    used by several layers (Zamba's block) belongs to the root."""
+    users: dict[int, set[str]] = defaultdict(set)
+    for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
+        users[id(parameter)].add(parameter_name)
+    shared = [names for names in users.values() if len(names) > 1]
+    name_of = {id(module): module_name for module_name, module in model.named_modules()}
+    alone = []
+    for unit in units:
+        prefix = f"{name_of[id(unit)]}."
+        if not any(0 < sum(n.startswith(prefix) for n in names) < len(names) for names in shared):
+            alone.append(unit)
+    return alone
 
 
 class _BroadcastGather:
@@ -290,6 +304,29 @@ class _Stored:
     def read(self, name: str) -> Tensor:
         with open_weights(self.file, name) as tensors:
             return tensors.get_tensor(self.key)
+
+
+def locate_tensors(
+    model: PreTrainedModel, files: list[Path], name: str
+) -> tuple[dict[str, _Stored], dict[str, list[str]]]:
+    """(:func:`stored_tensors`, :func:`match_names`) of files that hold the whole model.
+
+    Raises:
+        ConfigError: they do not: see :func:`match_names`; or a tensor has another shape.
+    """
+    stored = stored_tensors(model, files, name)
+    plan = match_names(model, stored, name)
+    state = model.state_dict()
+    for file in files:
+        with open_weights(file, name) as tensors:
+            for target in (target for target in plan if stored[target].file == file):
+                shape, found = list(state[target].shape), tensors.get_slice(stored[target].key).get_shape()
+                if found != shape:
+                    raise ConfigError(
+                        f"{name}: {target} is {found} in the checkpoint but {shape} by its config.json; the two do not belong "
+                        "together."
+                    )
+    return stored, plan
 
 
 def stored_tensors(model: PreTrainedModel, files: list[Path], name: str) -> dict[str, _Stored]:
@@ -339,13 +376,19 @@ def match_names(model: PreTrainedModel, stored: Mapping[str, _Stored], name: str
                     "`tie_word_embeddings: false` in its config.json if they are meant to differ."
                 )
     known = {n for names in names_of.values() for n in names}
-    ignorable = re.compile("|".join([*_COMPUTED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]))
+    ignorable = re.compile("|".join([*COMPUTED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]))
     unknown = sorted(n for n in stored if n not in known and not ignorable.search(n))
     if missing or unknown:
         problems = [f"misses {some(missing)}"] * bool(missing) + [f"has unknown {some(unknown)}"] * bool(unknown)
+        # Written again by transformers, a folder that lacks a tensor has a random one and looks whole.
+        remedy = (
+            "Get the model again, or name the language model that it was made from."
+            if missing
+            else "A head or adapter of another task must go first: load it as a causal language model and write it again with "
+            "`save_pretrained`."
+        )
         raise ConfigError(
-            f"{name}: the checkpoint {' and '.join(problems)}, so it is not a whole {type(model).__name__}. A head or adapter of "
-            "another task must go first: load it as a causal language model and write it again with `save_pretrained`."
+            f"{name}: the checkpoint {' and '.join(problems)}, so it is not a whole {type(model).__name__}. {remedy}"
         )
     return plan
 
@@ -358,11 +401,6 @@ def _fill(
     module = model.get_submodule(owner)
     target = getattr(module, leaf)
     shape = list(target.shape)
-    if on_disk.get_shape() != shape:
-        raise ConfigError(
-            f"{reference.name}: {names[0]} is {on_disk.get_shape()} in the checkpoint but {shape} by its config.json; the two do "
-            "not belong together."
-        )
     if leaf in module._buffers:
         module._buffers[leaf] = on_disk[...].to(reference.device, target.dtype, copy=True)
         return

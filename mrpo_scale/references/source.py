@@ -51,7 +51,7 @@ def check_source(source: ReferenceSource) -> PretrainedConfig:
 
 def check_weight_files(source: ReferenceSource) -> None:
     """Raises ConfigError where a folder that nothing more comes to lacks a complete set of safetensors files. Opens none."""
-    folder = _folder_at_hand(source)
+    folder = folder_at_hand(source)
     if folder is not None:
         weight_files(folder, source.name)
 
@@ -114,16 +114,10 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
             f"{name}: config.json of `{source.path}` asks for attention code from the hub ({own_kernel}), which would run here; "
             "set `attn_implementation` for this model, to sdpa or to that name if you trust it."
         )
-    if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    own_class = own_code and "AutoModelForCausalLM" in raw["auto_map"]
+    if not own_class and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
     return config
-
-
-def check_weights_at_hand(source: ReferenceSource) -> None:
-    """:func:`check_weights` of a folder, or of a hub snapshot that nothing more comes to; what is downloaded is checked later."""
-    folder = _folder_at_hand(source)
-    if folder is not None:
-        check_weights(folder, check_config(source), source.name)
 
 
 def check_weights(folder: Path, config: PretrainedConfig, name: str) -> list[Path]:
@@ -153,7 +147,7 @@ def check_weights(folder: Path, config: PretrainedConfig, name: str) -> list[Pat
     return files
 
 
-def _folder_at_hand(source: ReferenceSource) -> Path | None:
+def folder_at_hand(source: ReferenceSource) -> Path | None:
     """The folder whose files are final: a local one, or a hub snapshot when nothing more can be downloaded."""
     if Path(source.path).is_dir():
         return Path(source.path)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from deepspeed import comm as deepspeed_comm
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from mrpo_scale.config import MRPOConfig
+from mrpo_scale.errors import ConfigError
 from mrpo_scale.recipe import resource
 from mrpo_scale.trainer import MRPOTrainer
-from tests.tiny import pair_dataset, write_models
+from tests.tiny import pair_dataset, write_models, write_wrapper
 
 
 def rewrite(source, folder, dtype, **options):
@@ -44,13 +47,24 @@ def sources(tmp_path_factory):
         "gpt_neox-bf16-shards": rewrite(
             plain["gpt_neox"], root / "gpt_neox-bf16-shards", torch.bfloat16, max_shard_size="30KB"
         ),
+        "qwen3_5-wrapper": write_wrapper(root / "qwen3_5", "qwen3_5"),
+        "qwen3_5-wrapper-shards": write_wrapper(root / "qwen3_5-shards", "qwen3_5", max_shard_size="200KB"),
+        "qwen3_5-text": text_part(write_wrapper(root / "whole", "qwen3_5"), root / "qwen3_5-text"),
+        "gemma3-wrapper": write_wrapper(root / "gemma3", "gemma3"),
     }
+
+
+def text_part(wrapper, folder):
+    """The text model of a wrapper as a folder of its own, whose names lack the wrapper's prefix."""
+    model = AutoModelForCausalLM.from_pretrained(wrapper)
+    AutoModelForCausalLM.from_config(model.config).save_pretrained(folder, state_dict=model.state_dict())
+    AutoTokenizer.from_pretrained(wrapper).save_pretrained(folder)
+    assert "model.embed_tokens.weight" in tensors(folder)
+    return str(folder)
 
 
 def mix_dtypes(file):
     """Norms in float32 among bf16 weights, as some checkpoints keep them."""
-    from safetensors.torch import load_file, save_file
-
     save_file({k: v.float() if "norm" in k else v for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
@@ -106,6 +120,7 @@ def generate(folder):
     [
         *("llama", "qwen2", "gpt_neox", "llama-bf16", "llama-two-dtypes"),
         *("qwen2-bf16-tied", "qwen2-shards", "gpt_neox-bf16-shards"),
+        *("qwen3_5-wrapper", "qwen3_5-text", "gemma3-wrapper"),
     ],
 )
 def test_the_saved_folder_is_the_sources_trained(sources, tmp_path, pool2, name, ranks):
@@ -135,6 +150,81 @@ def test_the_saved_folder_is_the_sources_trained(sources, tmp_path, pool2, name,
     assert all(torch.equal(still[k], before[k]) for k in before)
     assert generate(tmp_path / "still") == generate(source)
     assert not all(torch.equal(moved[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5-wrapper", "qwen3_5-wrapper-shards"])
+def test_what_the_policy_lacks_is_kept(sources, tmp_path, caplog, name):
+    """Qwen3.5's causal class has no vision tower, and none of the heads for further tokens that its files may hold."""
+    source = tmp_path / "source"
+    shutil.copytree(sources[name], source)
+    add_tensor(source, "mtp.fc.weight", torch.arange(12, dtype=torch.bfloat16).view(3, 4))
+    before = tensors(source)
+    kept = {key for key in before if "visual" in key or key.startswith("mtp.")}
+    assert len(kept) == 34
+    args = MRPOConfig(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True, gradient_checkpointing=False)
+    trainer = MRPOTrainer(str(source), args=args, train_dataset=pair_dataset(4))
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():
+            parameter.add_(0.5)
+    with caplog.at_level("INFO", "mrpo_scale"):
+        trainer.save_model()
+        trainer.save_model()  # over what the first one left
+    assert caplog.text.count("34 tensors of") == 2
+    after = tensors(tmp_path / "out")
+    assert after.keys() == before.keys()
+    assert {key for key in before if torch.equal(after[key], before[key])} == kept
+    files = {file.name for file in (tmp_path / "out").glob("*.safetensors")}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(after) and set(index["weight_map"].values()) == files
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
+    loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    tower = loaded.state_dict()["model.visual.blocks.0.attn.proj.weight"]
+    assert torch.equal(tower, before["model.visual.blocks.0.attn.proj.weight"])
+
+
+def refusal_under_zero3(source, anchor, output_dir):
+    deepspeed_comm.init_distributed(dist_backend="gloo")
+    keys = {"deepspeed": str(resource("ds_configs") / "zero3_cpu.json"), "use_cpu": True, "report_to": "none"}
+    args = MRPOConfig(output_dir=str(output_dir), anchor=anchor, **keys)
+    try:
+        MRPOTrainer(source, args=args, train_dataset=pair_dataset(4))
+    except ConfigError as error:
+        return str(error)
+    finally:
+        AcceleratorState._reset_state()
+        gc.collect()
+    return None
+
+
+def test_under_zero3_a_policy_without_its_head_is_refused(sources, tmp_path, pool2):
+    """ZeRO-3 would fill the head with random numbers, as loading on one process does."""
+    source = tmp_path / "source"
+    shutil.copytree(sources["llama"], source)
+    weights = load_file(source / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    for said in pool2.run(refusal_under_zero3, str(source), sources["qwen2"], tmp_path / "out"):
+        assert said is not None and "policy: the checkpoint misses lm_head.weight" in said
+
+
+def add_tensor(folder, key, tensor):
+    """To a file of a model, and to its index if it has one."""
+    file = sorted(folder.glob("*.safetensors"))[0]
+    save_file({**load_file(file), key: tensor}, file, {"format": "pt"})
+    listing = folder / "model.safetensors.index.json"
+    if listing.is_file():
+        index = json.loads(listing.read_text())
+        index["weight_map"][key] = file.name
+        listing.write_text(json.dumps(index))
+
+
+def test_a_wrappers_config_is_what_it_was_in_checkpoints_too(sources, tmp_path):
+    """The Trainer sets `use_cache` on the config that a model has, also where only the text's part knows that key."""
+    train_and_save(sources["gemma3-wrapper"], sources["llama"], tmp_path / "out", 1e-2, deepspeed=False)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert "use_cache" not in config and config["text_config"]["use_cache"] is True
 
 
 def test_a_template_of_the_recipe_is_saved_with_the_model(sources, tmp_path):

@@ -132,6 +132,65 @@ def test_groups_of_four_ranks(pool4, folders, shard_size):
     assert sum(shares[: sizes[0]]) == 4 * parameters[0]
 
 
+PLAIN = {  # sizes beside SIZES; without a head_dim of their own
+    "zamba": {  # one attention block, used by each hybrid layer
+        "num_hidden_layers": 6,
+        "attn_layer_indices": [1, 3, 5],
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 3,
+        "n_mamba_heads": 2,
+        "num_key_value_heads": 4,
+    },
+    "zamba2": {  # two blocks that take turns
+        "num_hidden_layers": 8,
+        "layers_block_type": ["mamba", "hybrid"] * 4,
+        "hybrid_layer_ids": [1, 3, 5, 7],
+        "mamba_d_state": 8,
+        "mamba_headdim": 16,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 4,
+        "num_mem_blocks": 2,
+        "adapter_rank": 4,
+        "num_key_value_heads": 4,
+    },
+    # Classes that do not say which of their modules are decoder layers.
+    "openai-gpt": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256},
+    "bert-generation": {"is_decoder": True},
+    "xlm": {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "causal": True},  # its layers lie in several lists
+}
+
+
+def check_against_plain_forwards(folder):
+    """Log-probs of this rank's pair, against the model's own logits on each text alone; returns the largest relative difference."""
+    reference = ShardedReference(ReferenceSource("ref", folder), shard_group(2), CPU)
+    assert_sharded(reference)
+    pair = PairTokens([5, 6, 7, 8 + dist.get_rank()], [9, 10, 11, 12], [13, 14])
+    got = reference.score(reference.batch([pair]))[0].double()
+    assert_sharded(reference)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = []
+    for response in (pair.chosen_ids, pair.rejected_ids):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([pair.prompt_ids + response])).logits[0].double()
+        token_logps = logits[len(pair.prompt_ids) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(response)[:, None])
+        expected.append(token_logps.sum())
+    return ((got - torch.stack(expected)) / torch.stack(expected)).abs().max().item()
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_layers_that_share_or_are_not_named(pool2, tmp_path, kind):
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **PLAIN[kind]}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(tmp_path)
+    assert max(pool2.run(check_against_plain_forwards, str(tmp_path))) < 1e-5
+
+
 def bytes_gathered_for_a_window(folder):
     """Body in two forwards, then head: (bytes from the others, this rank's share of the head's and of all weights)."""
     from mrpo_scale.bench.communication import CollectiveCounter

@@ -66,6 +66,26 @@ def test_a_layer_and_its_gradients_equal_float64(bias, frozen, smallest, monkeyp
 
 @needs_products
 @pytest.mark.parametrize("smallest", [0, cpu_linear.SMALLEST], ids=["onednn", "too small for it"])
+@pytest.mark.parametrize("shape", [(38, 33), (2, 19, 33)], ids=str)
+def test_a_model_may_change_the_output_in_place(shape, smallest, monkeypatch):
+    """As Gemma 3n and Llama 4 do: no copy, and no view of what autograd does not know."""
+    monkeypatch.setattr(cpu_linear, "SMALLEST", smallest)
+    torch.manual_seed(0)
+    layer = nn.Linear(33, 65)
+    x = torch.randn(*shape, requires_grad=True)
+    expected = torch.autograd.grad(((layer(x) * 3 + x.sum()) ** 2).sum(), [x, *layer.parameters()])
+    layer.__class__ = CpuLinear
+    y = layer(x)
+    assert not y._is_view() and y.shape == (*shape[:-1], 65)
+    y *= 3
+    y += x.sum()
+    got = torch.autograd.grad((y**2).sum(), [x, *layer.parameters()])
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@needs_products
+@pytest.mark.parametrize("smallest", [0, cpu_linear.SMALLEST], ids=["onednn", "too small for it"])
 def test_their_work_is_counted(smallest, monkeypatch):
     monkeypatch.setattr(cpu_linear, "SMALLEST", smallest)
     layer = nn.Linear(33, 65)

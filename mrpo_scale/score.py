@@ -14,6 +14,7 @@ from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.inputs import prepare_sets, read_rows
 from mrpo_scale.models import RunPlan, plan_models
 from mrpo_scale.output_folder import check_output_folder
+from mrpo_scale.preflight import preflight
 from mrpo_scale.recipe import parse
 from mrpo_scale.references.ahead import score_ahead
 from mrpo_scale.references.cache import CacheEntry, ReferenceStore, list_cache
@@ -50,6 +51,7 @@ class Recipe:
             raise ConfigError(
                 "`ref_cache_dir` is missing; name the folder of the scores in the recipe or as --ref_cache_dir."
             )
+        preflight(config, script.ref_models, trains=False)
         doing("reading the data")
         train, held_out = read_rows(script, config)
         config.anchor = resolve(config.anchor) if config.anchor else None

@@ -51,7 +51,6 @@ class Recipe:
             raise ConfigError(
                 "`ref_cache_dir` is missing; name the folder of the scores in the recipe or as --ref_cache_dir."
             )
-        preflight(config, script.ref_models, trains=False)
         doing("reading the data")
         train, held_out = read_rows(script, config)
         config.anchor = resolve(config.anchor) if config.anchor else None
@@ -70,6 +69,8 @@ def score(words: Sequence[str]) -> int:
     """
     flags, rest = _flags().parse_known_args(list(words))
     script, config = parse(rest)
+    if not (flags.list or flags.verify):
+        preflight(config, script.ref_models, trains=False)
     with heartbeat(config.heartbeat_timeout):
         return _score(flags, Recipe.read(script, config))
 

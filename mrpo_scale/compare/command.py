@@ -133,7 +133,8 @@ def _plan(flags: argparse.Namespace, words: list[str]) -> _Plan:
     for run in runs[: len(arms)]:
         try:
             own_script, own_config = parse(run.words)
-            preflight(own_config, own_script.ref_models)
+            if not flags.report:
+                preflight(own_config, own_script.ref_models)
         except ConfigError as error:
             raise ConfigError(f"{run.arm.name}: {error}") from None
     return _Plan(folder, runs, score_words, recipe, flags.launch)

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from mrpo_scale.data.mixing import DatasetSpec, parse_datasets
 from mrpo_scale.data.pairs import PairOptions
 from mrpo_scale.data.ranking import RANKED_PAIRS
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.ds_config import find_ds_config, read_ds_config
+from mrpo_scale.errors import ConfigError, one_line, refuse
 from mrpo_scale.heartbeat import TIMEOUT
-from mrpo_scale.launched import check_restarts, clear_stale_build_locks
+from mrpo_scale.launched import check_restarts, clear_stale_build_locks, is_launched, launch_alone
 from mrpo_scale.objective import AGGREGATES, CLIPS, REF_WEIGHTS, Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
 from mrpo_scale.untrusted import parse_json
@@ -71,6 +73,22 @@ class ScriptArguments:
     def datasets(self) -> list[DatasetSpec]:
         """The data sets that ``dataset_name`` names; raises ConfigError where it does not make sense."""
         return parse_datasets(self.dataset_name)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What keys of a run may ask of a machine."""
+
+    gpu: bool
+    bf16: bool
+    tf32: bool
+
+    @classmethod
+    def of_this_machine(cls, use_cpu: bool) -> Hardware:
+        gpu = torch.cuda.is_available() and not use_cpu
+        return cls(
+            gpu, bf16=is_torch_bf16_gpu_available() and not use_cpu, tf32=is_torch_tf32_available() and not use_cpu
+        )
 
 
 @dataclass
@@ -186,12 +204,27 @@ class MRPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.typed = typed(self)  # before anything is filled in: what a model card can say of the run
         self._normalise()
+        refuse(list(self._mistakes()))
         self.aggregate = str(self.build_objective().aggregate)  # one spelling: -1 and harmonic are the same run
-        self._check()
+        self._join()
+
+    def _join(self) -> None:
+        """Become a rank of the job. Here and not in the commands, because a Python script under a launcher starts here too, and an
+        attempt that can only wait for dead ranks waits in this place."""
+        refuse(list(self.missing_hardware(Hardware.of_this_machine(self.use_cpu))))
         check_restarts()
         clear_stale_build_locks()
-        super().__post_init__()  # joins the other ranks
+        if self.deepspeed and not is_launched():
+            launch_alone(str(self.deepspeed))
+        self._fill_in()
         check_world_size(self.world_size)
+
+    def _fill_in(self) -> None:
+        """transformers' own checks and derived values."""
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            raise ConfigError(one_line(error)) from error
 
     def _normalise(self) -> None:
         """Accept what a person writes in Python or YAML: a word for a one-word list, a bool for auto|true|false."""
@@ -202,6 +235,14 @@ class MRPOConfig(TrainingArguments):
         if isinstance(self.score_columns, str):
             self.score_columns = [self.score_columns]
         self.shared_prompt = str(self.shared_prompt).lower()  # type: ignore[assignment]
+        if self.report_to is None or self.report_to is False or self.report_to == []:
+            self.report_to = "none"
+        if self.dtype is None:
+            self.dtype = "auto"
+        if isinstance(self.deepspeed, str):
+            self.deepspeed = find_ds_config(self.deepspeed)
+        elif self.deepspeed is not None:
+            read_ds_config(self.deepspeed)
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -245,8 +286,55 @@ class MRPOConfig(TrainingArguments):
             label_smoothing=self.label_smoothing,
         )
 
-    def _check(self) -> None:
-        refuse = {
+    def _mistakes(self) -> Iterator[str]:
+        """What is wrong with the values alone, whatever the machine. What this machine lacks is found in preflight.py."""
+        for key, (given, remedy) in self._unsupported().items():
+            if given:
+                yield f"`{key}: {getattr(self, key)}` is not supported: {remedy}"
+        for key, allowed in _CHOICES.items():
+            if getattr(self, key) not in allowed:
+                yield _unknown_value(key, getattr(self, key), allowed)
+        if self.bf16 and self.fp16:
+            yield "`bf16: True` and `fp16: True` exclude each other; remove one"
+        if str(getattr(self.save_strategy, "value", self.save_strategy)) == "best" and not self.metric_for_best_model:
+            yield "`save_strategy: best` needs `metric_for_best_model`, such as rewards/accuracies or loss"
+        if self.ref_scoring == "follow" and not self.ref_cache_dir:
+            yield "`ref_scoring: follow` needs `ref_cache_dir`, the folder that `mrpo score` fills"
+        if self.weights_split is not None and not 0 < self.weights_split < 1:
+            yield f"`weights_split: {self.weights_split}` must be a fraction between 0 and 1"
+        if not 0 <= self.max_bad_rows <= 1:
+            yield f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1"
+        for key, least in _LEAST.items():
+            value = getattr(self, key)
+            if value is not None and value < least:
+                yield f"`{key}: {value}` must be at least {least}"
+        if self.max_hours is not None and not self.max_hours > 0:
+            yield f"`max_hours: {self.max_hours}` must be above 0"
+        for key in ("seed", "data_seed"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < 1 << 32:
+                yield f"`{key}: {value}` must be from 0 to {(1 << 32) - 1}"
+        if not math.isfinite(self.learning_rate) or self.learning_rate < 0:
+            yield f"`learning_rate: {self.learning_rate}` must be 0 or more"
+
+    def missing_hardware(self, machine: Hardware) -> Iterator[str]:
+        """Keys that ask for more than the machine of the run has."""
+        if self.fp16 and not machine.gpu:
+            yield "`fp16: True` needs a GPU, and there is none (on a CPU only the references would be rounded); remove the key"
+        if self.bf16 and not machine.bf16 and not self.use_cpu:
+            yield (
+                "`bf16: True` needs a GPU that computes in bf16, and there is none; remove the key, or set `use_cpu: true` for "
+                "bf16 on a CPU, which is slow"
+            )
+        if self.tf32 and not machine.tf32:
+            yield "`tf32: True` needs a GPU with TF32 (NVIDIA Ampere or later), and there is none; remove the key"
+        if self.head_impl == "triton" and not machine.gpu:
+            yield "`head_impl: triton` needs a CUDA GPU and there is none; use `auto` or `torch`"
+
+    def _unsupported(self) -> dict[str, tuple[Any, str]]:
+        """Keys of transformers' that have no meaning here: whether one is set, and what to do instead."""
+        whole = "the weights would be rounded for good before they are saved; pairs are measured in the precision of training"
+        return {
             "auto_find_batch_size": (self.auto_find_batch_size, "set `per_device_train_batch_size`"),
             "fsdp": (
                 self.fsdp,
@@ -257,45 +345,13 @@ class MRPOConfig(TrainingArguments):
                 getattr(self, "train_sampling_strategy", "random") not in ("random", "sequential"),
                 "use random or sequential; pairs of a step are grouped by length already",
             ),
+            "use_liger_kernel": (
+                self.use_liger_kernel,
+                "Liger replaces the forward that scores pairs; the fused head here does its work already, remove the key",
+            ),
+            "bf16_full_eval": (self.bf16_full_eval, whole),
+            "fp16_full_eval": (self.fp16_full_eval, whole),
         }
-        for key, (value, remedy) in refuse.items():
-            if value:
-                raise ConfigError(f"`{key}: {getattr(self, key)}` is not supported: {remedy}.")
-        _within("dtype", self.dtype, DTYPES)
-        _within("shared_prompt", self.shared_prompt, ("auto", "true", "false"))
-        _within("system", self.system, ("native", "merge", "error"))
-        _within("head_impl", self.head_impl, ("auto", "triton", "torch"))
-        _within("head_backward", self.head_backward, ("auto", "in_forward", "recompute"))
-        if self.head_impl == "triton" and (self.use_cpu or not torch.cuda.is_available()):
-            raise ConfigError("`head_impl: triton` needs a CUDA GPU and there is none; use `auto` or `torch`.")
-        _within("on_bad_row", self.on_bad_row, ("skip", "error"))
-        _within("ref_scoring", self.ref_scoring, ("live", "precompute", "follow"))
-        _within("ref_placement", self.ref_placement, ("spread", "partition"))
-        if self.ref_scoring == "follow" and not self.ref_cache_dir:
-            raise ConfigError("`ref_scoring: follow` needs `ref_cache_dir`, the folder that `mrpo score` fills.")
-        _within("ranked_pairs", self.ranked_pairs, RANKED_PAIRS)
-        if self.weights_split is not None and not 0 < self.weights_split < 1:
-            raise ConfigError(f"`weights_split: {self.weights_split}` must be a fraction between 0 and 1.")
-        if not 0 <= self.max_bad_rows <= 1:
-            raise ConfigError(f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1.")
-        for key, least in (
-            ("max_length", 2),
-            ("ref_shard_size", 1),
-            ("ref_tokens_per_forward", 1),
-            ("ref_follow_timeout", 0),
-            ("heartbeat_timeout", 0),
-        ):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise ConfigError(f"`{key}: {value}` must be at least {least}.")
-        if self.max_hours is not None and not self.max_hours > 0:
-            raise ConfigError(f"`max_hours: {self.max_hours}` must be above 0.")
-        for key in ("seed", "data_seed"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value < 1 << 32:
-                raise ConfigError(f"`{key}: {value}` must be from 0 to {(1 << 32) - 1}.")
-        if not math.isfinite(self.learning_rate) or self.learning_rate < 0:
-            raise ConfigError(f"`learning_rate: {self.learning_rate}` must be 0 or more.")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the hub token: the Trainer pickles its arguments into a file that push_to_hub uploads."""
@@ -366,7 +422,7 @@ class ModelSpec:
     attn_implementation: str | None = None
 
 
-def parse_ref_models(ref_models: list[str | Mapping[str, Any]], key: str = "ref_models") -> list[ModelSpec]:
+def parse_ref_models(ref_models: Sequence[str | Mapping[str, Any]], key: str = "ref_models") -> list[ModelSpec]:
     """Models as typed under ``key``: paths, hub ids, mappings, or mappings as JSON text (how the command line carries them).
 
     Raises:
@@ -382,7 +438,11 @@ def parse_ref_models(ref_models: list[str | Mapping[str, Any]], key: str = "ref_
             except ValueError as error:
                 raise ConfigError(f"`{key}: {entry}` is not a model name nor a JSON mapping: {error}.") from None
         if not isinstance(values, Mapping):
-            raise ConfigError(f"`{key}: {entry}` must be a model name or a mapping, got {type(entry).__name__}.")
+            what = type(entry).__name__  # not its text: a loaded model's is a page long
+            raise ConfigError(
+                f"`{key}` holds a {what}; write a folder, a hub id, or a mapping with `model`. A loaded model goes to a folder "
+                "first, with save_pretrained (its tokenizer too)."
+            )
         unknown = set(values) - known
         if unknown or "model" not in values:
             problem = f"unknown key `{min(unknown)}`" if unknown else "key `model` is missing"
@@ -426,6 +486,31 @@ def typed(arguments: Any) -> dict[str, Any]:
     return values
 
 
+#: Values of keys that are written as text.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": DTYPES,
+    "shared_prompt": ("auto", "true", "false"),
+    "system": ("native", "merge", "error"),
+    "head_impl": ("auto", "triton", "torch"),
+    "head_backward": ("auto", "in_forward", "recompute"),
+    "on_bad_row": ("skip", "error"),
+    "ref_scoring": ("live", "precompute", "follow"),
+    "ref_placement": ("spread", "partition"),
+    "ranked_pairs": RANKED_PAIRS,
+}
+_LEAST = {
+    "max_length": 2,
+    "ref_shard_size": 1,
+    "ref_tokens_per_forward": 1,
+    "ref_follow_timeout": 0,
+    "heartbeat_timeout": 0,
+}
+
+
+def _unknown_value(key: str, value: object, allowed: tuple[str, ...]) -> str:
+    return f"`{key}: {value}` is not known; choose one of {', '.join(allowed)}"
+
+
 def _within(key: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"`{key}: {value}` is not known; choose one of {', '.join(allowed)}.")
+        raise ConfigError(f"{_unknown_value(key, value, allowed)}.")

@@ -8,12 +8,13 @@ the policy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from mrpo_kernels import CombinedReferences
 from torch import Tensor
 
-from mrpo_scale.objective import Objective, PreferenceLoss
+from mrpo_scale.objective import Objective, PreferenceLoss, combine, loss_against
 
 
 @torch.no_grad()
@@ -48,6 +49,15 @@ def pair_metrics(
         metrics[f"references/{name}/rewards/accuracies"] = margins_P > 0
         metrics[f"references/{name}/rewards/margins"] = margins_P
     return {name: value.float() for name, value in metrics.items()}
+
+
+def metric_names(objective: Objective, names: Sequence[str]) -> list[str]:
+    """What :func:`pair_metrics` calls the metrics of a run. ``names`` are the K references', the anchor's first."""
+    if objective.ref_weights == "validation":  # weights found later; they rename nothing
+        objective = replace(objective, ref_weights="uniform")
+    policy_logps_P2, references = -torch.ones(1, 2), combine(-torch.ones(len(names), 1, 2), objective)
+    loss = loss_against(policy_logps_P2, references, objective)
+    return list(pair_metrics(policy_logps_P2, references, loss, objective, names))
 
 
 def _rewards(prefix: str, rewards_P2: Tensor) -> dict[str, Tensor]:

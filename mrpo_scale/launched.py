@@ -4,16 +4,53 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torch.utils import cpp_extension
 
 from mrpo_scale.errors import ConfigError
 
+#: What launchers, and MPI's three, tell a process of its rank.
+_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 BUILD_SECONDS = 300.0  #: no DeepSpeed op takes longer to compile
 
 logger = logging.getLogger(__name__)
+
+
+def is_launched() -> bool:
+    """Whether this process is one of a job's ranks: a launcher or MPI has said so, or they have met already."""
+    return dist.is_initialized() or any(name in os.environ for name in _RANKS)
+
+
+def launch_alone(deepspeed: str) -> None:
+    """Be the only rank of a job, as a launcher of one process says it: DeepSpeed asks MPI otherwise, which is rarely there.
+
+    Raises:
+        ConfigError: this machine has several GPUs, of which one would be used, or Slurm has started several such processes, which
+            would train alone.
+    """
+    gpus, tasks = torch.cuda.device_count(), int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1:
+        raise ConfigError(
+            f"`deepspeed: {deepspeed}`: srun started {tasks} processes and none knows of the others; let it start one launcher on "
+            "each node (launch/slurm)."
+        )
+    if gpus > 1:
+        raise ConfigError(
+            f"`deepspeed: {deepspeed}` without a launcher would use 1 of {gpus} GPUs: start it with `accelerate launch "
+            f"--config_file launch/accelerate/eight_gpu_zero3.yaml --num_processes {gpus} launch/train.py`, or show this process "
+            "one of them (CUDA_VISIBLE_DEVICES)."
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    logger.info("`deepspeed: %s` without a launcher: a job of one process", deepspeed)
 
 
 def check_restarts() -> None:

@@ -9,59 +9,20 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from mrpo_scale.config import MRPOConfig, ScriptArguments
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.ds_config import resource
+from mrpo_scale.errors import ConfigError, refuse
+from mrpo_scale.trl_keys import REMOVED_KEYS, take_trl_keys
 from mrpo_scale.untrusted import read_text
 
-_FULL_FINETUNING = "this project finetunes all weights"
-# TRL keys that have no counterpart here: the values that ask for nothing, and what to say of all others.
-TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_peft": ((False,), _FULL_FINETUNING),
-    "load_in_4bit": ((False,), _FULL_FINETUNING),
-    "load_in_8bit": ((False,), _FULL_FINETUNING),
-    "precompute_ref_log_probs": ((False,), ""),  # true: see _without_trl
-    "precompute_ref_batch_size": ((None,), "use `ref_tokens_per_forward`"),
-    "truncation_mode": (("keep_start",), "long responses are cut at their end, as TRL's keep_start does"),
-    "padding_free": ((False, True), ""),
-    "pad_to_multiple_of": (("auto", None), "pairs are packed into rows without padding to a multiple"),
-    "loss_weights": ((None,), "one outer loss is supported"),
-    "ld_alpha": ((None, 1.0), "length desensitisation is not supported"),
-    "f_divergence_type": (("reverse_kl",), "only reverse KL is supported"),
-    "f_alpha_divergence_coef": ((0.5,), "only reverse KL is supported"),
-    "use_weighting": ((False,), "WPO weighting is not supported"),
-    "discopop_tau": ((0.05,), "loss_type discopop is not supported"),
-    "sync_ref_model": ((False,), "references are frozen"),
-    "ref_model_mixup_alpha": ((0.6,), "references are frozen"),
-    "ref_model_sync_steps": ((512,), "references are frozen"),
-    "router_aux_loss_coef": ((None, 0.0), "no auxiliary loss is added"),
-    "activation_offloading": ((False,), "use `gradient_checkpointing: true`"),
-    "dataset_streaming": (
-        (False,),
-        "data sets of any size are written to disk as Arrow files once and memory-mapped, so memory stays small without it",
-    ),
-    "ignore_bias_buffers": ((False,), "there is nothing to ignore"),
-    "model_init_kwargs": ((None,), "use `dtype`, `attn_implementation`, `model_revision`"),
-    "pad_token": ((None,), "padding is masked, no token is needed"),
-    "lora_r": ((16,), _FULL_FINETUNING),
-    "lora_alpha": ((32,), _FULL_FINETUNING),
-    "lora_dropout": ((0.05,), _FULL_FINETUNING),
-    "lora_target_modules": ((None,), _FULL_FINETUNING),
-    "lora_target_parameters": ((None,), _FULL_FINETUNING),
-    "lora_modules_to_save": ((None,), _FULL_FINETUNING),
-    "lora_task_type": (("CAUSAL_LM",), _FULL_FINETUNING),
-    "use_rslora": ((False,), _FULL_FINETUNING),
-    "use_dora": ((False,), _FULL_FINETUNING),
-    "bnb_4bit_quant_type": (("nf4",), _FULL_FINETUNING),
-    "use_bnb_nested_quant": ((False,), _FULL_FINETUNING),
-    "bnb_4bit_quant_storage": ((None,), _FULL_FINETUNING),
-}
-RENAMED_TRL_KEYS = {"torch_dtype": "dtype", "chat_template_path": "chat_template"}
 T = TypeVar("T")
 
 
@@ -112,12 +73,6 @@ def _check_nodes(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def resource(kind: str) -> Path:
-    """Folder of the recipes, accelerate configs (``launch/accelerate``) or ds_configs: in the clone, or as installed."""
-    here = Path(__file__).parent
-    return here / kind if (here / kind).is_dir() else here.parent / kind
-
-
 def find_recipe(config: str) -> Path:
     """A path as given, or the name of a recipe that comes with the package."""
     shipped = resource("recipes")
@@ -149,14 +104,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse(argv: Sequence[str]) -> tuple[ScriptArguments, MRPOConfig]:
+def parse(argv: Sequence[str], config: type[MRPOConfig] = MRPOConfig) -> tuple[ScriptArguments, MRPOConfig]:
     """Words of the command line, ``--config RECIPE`` among them, to checked arguments.
 
     Raises:
-        ConfigError: unknown key, wrong type, contradiction.
+        ConfigError: unknown keys, values of another type, contradictions: of the keys all, each with its remedy.
     """
     # MRPOConfig has __post_init__ checks that need every value, so it is built once, by the parser.
-    parser = _Parser([ScriptArguments, MRPOConfig], allow_abbrev=False, prog="mrpo train")  # type: ignore[list-item]
+    parser = _Parser([ScriptArguments, config], allow_abbrev=False, prog="mrpo train")  # type: ignore[list-item]
     words = list(argv)
     recipe: Path | None = None
     for i, word in enumerate(words):
@@ -165,19 +120,21 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, MRPOConfig]:
             recipe = find_recipe(value)
             del words[i : i + (1 if "=" in word else 2)]
             break
-    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    values = _without_trl(read_recipe(recipe)) if recipe else {}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{recipe}: {_unknown(key, known)}")
-    parser.set_defaults(**{key: None for key, value in values.items() if value is None})
-    words = [*_as_words(values), *words]
+    given, problems = take_trl_keys(read_recipe(recipe)) if recipe else ({}, [])
+    from_recipe = []
+    for key, value in given.items():
+        try:
+            from_recipe += _recipe_words(parser, key, value)
+        except ConfigError as error:
+            problems.append(str(error))
+    problems = [f"{recipe}: {problem}" if i == 0 else problem for i, problem in enumerate(problems)]
+    if not {"-h", "--help"} & set(words):
+        problems += _unknown_words(parser, words)
+    refuse(problems)
+    words = [*from_recipe, *words]
     if recipe and "--output_dir" not in words and not any(w.startswith("--output_dir=") for w in words):
         words += ["--output_dir", str(Path("runs") / recipe.stem)]
-    *parsed, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    if rest:
-        key = next((w for w in rest if w.startswith("--")), rest[0])
-        raise ConfigError(_unknown(key.lstrip("-").split("=")[0], known))
+    parsed = parser.parse_args_into_dataclasses(words)
     return parsed[0], parsed[1]
 
 
@@ -185,30 +142,51 @@ def parse_keys(keys: type[T], words: Sequence[str], prog: str) -> T:
     """Words of a command line without a recipe, to a checked dataclass.
 
     Raises:
-        ConfigError: unknown key, wrong type, contradiction.
+        ConfigError: unknown keys, wrong type, contradiction.
     """
     parser = _Parser([keys], allow_abbrev=False, prog=prog)  # type: ignore[list-item]
-    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    _, rest = parser.parse_known_args(list(words))  # before the dataclass makes its own complaints
-    if rest:
-        key = next((word for word in rest if word.startswith("--")), rest[0])
-        raise ConfigError(_unknown(key.lstrip("-").split("=")[0], known, prog))
+    refuse(_unknown_words(parser, words))  # before the dataclass makes its own complaints
     return parser.parse_args_into_dataclasses(list(words))[0]
 
 
-def _without_trl(values: dict[str, Any]) -> dict[str, Any]:
-    """Drop TRL keys that ask for nothing, rename those with another name here, refuse those that ask for something."""
-    kept = {}
-    for key, value in values.items():
-        if key == "precompute_ref_log_probs" and value is True:
-            kept["ref_scoring"] = "precompute"
-        elif key in RENAMED_TRL_KEYS:
-            kept[RENAMED_TRL_KEYS[key]] = value
-        elif key not in TRL_KEYS:
-            kept[key] = value
-        elif value not in TRL_KEYS[key][0]:
-            raise ConfigError(f"TRL's `{key}: {value}` has no counterpart: {TRL_KEYS[key][1]}. Remove the key.")
-    return kept
+def _recipe_words(parser: _Parser, key: str, value: Any) -> list[str]:
+    """One key of a recipe as the command line would carry it. An empty value becomes the key's default, where that may be None.
+
+    Raises:
+        ConfigError: no such key, or a value that it cannot have.
+    """
+    action = parser._option_string_actions.get(f"--{key}")
+    if action is None:
+        raise ConfigError(_unknown(key, parser))
+    if value is None:
+        if key not in may_be_empty():
+            raise ConfigError(f"`{key}` is empty; give it a value, or remove the key.")
+        parser.set_defaults(**{key: None})
+        return []
+    if value is False and action.type is not string_to_bool:
+        # YAML's `no`, unquoted, of a key whose values are words.
+        value = next((word for word in ("no", "none", "false") if word in (action.choices or ("none",))), value)
+    if isinstance(value, list) and action.nargs is None:
+        # A key that is a word or a list of words, of which the command line can only say the first: `report_to`.
+        parser.set_defaults(**{key: value})
+        return []
+    words = _as_words({key: value})
+    parser.parse_known_args(words)
+    return words
+
+
+def may_be_empty() -> set[str]:
+    """Keys of which None is a value."""
+    hints = {**get_type_hints(ScriptArguments), **get_type_hints(MRPOConfig)}
+    kinds = [*fields(ScriptArguments), *fields(MRPOConfig)]
+    optional = {name for name, hint in hints.items() if type(None) in get_args(hint)}
+    return {"dtype"} | optional | {field.name for field in kinds if field.default is None}
+
+
+def _unknown_words(parser: _Parser, words: Sequence[str]) -> list[str]:
+    _, rest = parser.parse_known_args(list(words))
+    keys = [word for word in rest if word.startswith("--")] or rest[:1]
+    return [_unknown(key.lstrip("-").split("=")[0], parser) for key in keys]
 
 
 def _as_words(values: dict[str, Any]) -> list[str]:
@@ -228,6 +206,9 @@ def _as_word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
 
-def _unknown(key: str, known: set[str], prog: str = "mrpo train") -> str:
+def _unknown(key: str, parser: _Parser) -> str:
+    if remedy := REMOVED_KEYS.get(key):
+        return f"`{key}` is no key any more: {remedy}."
+    known = {option.lstrip("-") for option in parser._option_string_actions}
     near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else f"; see `{prog} --help`.")
+    return f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else f"; see `{parser.prog} --help`.")

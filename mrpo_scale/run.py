@@ -21,6 +21,7 @@ from mrpo_scale.html_report import read_run, write_report
 from mrpo_scale.inputs import read_rows
 from mrpo_scale.output_folder import check_output_folder
 from mrpo_scale.preemption import PREEMPTED, Preempted, already_told
+from mrpo_scale.preflight import preflight
 from mrpo_scale.ranks import from_first, world_group
 from mrpo_scale.recipe import parse
 from mrpo_scale.report import RunSummary, comparison_table, plot_comparison
@@ -42,7 +43,8 @@ def run(words: Sequence[str]) -> list[RunSummary]:
         Preempted: see preemption.py.
     """
     script, config = parse(words)
-    # Before the baselines, which take as long as the run.
+    # Before the data is read, and before the baselines, which take as long as the run.
+    preflight(config, script.ref_models)
     check_output_folder(config, script.model_name_or_path, script.ref_models)
     with heartbeat(config.heartbeat_timeout):
         if from_first(already_told(config.folder), world_group()):

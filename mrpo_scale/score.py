@@ -14,6 +14,7 @@ from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.inputs import prepare_sets, read_rows
 from mrpo_scale.models import RunPlan, plan_models
 from mrpo_scale.output_folder import check_output_folder
+from mrpo_scale.preflight import preflight
 from mrpo_scale.recipe import parse
 from mrpo_scale.references.ahead import score_ahead
 from mrpo_scale.references.cache import CacheEntry, ReferenceStore, list_cache
@@ -68,6 +69,8 @@ def score(words: Sequence[str]) -> int:
     """
     flags, rest = _flags().parse_known_args(list(words))
     script, config = parse(rest)
+    if not (flags.list or flags.verify):
+        preflight(config, script.ref_models, trains=False)
     with heartbeat(config.heartbeat_timeout):
         return _score(flags, Recipe.read(script, config))
 

@@ -208,7 +208,13 @@ _PROBE = [
 
 @torch.no_grad()
 def check_pair_scoring(
-    model: nn.Module, name: str, *, shared_prompt: bool, end_to_end: bool = False, device: torch.device
+    model: nn.Module,
+    name: str,
+    *,
+    shared_prompt: bool,
+    end_to_end: bool = False,
+    half: bool = False,
+    device: torch.device,
 ) -> float:
     """Compare the pair forward with the model's own logits on a few tokens; every rank must call it.
 
@@ -235,7 +241,7 @@ def check_pair_scoring(
     expected_P2 = torch.segment_reduce(token_logps_T, "sum", lengths=lengths).view(-1, 2)
     difference = ((got_P2 - expected_P2).abs() / lengths.view(-1, 2)).max().item()
     # Half-precision logits are compared after the model's own rounding of them, hence the coarse bound there.
-    allowed = 1e-3 if logits_BLV.dtype in (torch.float32, torch.float64) else 0.1
+    allowed = 0.1 if half or logits_BLV.dtype not in (torch.float32, torch.float64) else 1e-3
     if not difference <= allowed:
         raise ConfigError(
             f"{name} ({type(model).__name__}): its log-probs differ from its own logits by {difference:.3g} nats per "

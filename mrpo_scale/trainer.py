@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from mrpo_scale.arguments import check_arguments
 from mrpo_scale.artifacts import write_artifacts
 from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
 from mrpo_scale.config import MRPOConfig, ScriptArguments
@@ -37,6 +38,7 @@ from mrpo_scale.left_out import copy_left_out
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
 from mrpo_scale.objective import loss_against
 from mrpo_scale.output_folder import check_output_folder
+from mrpo_scale.preflight import check_best_metric
 from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.validation import with_validation_weights
@@ -95,14 +97,14 @@ class MRPOTrainer(ResumableTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        ref_models: Sequence[str | Mapping[str, Any]] = (),
+        ref_models: Sequence[str | Mapping[str, Any]] | None = (),
         args: MRPOConfig | None = None,
         train_dataset: datasets.Dataset | None = None,
         eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args if args is not None else MRPOConfig()
+        ref_models, args = check_arguments(model, ref_models, args, eval_dataset, kwargs)
         doing("preparing the pairs")
         check_output_folder(args, model, ref_models)
         self.plan = plan_models(model, ref_models, args, processing_class)
@@ -115,6 +117,7 @@ class MRPOTrainer(ResumableTrainer):
                 len(ref_models),
             )
             self.plan = self.plan.first(1)
+        check_best_metric(args, self.plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
         evals = {split: pairs for split, pairs in weighted.items() if split not in ("train", WEIGHTS_SET)}
 
@@ -222,6 +225,7 @@ class MRPOTrainer(ResumableTrainer):
                 "policy",
                 shared_prompt=self.shared_prompt,
                 end_to_end=self.end_to_end,
+                half=bool(self.args.bf16 or self.args.fp16),
                 device=self.accelerator.device,
             )
 

@@ -25,6 +25,7 @@ from mrpo_scale.device import device_name, peak_flops
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.inputs import read_rows
 from mrpo_scale.models import load_tokenizer
+from mrpo_scale.preflight import preflight
 from mrpo_scale.ranks import all_say, world_group
 from mrpo_scale.recipe import parse
 from mrpo_scale.run import release
@@ -65,6 +66,7 @@ def bench(words: Sequence[str]) -> None:
     ref_models: list[Any] = _ref_models(script, arms[-1].references, flags.repeat_references)
     sizes = None if flags.random_weights is None else parse_sizes(flags.random_weights)
     _adapt(config, arms, flags)
+    preflight(config, ref_models)
     rows, _ = read_rows(script, config)
     model, ref_models = resolve(str(script.model_name_or_path)), [resolve(reference) for reference in ref_models]
     if sizes is not None:

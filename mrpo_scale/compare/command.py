@@ -18,6 +18,7 @@ from mrpo_scale.compare.processes import LOG, command, is_complete, mark, run_al
 from mrpo_scale.compare.results import compare_runs, read_run
 from mrpo_scale.compare.show import as_json, plot, table, verdict
 from mrpo_scale.errors import ConfigError, TrainingError
+from mrpo_scale.preflight import preflight
 from mrpo_scale.recipe import find_recipe, parse, read_recipe
 from mrpo_scale.references.scores import count_missing, distinct_rows, open_stores
 from mrpo_scale.score import Recipe
@@ -131,7 +132,9 @@ def _plan(flags: argparse.Namespace, words: list[str]) -> _Plan:
     runs = plan_runs(arms, shared, range(config.seed, config.seed + flags.seeds), folder)
     for run in runs[: len(arms)]:
         try:
-            parse(run.words)
+            own_script, own_config = parse(run.words)
+            if not flags.report:
+                preflight(own_config, own_script.ref_models)
         except ConfigError as error:
             raise ConfigError(f"{run.arm.name}: {error}") from None
     return _Plan(folder, runs, score_words, recipe, flags.launch)

@@ -7,16 +7,17 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mrpo_scale.config import MRPOConfig, ScriptArguments
+from mrpo_scale.config import Hardware, MRPOConfig, ScriptArguments
 from mrpo_scale.data import find_layout
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.gpus import GIB
 from mrpo_scale.inputs import prepare_sets, read_rows
 from mrpo_scale.models import RunPlan, plan_models
+from mrpo_scale.output_folder import check_output_folder
 from mrpo_scale.planner.cluster import Cluster, make_cluster
 from mrpo_scale.planner.data import (
     ReadSet,
@@ -42,6 +43,7 @@ from mrpo_scale.planner.show import (
 )
 from mrpo_scale.planner.workload import Workload
 from mrpo_scale.planner.zero import Zero, read_zero
+from mrpo_scale.preflight import check_best_metric, check_evaluation, preflight_problems
 from mrpo_scale.recipe import parse
 from mrpo_scale.references.source import check_weight_files
 from mrpo_scale.references.tensor_check import check_model
@@ -75,7 +77,7 @@ def check(words: Sequence[str]) -> int:
         return 0
     flags, rest = _flags().parse_known_args(list(words))
     cluster = make_cluster(flags.gpu, flags.gpus, flags.gpus_per_node, flags.network)
-    script, config = parse(rest)
+    script, config = parse(rest, ConfigElsewhere)
     if config.process_index != 0:
         return 0
     zero = read_zero(flags.ds_config or _default_zero(config, cluster))
@@ -98,12 +100,24 @@ def _flags() -> argparse.ArgumentParser:
 def _default_zero(config: MRPOConfig, cluster: Cluster) -> str:
     """As launch/accelerate's files do, unless the recipe names one."""
     if config.deepspeed:
-        return str(config.deepspeed)
+        return config.deepspeed if isinstance(config.deepspeed, str) else json.dumps(config.deepspeed)
     if cluster.name == "cpu":
         return "zero3_cpu"
     if cluster.gpus == 1:
         return "none"
     return "zero3" if cluster.num_nodes == 1 else "zero3_hpz"
+
+
+@dataclass
+class ConfigElsewhere(MRPOConfig):
+    """A recipe's keys on a machine that will not train: what it lacks, and who launched it, say nothing of the run's."""
+
+    def _join(self) -> None:
+        asked = {key: getattr(self, key) for key in ("use_cpu", "tf32", "deepspeed")}
+        self.use_cpu, self.tf32, self.deepspeed = True, None, None
+        self._fill_in()
+        for key, value in asked.items():
+            setattr(self, key, value)
 
 
 class _Check:
@@ -115,16 +129,29 @@ class _Check:
         self.warnings: list[str] = []
         self.found: dict[str, Any] = {}
         # What this machine is says nothing of the one that trains.
-        half = config.fp16 or config.typed.get("bf16", cluster.name != "cpu")
+        self.gpu = cluster.name != "cpu"
+        half = config.fp16 or config.typed.get("bf16", self.gpu)
         config.bf16 = bool(half and not config.fp16)
-        config.output_dir = str(folder)  # bad_rows_*.jsonl
 
     def run(self) -> None:
         rows = sets = plan = None
+        gpu = self.gpu and not self.config.use_cpu
+        self.errors += self.config.missing_hardware(Hardware(gpu, bf16=gpu, tf32=gpu))
+        with self._collected():
+            self.errors += preflight_problems(self.config, self.script.ref_models)
+            check_output_folder(self.config, self.script.model_name_or_path, self.script.ref_models)
+        self.config.output_dir = str(self.folder)  # bad_rows_*.jsonl
         with self._collected():
             rows = read_rows(self.script, self.config)
+        if rows is not None:
+            with self._collected():
+                check_evaluation(self.config, rows[1])
         with self._collected():
             plan = self._plan()
+        if plan is not None:
+            with self._collected():
+                names = plan.names[:1] if self.config.objective == "dpo" else plan.names
+                check_best_metric(self.config, names, ())
         if plan is not None:
             self._look_for_weights(plan)
         if plan is not None and rows is not None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mrpo_scale.ds_config import find_ds_config, read_ds_config
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.planner.cluster import Cluster, Traffic
 from mrpo_scale.planner.model_size import ModelSize
-from mrpo_scale.recipe import resource
 
 #: DeepSpeed's defaults of what ds_configs here leave out.
 _DEFAULTS = {
@@ -63,17 +62,11 @@ def read_zero(name: str) -> Zero:
     """
     if name == "none":
         return Zero("none")
-    shipped = resource("ds_configs")
-    path = next((p for p in (Path(name), shipped / name, shipped / f"{name}.json") if p.is_file()), None)
-    if path is None:
-        known = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
-        raise ConfigError(
-            f"`--ds_config {name}` is no file and no ds_config of the package; those are {known}, or none."
-        )
+    path = find_ds_config(name, "--ds_config")
     try:
-        config = json.loads(path.read_text())["zero_optimization"]
+        config = read_ds_config(path)["zero_optimization"]
         stage = int(config["stage"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is not a DeepSpeed config with `zero_optimization.stage`: {error}.") from error
     if stage not in (2, 3):
         raise ConfigError(
@@ -84,7 +77,7 @@ def read_zero(name: str) -> Zero:
         return (config.get(key) or {}).get("device", "none") != "none"
 
     return Zero(
-        name=path.stem,
+        name=Path(path).stem,
         stage=stage,
         offload_optimizer=offloaded("offload_optimizer"),
         offload_parameters=offloaded("offload_param"),

@@ -28,7 +28,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from mrpo_scale.device import map_blocks_from
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.errors import ConfigError, one_line
 from mrpo_scale.flops import decoder_layers
 from mrpo_scale.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.ranks import fail_together
@@ -38,7 +38,6 @@ from mrpo_scale.references.source import (
     check_source,
     check_weights,
     local_folder,
-    one_line,
     open_weights,
     some,
 )

@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.errors import ConfigError, one_line
 from mrpo_scale.ranks import fail_together
 from mrpo_scale.untrusted import read_json
 
@@ -254,7 +254,3 @@ def num_parameters(folder: Path, name: str) -> int:
 
 def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -106,6 +106,44 @@ def test_all_errors_at_once(jobs, world, tmp_path):
     assert "quantized (gptq)" in ended.out and "absent" in ended.out and "no.jsonl" in ended.out
 
 
+def test_what_a_run_refuses_the_check_refuses(jobs, world, tmp_path):
+    """Every kind at once, from the functions that the run calls; the data is shown all the same."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    words = [
+        *("--report_to", "paper", "--lr_scheduler_type", "cosine_with_min_lr", "--attn_implementation", "fast"),
+        *("--eval_strategy", "epoch", "--metric_for_best_model", "accuracy", "--output_dir", tmp_path / "run"),
+    ]
+    ended = check(jobs, world, *words, status=2)
+    errors = [line for line in ended.out.splitlines() if line.startswith("error: ")]
+    for key in (
+        *("`report_to: paper`", "`lr_scheduler_type: cosine_with_min_lr`", "`attn_implementation: fast`"),
+        *(
+            "`eval_strategy: epoch`",
+            "`metric_for_best_model: accuracy`",
+            f"`output_dir: {tmp_path / 'run'}` holds config.json",
+        ),
+    ):
+        assert sum(key in line for line in errors) == 1, (key, errors)
+    assert "DATA" in ended.out and json.loads((world / "out/check.json").read_text())["errors"] == [
+        line.removeprefix("error: ") for line in errors
+    ]
+    ended = check(jobs, world, "--use_liger_kernel", "true", "--max_bad_rows", 3, status=2)
+    assert "`use_liger_kernel: True`" in ended.err and "`max_bad_rows: 3.0`" in ended.err
+
+
+def test_hardware_is_the_clusters(jobs, world, tmp_path):
+    """Keys for GPUs are right for a cluster that has them, wherever they are checked; and wrong for one of CPUs."""
+    assert "COST" in check(jobs, world, "--bf16", "true", "--tf32", "true").out
+    assert "COST" in check(jobs, world, "--fp16", "true", "--deepspeed", "zero2").out
+    found = json.loads((world / "out/check.json").read_text())["cost"]["estimates"]["DPO, live"]
+    assert found["setting"]["ds_config"] == "zero2", "read here, and no process group joined for it"
+    words = ["--tf32", "true", "--bf16", "true", "--head_impl", "triton", "--gpu", "cpu"]
+    ended = check(jobs, world, *words, status=2)
+    for key in ("`tf32: True`", "`bf16: True`", "`head_impl: triton`"):
+        assert sum(key in line for line in ended.out.splitlines() if line.startswith("error: ")) == 1
+
+
 def test_too_many_bad_rows_are_an_error_and_shown(jobs, world):
     ended = check(jobs, world, "--max_bad_rows", 0.01, status=2)
     assert "error: `max_bad_rows: 0.01`: 1 of 40 pairs" in ended.out and "COST" in ended.out

@@ -1,6 +1,7 @@
 """Training over ranks: the same steps whatever the split, every row once, and a loss that is not finite stops everyone."""
 
 import gc
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from mrpo_scale.objective import combine
 from mrpo_scale.recipe import resource
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.trainer import MRPOTrainer
-from tests.tiny import pair_dataset, write_models
+from tests.distributed.jobs import Job
+from tests.tiny import pair_dataset, pair_rows, write_models
 
 ROWS = 19  # a last window of 4 that holds 3
 
@@ -160,6 +162,28 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(folders, tmp_path, pool2, alo
     assert f"step {step + 1} " in messages[0] and ": row 11 " in messages[0] and str(tmp_path) in messages[0]
     # The last good checkpoint is there and none of the bad step's.
     assert sorted(int(p.name.split("-")[1]) for p in Path(tmp_path).glob("checkpoint-*")) == list(range(1, step + 1))
+
+
+@pytest.mark.parametrize("name", ["zero3_cpu", "the file"])
+def test_deepspeed_in_the_recipe_without_a_launcher(folders, tmp_path, jobs, name):
+    """A world of one, as under a launcher of one process, instead of a search for MPI."""
+    path = str(resource("ds_configs") / "zero3_cpu.json")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pair_rows(8)))
+    recipe = {
+        "model_name_or_path": folders["llama"],
+        "ref_models": [folders["qwen2"]],
+        "dataset_name": str(tmp_path / "pairs.jsonl"),
+        "deepspeed": path if name == "the file" else name,
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 1,
+        "report_to": None,
+        "save_strategy": False,
+        "gradient_checkpointing": False,
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    ((ended,),) = jobs.run(Job(["train", "--config", str(tmp_path / "recipe.yaml")]))
+    assert ended.status == 0, ended.err
+    assert "world size 1, DeepSpeed ZeRO stage 3" in ended.err and "without a launcher" in ended.err
 
 
 def test_a_poisoned_row_is_named_in_one_process(folders, tmp_path):

@@ -42,6 +42,11 @@ def test_recipes(case, place):
     place.refused("train", ["--config", str(recipe), *place.words()], *says)
 
 
+def test_scoring_refuses_an_attention_that_is_not_there(place):
+    words = place.words(attn_implementation="fast", ref_cache_dir=place.root / "cache")
+    place.refused("score", words, "`attn_implementation: fast` is not known")
+
+
 @pytest.mark.parametrize("command", ["score", "inspect", "compare"])
 def test_every_command_reads_recipes_alike(command, place):
     text, says = RECIPES["a Python object"]

@@ -53,7 +53,7 @@ def words(folders, tmp_path):
 
 
 def argv(words):
-    return [part for key, values in words.items() for part in (f"--{key}", *values)]
+    return [part for key, values in words.items() if values for part in (f"--{key}", *values)]
 
 
 @pytest.fixture
@@ -133,6 +133,21 @@ CASES = {
         ["on_bad_row: error", "identical_responses"],
     ),
     "larger shard than the world": (lambda t, f: {"ref_shard_size": ["8"]}, ["ref_shard_size: 8", "1"]),
+    "a tracker that is not installed": (lambda t, f: {"report_to": ["wandb"]}, ["`report_to: wandb`", "pip install wandb"]),
+    "an optimizer that is not installed": (lambda t, f: {"optim": ["adamw_bnb_8bit"]}, ["`optim: adamw_bnb_8bit`", "bitsandbytes"]),
+    "Liger": (lambda t, f: {"use_liger_kernel": ["true"]}, ["`use_liger_kernel: True`"]),
+    "half precision on a CPU": (lambda t, f: {"fp16": ["true"]}, ["`fp16: True`", "needs a GPU"]),
+    "an evaluation on nothing": (
+        lambda t, f: {"eval_strategy": ["steps"], "held_out": []},
+        ["`eval_strategy: steps`", "no held-out pairs", "`held_out`"],
+    ),
+    "the best by a metric that is not measured": (
+        lambda t, f: {"eval_strategy": ["steps"], "metric_for_best_model": ["accuracy"]},
+        ["`metric_for_best_model: accuracy`", "rewards/accuracies"],
+    ),
+    "a schedule without its keys": (lambda t, f: {"lr_scheduler_type": ["cosine_with_min_lr"]}, ["cosine_with_min_lr", "min_lr"]),
+    "a DeepSpeed config that is nowhere": (lambda t, f: {"deepspeed": ["zero9"]}, ["`deepspeed: zero9`", "zero3"]),
+    "several mistakes": (lambda t, f: {"betta": ["1"], "sed": ["1"]}, ["`betta`", "`sed`"]),
     "shared prompt where it cannot be": (lambda t, f: {"shared_prompt": ["yes"]}, ["shared_prompt"]),
 }  # fmt: skip
 

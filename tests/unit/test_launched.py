@@ -7,9 +7,12 @@ import threading
 import time
 
 import pytest
+import torch
 
 from mrpo_scale import launched
 from mrpo_scale.errors import ConfigError
+
+ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture
@@ -61,6 +64,26 @@ def test_one_rank_of_a_host_looks(lock, monkeypatch):
     write(lock, age=launched.BUILD_SECONDS + 60)
     launched.clear_stale_build_locks()
     assert lock.exists()
+
+
+def test_alone_without_a_launcher(monkeypatch):
+    """One process says what a launcher of one says; several GPUs, or several tasks of srun, are a mistake."""
+    for name in (*ALONE, "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert not launched.is_launched()
+    launched.launch_alone("zero3")
+    assert (
+        launched.is_launched() and {os.environ[name] for name in ALONE[:2]} == {"0"} and os.environ["WORLD_SIZE"] == "1"
+    )
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ConfigError, match=r"`deepspeed: zero3`: srun started 8 processes"):
+        launched.launch_alone("zero3")
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(ConfigError, match=r"`deepspeed: zero3` .* 1 of 8 GPUs.*accelerate launch"):
+        launched.launch_alone("zero3")
 
 
 def test_restarts_within_a_store_that_outlives_them_are_refused(monkeypatch):

@@ -216,7 +216,7 @@ def test_defaults_that_a_config_leaves_to_transformers_are_named(tmp_path):
     [
         ('{"zero_optimization": {"stage": 1}}', "stage: 1"),
         ("{}", "zero_optimization.stage"),
-        ("no", "not a DeepSpeed config"),
+        ("no", "DeepSpeed config, is not JSON"),
     ],
 )
 def test_ds_configs_that_cannot_be_read(tmp_path, text, message):

@@ -8,7 +8,8 @@ import yaml
 
 from mrpo_scale.config import MRPOConfig, ScriptArguments, check_world_size, parse_ref_models
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.recipe import RENAMED_TRL_KEYS, TRL_KEYS, find_recipe, parse, resource
+from mrpo_scale.recipe import find_recipe, parse, resource
+from mrpo_scale.trl_keys import RENAMED_TRL_KEYS, TRL_KEYS
 
 # An ordinary DPO recipe as TRL's documentation writes them.
 TRL_RECIPE = """
@@ -132,6 +133,122 @@ def test_what_was_typed_is_what_the_recipe_says(recipe):
 
 def test_an_empty_key_means_none_where_none_means_something(recipe):
     assert parse(["--config", recipe("max_length: null\nmodel_name_or_path: A\n")])[1].max_length is None
+
+
+def test_a_no_without_quotes_is_the_word(recipe):
+    """YAML 1.1 reads `no` as false: where a key's values are words, it is the one that means no."""
+    keys = (
+        "eval_strategy",
+        "save_strategy",
+        "logging_strategy",
+        "evaluation_strategy",
+        "report_to",
+        "clip",
+        "shared_prompt",
+    )
+    text = "".join(f"{key}: no\n" for key in keys if key != "evaluation_strategy")
+    _, config = parse(["--config", recipe(text)])
+    assert config.eval_strategy == config.save_strategy == config.logging_strategy == "no"
+    assert (config.report_to, config.clip, config.shared_prompt) == ([], "none", "false")
+    assert parse(["--config", recipe("evaluation_strategy: no\ngradient_checkpointing: no\n")])[1].eval_strategy == "no"
+    with pytest.raises(ConfigError, match=r"objective.*'false'"):
+        parse(["--config", recipe("objective: no\n")])
+
+
+def test_an_empty_key_where_none_means_nothing(recipe):
+    _, config = parse(["--config", recipe("report_to: null\ntorch_dtype: null\n")])
+    assert config.report_to == [] and config.dtype == "auto"
+    assert MRPOConfig(report_to=None, use_cpu=True).report_to == []
+    with pytest.raises(ConfigError, match=r"`beta` is empty.*`eval_strategy` is empty"):
+        parse(["--config", recipe("beta:\neval_strategy: null\n")])
+
+
+def test_a_list_where_one_word_would_do(recipe):
+    text = recipe("report_to: [tensorboard, wandb]\noptim_target_modules: [attn, mlp]\n")
+    assert parse(["--config", text])[1].report_to == ["tensorboard", "wandb"]
+    assert parse(["--config", text])[1].optim_target_modules == ["attn", "mlp"]
+    assert parse(["--config", text, "--report_to", "none"])[1].report_to == []
+
+
+def test_all_mistakes_in_one_line(recipe):
+    text = "betta: 1\nuse_peft: true\nmax_prompt_length: 512\nbeta: high\nref_modles: [B]\nlora_r: 8\n"
+    with pytest.raises(ConfigError) as error:
+        parse(["--config", recipe(text), "--sed", "3", "--held_outt", "4"])
+    said = str(error.value)
+    assert "\n" not in said and "did you mean `beta`?" in said and "did you mean `ref_models`?" in said
+    for key in ("`betta`", "`use_peft: True`", "`max_prompt_length`", "high", "`lora_r: 8`", "`sed`", "`held_outt`"):
+        assert key in said, key
+
+
+# Keys of shared recipes that TRL or transformers had once, or has beside its DPOConfig: {recipe: what it means here}.
+TAKEN = {
+    "warmup_ratio: 0.1": ("warmup_steps", 0.1),
+    "torch_dtype: bfloat16": ("dtype", "bfloat16"),
+    "hub_model_revision: v1": ("hub_revision", "v1"),
+    "push_to_hub_model_id: a/b": ("hub_model_id", "a/b"),
+    "evaluation_strategy: steps": ("eval_strategy", "steps"),
+    "no_cuda: true": ("use_cpu", True),
+    "precompute_ref_log_probs: true": ("ref_scoring", "precompute"),
+    "chat_template_path: template.jinja": ("chat_template", "template.jinja"),
+    **{
+        f"{key}: {value}": ("beta", 0.1)
+        for key, value in {
+            "overwrite_output_dir": "false",
+            "rpo_alpha": "null",
+            "reference_free": "false",
+            "streaming": "false",
+            "generate_during_eval": "false",
+            "force_use_ref_model": "true",
+            "is_encoder_decoder": "null",
+            "label_pad_token_id": "-100",
+            "save_safetensors": "true",
+            "use_peft": "false",
+            "lora_r": "16",
+            "router_aux_loss_coef": "0.0",
+            "pad_to_multiple_of": "auto",
+            "padding_free": "true",
+        }.items()
+    },
+}
+REFUSED = {
+    "max_prompt_length: 512": ["`max_prompt_length`", "TRL has dropped it", "`max_length`"],
+    "overwrite_output_dir: true": ["`overwrite_output_dir: True`", "resume_from_checkpoint: never"],
+    "dataset_mixer: {a/b: 1.0}": ["`dataset_mixer`", "`dataset_name: [{name:"],
+    "dataset_mixture: {datasets: [{id: a}]}": ["`dataset_mixture`", "`dataset_name: [{name:"],
+    "datasets: [{path: a}]": ["`datasets`", "`dataset_name: [{name:"],
+    "dataset_splits: [train, test]": ["`dataset_splits`", "dataset_test_split"],
+    "streaming: true": ["`streaming: True`", "memory-mapped"],
+    "env: {A: b}": ["`env`", "export"],
+    "rpo_alpha: 0.1": ["`rpo_alpha: 0.1`", "supervised term"],
+    "reference_free: true": ["`reference_free: True`"],
+    "generate_during_eval: true": ["mrpo eval"],
+    "max_completion_length: 5": ["`max_length`"],
+    "label_pad_token_id: 0": ["label_pad_token_id"],
+    "use_liger_kernel: true": ["use_liger_kernel"],
+    "loss_type: apo_zero": ["apo_zero", "sigmoid"],
+    "loss_weights: [1.0, 0.1]": ["loss_weights", "one outer loss"],
+    "model_init_kwargs: {use_kernels: true}": ["model_init_kwargs", "attn_implementation"],
+    "router_aux_loss_coef: 0.001": ["router_aux_loss_coef"],
+    "warmup_ratio: 5": ["`warmup_ratio: 5`", "below 1"],
+    "warmup_ratio: 0.1\nwarmup_steps: 5": ["`warmup_ratio` and `warmup_steps`", "leave `warmup_steps`"],
+}
+
+
+@pytest.mark.parametrize("text", TAKEN, ids=lambda text: text.split(":")[0])
+def test_keys_of_older_recipes_are_taken(recipe, text, caplog):
+    key, value = TAKEN[text]
+    with caplog.at_level("INFO"):
+        assert getattr(parse(["--config", recipe(text)])[1], key) == value
+    assert key == "beta" or f"is taken as `{key}: {value}`" in caplog.text
+    assert parse(["--config", recipe("test_split_size: 200\n")])[0].held_out == 200
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=lambda text: text.split(":")[0])
+def test_keys_of_older_recipes_say_what_to_write(recipe, text):
+    with pytest.raises(ConfigError) as error:
+        parse(["--config", recipe(text)])
+    said = str(error.value)
+    assert "\n" not in said and all(word in said for word in REFUSED[text]), said
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrpo_scale import MRPOConfig, MRPOTrainer
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.evaluation import metric_names
 from tests.tiny import pair_dataset, write_models
 
 
@@ -71,6 +72,8 @@ def test_a_loaded_model_and_names_are_the_same_run(folders, tmp_path):
     metrics = loaded.evaluate()
     assert metrics["eval_one_rewards/margins"] == pytest.approx(by_name.evaluate()["eval_rewards/margins"], rel=1e-6)
     assert "eval_two_anchor/rewards/accuracies" in metrics
+    named = {f"eval_two_{name}" for name in metric_names(loaded.args.build_objective(), loaded.plan.names)}
+    assert named <= {key for key in metrics if key.startswith("eval_two")}, "what `metric_for_best_model` may be"
 
 
 def test_without_references_it_is_dpo(folders, tmp_path):
@@ -154,6 +157,15 @@ def test_a_step_forms_the_virtual_reference_once(folders, tmp_path, monkeypatch,
         assert [trainer.evaluate()["eval_loss"] for _ in range(2)] and aggregated["aggregate_logps"] == 4
         logs[way] = losses(trainer)
     assert logs["live"] == logs["mixed"] == logs["cached"]
+
+
+def test_bf16_on_a_cpu_trains(folders, tmp_path):
+    """accelerate's autocast rounds inside the forward and returns float32, which the self-check took for a wrong forward."""
+    trainer = MRPOTrainer(
+        folders["llama"], [folders["qwen2"]], config(tmp_path, bf16=True, max_steps=1), pair_dataset(12)
+    )
+    trainer.train()
+    assert math.isfinite(losses(trainer)[0])
 
 
 def test_a_foreign_anchor(folders, tmp_path):

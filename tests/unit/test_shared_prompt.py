@@ -8,8 +8,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from mrpo_scale import pair_batch
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import SHARED_PROMPT_MODELS, collate_pairs, supports_shared_prompt
+from mrpo_scale.self_check import check_pair_scoring
 from mrpo_scale.sequence_logps import (
-    check_pair_scoring,
     choose_end_to_end,
     choose_shared_prompt,
     enable_pair_scoring,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.logit_transform import LogitTransform, candidates, choose, named_numbers
 from mrpo_scale.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.sequence_logps import FusedHead, score_pairs
@@ -154,9 +154,9 @@ def check_pair_scoring(
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return _checked(model, name, shared_prompt, end_to_end, device, train_equals_eval, dtype)
-    except (torch.OutOfMemoryError, dist.DistError, ConfigError):
+    except (ConfigError, TrainingError, torch.OutOfMemoryError, dist.DistError):  # not the model's fault
         raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+    except Exception as error:
         raise ConfigError(
             f"{name} ({type(_inner(model)).__name__}): it failed on the few tokens that every model is checked on "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]}), so it cannot be used here; leave it out."

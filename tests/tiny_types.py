@@ -21,29 +21,32 @@ VOCABULARY, WINDOW, DROPOUT = 96, 8, 0.1
 _SIZES: list[tuple[str, Any]] = [
     (r".*(token_id|token_index|_id|_idx)", None),
     (r"(.*_)?vocab_size(_.*)?|n_words|unpadded_vocab_size", VOCABULARY),
+    (r"num_kv_shared_layers", 0),
+    (r"(n|num|mamba_n|mamba_num|ssm_n)_?groups?|n_group|num_group|topk_group|n_shared_experts|first_k_dense_replace", 1),
+    (r"rotary_dim|qk_rope_dim|qk_rope_head_dim|qk_pos_emb_head_dim", "rope"),
+    (r"attention_hidden_size", "double"),
+    (r"qk_head_dim", None),
+    (r"(.*_)?(head_dim|head_size|d_kv|qk_nope_head_dim|v_head_dim|key_dim|value_dim|.*_head_dim)", "head"),
     (r"(.*_)?(num|n)_?(key_value|kv)_?(heads?|groups).*", "kv"),
     (r"(.*_)?(num|n)_?(attention_|attn_|query_)?heads?|(encoder|decoder)_attention_heads|.*_n_heads|num_heads", "heads"),
     (r"(.*_)?(num|n)_(hidden_)?layers?|(encoder|decoder)_layers|layers|num_(encoder|decoder)_layers|depth|num_blocks", "layers"),
-    (r"(.*_)?(hidden_size|n_embd|d_model|hidden_dim|embed_dim|emb_dim|dim|word_embed_proj_dim|embedding_size|dim_model|rnn_width|lru_width|attention_hidden_size|hidden_size_per_layer_input)",
+    (r"(.*_)?(hidden_size|n_embd|d_model|hidden_dim|embed_dim|emb_dim|dim|word_embed_proj_dim|embedding_size|dim_model|rnn_width|lru_width|hidden_size_per_layer_input)",
      "hidden"),
     (r"(.*_)?(intermediate_size|d_ff|ffn_dim|n_inner|d_inner|dim_ff|ffn_size|intermediate_dim|shared_expert_size|.*_ffn_dim|expert_dim|ffn_hidden_size)(_.*)?", "ffn"),
-    (r"qk_rope_head_dim|qk_pos_emb_head_dim", "rope"),
-    (r"(.*_)?(head_dim|head_size|d_kv|qk_nope_head_dim|v_head_dim|qk_head_dim|key_dim|value_dim|.*_head_dim)", "head"),
     (r"(.*_)?(sliding_window|window_size|attention_window|attention_chunk_size|local_attn_chunk_length|lsh_attn_chunk_length)(_.*)?", WINDOW),
-    (r"(.*_)?(topk|index_topk)", WINDOW),
+    (r"index_topk(_.*)?", WINDOW),
     (r"(?!chunk_size_feed)(.*_)?chunk_size(_.*)?", WINDOW),
-    (r"rotary_dim|qk_rope_dim", "rope"),
     (r"(.*_)?(lora_rank|_rank|low_rank_dim|rank)", 8),
     (r"(.*_)?(num_experts_per_tok|moe_topk|moe_k|top_k|num_selected_experts|num_experts_per_token|top_k_experts)", "top"),
     (r"(.*_)?(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)", 4),
-    (r"n_group|topk_group|n_shared_experts|first_k_dense_replace", 1),
     (r"(.*_)?(state_size|d_state|ssm_state|.*_d_state)", 8),
     (r"(.*_)?(max_position_embeddings|n_positions|max_seq_len|max_sequence_length|max_target_positions)", 512),
 ]  # fmt: skip
 # Tried in this order until one builds and runs.
 _SHAPES: list[dict[str, int]] = [
     {"hidden": 32, "heads": 4, "kv": 2, "head": 8, "rope": 8, "ffn": 48, "layers": 2, "top": 2},
-    {"hidden": 32, "heads": 4, "kv": 4, "head": 8, "rope": 4, "ffn": 64, "layers": 4, "top": 1},
+    {"hidden": 32, "heads": 4, "kv": 4, "head": 8, "rope": 8, "ffn": 64, "layers": 4, "top": 1},
+    {"hidden": 32, "heads": 4, "kv": 4, "head": 16, "rope": 8, "ffn": 64, "layers": 4, "top": 2},
     {"hidden": 64, "heads": 4, "kv": 4, "head": 16, "rope": 8, "ffn": 64, "layers": 6, "top": 2},
 ]
 
@@ -120,20 +123,22 @@ def _own_values(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
         key = config.attribute_map.get(key, key)
         try:
             value = getattr(config, key)
-        except AttributeError:  # not kept, or one for each layer
+        except AttributeError:  # an argument that is not kept
             continue
+        except Exception:  # one for each layer: any number of the kind
+            value = 0
         if not key.startswith("_"):
             yield key, value
 
 
 def _smaller(key: str, value: Any, shape: dict[str, int]) -> Any:
-    if isinstance(value, (list, tuple)) and re.fullmatch(r"(.*_)?(layers?_types?|layers_block_type|block_types|layers?|attn_layers)(_.*)?", key):
+    if value and isinstance(value, (list, tuple)) and re.fullmatch(r"(.*_)?(layers?_types?|layers_block_type|block_types|layers?|attn_layers)(_.*)?", key):
         kinds = list(dict.fromkeys(value))  # each kind at least once, where there are layers enough
         return [kinds[i % len(kinds)] for i in range(shape["layers"])]
-    unset = value is None and key in ("head_dim", "num_key_value_heads")
+    unset = value is None and key in ("head_dim", "num_key_value_heads", "num_experts_per_tok")
     if isinstance(value, bool) or not (isinstance(value, int) or unset):
         return None
     for pattern, size in _SIZES:
         if re.fullmatch(pattern, key):
-            return None if size is None else shape[size] if isinstance(size, str) else size
+            return None if size is None else {**shape, "double": 2 * shape["hidden"]}[size] if isinstance(size, str) else size
     return None

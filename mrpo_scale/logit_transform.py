@@ -67,7 +67,11 @@ def choose(readings: Sequence[LogitTransform], said_V: Tensor, logits_V: Tensor)
 def named_numbers(config: PretrainedConfig) -> Iterator[tuple[str, float]]:
     """(key, number) of a config and of its text config; of a list, each."""
     for one in {id(c): c for c in (config, config.get_text_config())}.values():
-        values = {**vars(one), **one.to_dict(), "logits_scaling": getattr(one, "logits_scaling", None)}  # MiniCPM3: a property
+        values = {
+            **vars(one),
+            **one.to_dict(),
+            "logits_scaling": getattr(one, "logits_scaling", None),
+        }  # MiniCPM3: a property
         for key, value in sorted(values.items()):
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(number, (int, float)) and not isinstance(number, bool):

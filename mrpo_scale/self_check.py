@@ -210,13 +210,16 @@ def _checked(
 
 
 def _problem(
-    plain: _Plain, transform: LogitTransform | None, apart: float, difference: float, allowed: float, shared_prompt: bool
+    plain: _Plain,
+    transform: LogitTransform | None,
+    apart: float,
+    difference: float,
+    allowed: float,
+    shared_prompt: bool,
 ) -> str | None:
     """Why the model cannot be used, or None."""
     if plain.samples is None:
-        return (
-            "it does not compute its logits by calling its output head, so its log-probs cannot be checked; leave it out."
-        )
+        return "it does not compute its logits by calling its output head, so its log-probs cannot be checked; leave it out."
     if not plain.prompt_apart <= allowed:
         return (
             f"a prompt's hidden states change with the response after it, by {plain.prompt_apart:.2g} of their size where rounding "
@@ -233,9 +236,10 @@ def _problem(
     if apart <= allowed and difference <= nats:
         return None
     return (
-        f"its log-probs differ from its own logits by {difference:.3g} nats per token, and its hidden states by {apart:.2g} of their "
-        f"size where rounding makes {allowed:.1g}, so it does something to its logits, padding or attention that is not supported "
-        "here. " + ("Try `shared_prompt: false`; if that fails too, leave this model out." if shared_prompt else "Leave it out.")
+        f"its log-probs differ from its own logits by {difference:.3g} nats per token, and its hidden states by {apart:.2g} of "
+        f"their size where rounding makes {allowed:.1g}, so it does something to its logits, padding or attention that is not "
+        "supported here. "
+        + ("Try `shared_prompt: false`; if that fails too, leave this model out." if shared_prompt else "Leave it out.")
     )
 
 
@@ -243,9 +247,9 @@ def _check_train(name: str, model: nn.Module, trained_P2: Tensor, evaluated_P2: 
     relative = ((trained_P2 - evaluated_P2) / evaluated_P2).abs().max().item()
     if not relative <= allowed:
         raise ConfigError(
-            f"{name} ({type(model).__name__}): its log-probs in train mode differ from those in eval mode by {relative:.2g} relative "
-            "although `disable_dropout: true`, so something random is left in it, a noise of its router for instance; set that to 0 "
-            "in its config.json, or train with it by `disable_dropout: false`."
+            f"{name} ({type(model).__name__}): its log-probs in train mode differ from those in eval mode by {relative:.2g} "
+            "relative although `disable_dropout: true`, so something random is left in it, a noise of its router for instance; set "
+            "that to 0 in its config.json, or train with it by `disable_dropout: false`."
         )
 
 

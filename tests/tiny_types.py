@@ -19,29 +19,35 @@ VOCABULARY, WINDOW, DROPOUT = 96, 8, 0.1
 
 # First match wins; matched against whole names. None leaves the default.
 _SIZES: list[tuple[str, Any]] = [
-    (r".*(token_id|token_index|_id|_idx)", None),
+    (r".*(token_id|token_index|_id|_idx)|qk_head_dim", None),
     (r"(.*_)?vocab_size(_.*)?|n_words|unpadded_vocab_size", VOCABULARY),
     (r"num_kv_shared_layers", 0),
-    (r"(n|num|mamba_n|mamba_num|ssm_n)_?groups?|n_group|num_group|topk_group|n_shared_experts|first_k_dense_replace", 1),
+    (
+        r"(n|num|mamba_n|mamba_num|ssm_n)_?groups?|n_group|num_group|topk_group|n_shared_experts|first_k_dense_replace",
+        1,
+    ),
     (r"rotary_dim|qk_rope_dim|qk_rope_head_dim|qk_pos_emb_head_dim", "rope"),
     (r"attention_hidden_size", "double"),
-    (r"qk_head_dim", None),
-    (r"(.*_)?(head_dim|head_size|d_kv|qk_nope_head_dim|v_head_dim|key_dim|value_dim|.*_head_dim)", "head"),
+    (r"(.*_)?(head_dim|head_size|d_kv|key_dim|value_dim)", "head"),
     (r"(.*_)?(num|n)_?(key_value|kv)_?(heads?|groups).*", "kv"),
-    (r"(.*_)?(num|n)_?(attention_|attn_|query_)?heads?|(encoder|decoder)_attention_heads|.*_n_heads|num_heads", "heads"),
-    (r"(.*_)?(num|n)_(hidden_)?layers?|(encoder|decoder)_layers|layers|num_(encoder|decoder)_layers|depth|num_blocks", "layers"),
-    (r"(.*_)?(hidden_size|n_embd|d_model|hidden_dim|embed_dim|emb_dim|dim|word_embed_proj_dim|embedding_size|dim_model|rnn_width|lru_width|hidden_size_per_layer_input)",
-     "hidden"),
-    (r"(.*_)?(intermediate_size|d_ff|ffn_dim|n_inner|d_inner|dim_ff|ffn_size|intermediate_dim|shared_expert_size|.*_ffn_dim|expert_dim|ffn_hidden_size)(_.*)?", "ffn"),
-    (r"(.*_)?(sliding_window|window_size|attention_window|attention_chunk_size|local_attn_chunk_length|lsh_attn_chunk_length)(_.*)?", WINDOW),
+    (r"(.*_)?(num|n)_?(attention_|attn_|query_)?heads?|(encoder|decoder)_attention_heads", "heads"),
+    (
+        r"(.*_)?(num|n)_(hidden_)?layers?|(encoder|decoder)_layers|layers|num_(encoder|decoder)_layers|num_blocks",
+        "layers",
+    ),
+    (r"(.*_)?(hidden_size|n_embd|d_model|hidden_dim|embed_dim|emb_dim|dim|embedding_size|dim_model)", "hidden"),
+    (r"word_embed_proj_dim|rnn_width|lru_width|hidden_size_per_layer_input", "hidden"),
+    (r"(.*_)?(intermediate_size|d_ff|ffn_dim|n_inner|d_inner|dim_ff|ffn_size|intermediate_dim)(_.*)?", "ffn"),
+    (r"(.*_)?(shared_expert_size|expert_dim|ffn_hidden_size)(_.*)?", "ffn"),
+    (r"(.*_)?(sliding_window|window_size|attention_window|attention_chunk_size|attn_chunk_length)(_.*)?", WINDOW),
     (r"index_topk(_.*)?", WINDOW),
     (r"(?!chunk_size_feed)(.*_)?chunk_size(_.*)?", WINDOW),
-    (r"(.*_)?(lora_rank|_rank|low_rank_dim|rank)", 8),
-    (r"(.*_)?(num_experts_per_tok|moe_topk|moe_k|top_k|num_selected_experts|num_experts_per_token|top_k_experts)", "top"),
+    (r"(.*_)?(lora_rank|_rank|low_rank_dim|rank|state_size|d_state|ssm_state)", 8),
+    (r"(.*_)?(num_experts_per_tok(en)?|moe_topk|moe_k|top_k|num_selected_experts|top_k_experts)", "top"),
     (r"(.*_)?(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)", 4),
-    (r"(.*_)?(state_size|d_state|ssm_state|.*_d_state)", 8),
     (r"(.*_)?(max_position_embeddings|n_positions|max_seq_len|max_sequence_length|max_target_positions)", 512),
-]  # fmt: skip
+]
+_LAYER_LIST = r"(.*_)?(layers?_types?|layers_block_type|block_types|layers?|attn_layers)(_.*)?"
 # Tried in this order until one builds and runs.
 _SHAPES: list[dict[str, int]] = [
     {"hidden": 32, "heads": 4, "kv": 2, "head": 8, "rope": 8, "ffn": 48, "layers": 2, "top": 2},
@@ -70,7 +76,7 @@ def tiny_model(model_type: str, dropout: float = 0.0, seed: int = 0) -> PreTrain
             logits = model(input_ids=ids, use_cache=False).logits
             if logits.shape[:2] != ids.shape or not torch.isfinite(logits).all():
                 raise RuntimeError(f"gives logits of shape {list(logits.shape)}, or not finite ones")
-        except Exception as error:  # any: reported, not swallowed
+        except Exception as error:  # noqa: BLE001 (any: it is reported)
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:150]}")
         else:
             return model
@@ -110,9 +116,8 @@ def shrunken(config_class: type[PretrainedConfig], shape: dict[str, int], dropou
             changes[key] = new
         elif isinstance(value, float) and "drop" in key:
             changes[key] = dropout
-        elif re.fullmatch(r"(pad|bos|eos|sep|mask|decoder_start|forced_eos|.*)_token_(id|index)", key):
-            if isinstance(value, int) and value >= VOCABULARY:
-                changes[key] = VOCABULARY - 1
+        elif re.fullmatch(r".*_token_(id|index)", key) and isinstance(value, int) and value >= VOCABULARY:
+            changes[key] = VOCABULARY - 1
     return config_class(**changes)
 
 
@@ -125,14 +130,14 @@ def _own_values(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
             value = getattr(config, key)
         except AttributeError:  # an argument that is not kept
             continue
-        except Exception:  # one for each layer: any number of the kind
+        except Exception:  # noqa: BLE001 (one for each layer: any number of the kind does)
             value = 0
         if not key.startswith("_"):
             yield key, value
 
 
 def _smaller(key: str, value: Any, shape: dict[str, int]) -> Any:
-    if value and isinstance(value, (list, tuple)) and re.fullmatch(r"(.*_)?(layers?_types?|layers_block_type|block_types|layers?|attn_layers)(_.*)?", key):
+    if value and isinstance(value, (list, tuple)) and re.fullmatch(_LAYER_LIST, key):
         kinds = list(dict.fromkeys(value))  # each kind at least once, where there are layers enough
         return [kinds[i % len(kinds)] for i in range(shape["layers"])]
     unset = value is None and key in ("head_dim", "num_key_value_heads", "num_experts_per_tok")
@@ -140,5 +145,11 @@ def _smaller(key: str, value: Any, shape: dict[str, int]) -> Any:
         return None
     for pattern, size in _SIZES:
         if re.fullmatch(pattern, key):
-            return None if size is None else {**shape, "double": 2 * shape["hidden"]}[size] if isinstance(size, str) else size
+            return (
+                None
+                if size is None
+                else {**shape, "double": 2 * shape["hidden"]}[size]
+                if isinstance(size, str)
+                else size
+            )
     return None

@@ -4,7 +4,6 @@ import logging
 from collections import Counter
 
 import torch
-from tests.tiny_types import causal_types, tiny_model
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.models import disable_dropout
@@ -12,6 +11,7 @@ from mrpo_scale.pair_batch import collate_pairs
 from mrpo_scale.self_check import check_pair_scoring
 from mrpo_scale.sequence_logps import choose_end_to_end, choose_shared_prompt, enable_pair_scoring, score_pairs
 from mrpo_scale.tokenization import PairTokens
+from tests.tiny_types import causal_types, tiny_model
 
 CPU = torch.device("cpu")
 DROPOUT = 0.1

@@ -235,11 +235,13 @@ def _problem(
     nats = allowed * max(1.0, largest) + 2 * torch.finfo(plain.dtype).eps * largest
     if apart <= allowed and difference <= nats:
         return None
+    remedy = (
+        "Try `shared_prompt: false`; if that fails too, leave this model out." if shared_prompt else "Leave it out."
+    )
     return (
         f"its log-probs differ from its own logits by {difference:.3g} nats per token, and its hidden states by {apart:.2g} of "
         f"their size where rounding makes {allowed:.1g}, so it does something to its logits, padding or attention that is not "
-        "supported here. "
-        + ("Try `shared_prompt: false`; if that fails too, leave this model out." if shared_prompt else "Leave it out.")
+        f"supported here. {remedy}"
     )
 
 

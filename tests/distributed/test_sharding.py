@@ -13,6 +13,7 @@ from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import collate_pairs
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
+from mrpo_scale.self_check import check_pair_scoring
 from mrpo_scale.sequence_logps import enable_pair_scoring, score_pairs
 from mrpo_scale.tokenization import PairTokens
 from tests.distributed.pool import Pool, WorkerError
@@ -132,6 +133,7 @@ def check_kept_float32(folder, dtype):
     expected = {name: parameter.dtype for name, parameter in plain.named_parameters()}
     assert set(expected.values()) == {dtype, torch.float32}
     enable_pair_scoring(plain, "plain")
+    check_pair_scoring(plain, "plain", shared_prompt=False, device=CPU)  # finds its scale
     for size in (1, 2):
         reference = ShardedReference(ReferenceSource("ref", folder, dtype=dtype), shard_group(size), CPU)
         assert {name: parameter.dtype for name, parameter in reference.model.named_parameters()} == expected

@@ -5,7 +5,8 @@ Reference 0, the anchor, is the policy's own starting weights unless ``anchor`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -165,14 +166,40 @@ def _class_of(source: ReferenceSource, config: PretrainedConfig) -> type[PreTrai
     return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, those that attention layers keep as a number included."""
+def disable_dropout(model: nn.Module) -> list[tuple[PretrainedConfig, str, float]]:
+    """Set every dropout probability of ``model`` to 0: of the dropout modules, of the numbers that other modules keep, and of the
+    configs that some read in their forward.
+
+    Returns:
+        (config, key, value it had) of each value that was set in a config: what is saved gets them back.
+    """
+    configs: dict[int, PretrainedConfig] = {}
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "hidden_dropout", "resid_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        is_dropout = "drop" in type(module).__name__.lower()  # nn's, and those that models bring
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (is_dropout and name == "p")):
                 setattr(module, name, 0.0)
+            elif isinstance(value, PretrainedConfig):
+                configs[id(value)] = value
+    replaced = []
+    for config in configs.values():
+        for name, value in list(vars(config).items()):
+            if isinstance(value, float) and value and "drop" in name:
+                setattr(config, name, 0.0)
+                replaced.append((config, name, value))
+    return replaced
+
+
+@contextmanager
+def original_dropout(replaced: Sequence[tuple[PretrainedConfig, str, float]]) -> Iterator[None]:
+    """Inside the block the configs say what they said before :func:`disable_dropout`."""
+    for config, name, value in replaced:
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, name, _ in replaced:
+            setattr(config, name, 0.0)
 
 
 def write_weights(model: PreTrainedModel, folder: Path, *, is_main: bool) -> None:

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.logit_transform import logit_transform
 from mrpo_scale.pair_batch import (
     SHARED_PROMPT_MODELS,
     PairBatch,
     attention_inputs,
-    collate_pairs,
     supports_end_to_end,
     supports_shared_prompt,
 )
 from mrpo_scale.span_attention import SPAN_ATTENTION
-from mrpo_scale.tokenization import PairTokens
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +39,7 @@ class FusedHead(nn.Linear):
     softcap: float | None
     logit_scale: float
     impl: str
+    tap: Any = None  #: what the self-check looks through while it runs
 
     def forward(  # type: ignore[override]
         self,
@@ -49,13 +49,16 @@ class FusedHead(nn.Linear):
         loss_of_pairs: LossOfPairs | None = None,
     ) -> Tensor | LinearPreferenceLoss:
         if labels_T is None or cu_seqlens is None:
-            return super().forward(hidden)
+            logits = super().forward(hidden)
+            return logits if self.tap is None else self.tap.plain(hidden, logits)
         return self._score(hidden, labels_T, cu_seqlens, loss_of_pairs)
 
     @torch.compiler.disable  # large products in chunks whose number depends on the batch: nothing to fuse, much to recompile
     def _score(
         self, hidden: Tensor, labels_T: Tensor, cu_seqlens: Tensor, loss_of_pairs: LossOfPairs | None
     ) -> Tensor | LinearPreferenceLoss:
+        if self.tap is not None:
+            self.tap.scored(hidden)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if weight.dtype != hidden.dtype:  # under autocast the body is bf16 and the head's master weight float32
@@ -64,16 +67,6 @@ class FusedHead(nn.Linear):
         if loss_of_pairs is not None:
             return linear_preference_loss(hidden, weight, labels_T, cu_seqlens, loss_of_pairs, **options)
         return sequence_logps(hidden, weight, labels_T, cu_seqlens, impl=self.impl, **options)
-
-
-def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
-    """(softcap, scale) that a model applies to its head's output: Gemma's cap, Granite's and Cohere's scale."""
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):
-        scale = 1.0 / config.logits_scaling
-    elif getattr(config, "logit_scale", None):
-        scale = config.logit_scale
-    return getattr(config, "final_logit_softcapping", None), scale
 
 
 def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -> None:
@@ -198,58 +191,3 @@ def preference_step(model: nn.Module, pairs: PairBatch, loss_of_pairs: LossOfPai
 def response_hidden(model: nn.Module, pairs: PairBatch) -> Tensor:
     """Hidden states [T, D] that predict the response tokens: the model's body without its head. ``model`` may be wrapped."""
     return model(pairs=pairs, with_head=False)
-
-
-_PROBE = [
-    PairTokens(prompt_ids=[7, 3, 5, 2], chosen_ids=[6, 4, 3], rejected_ids=[2, 5]),
-    PairTokens(prompt_ids=[4, 2], chosen_ids=[3], rejected_ids=[5, 7, 6, 2, 3]),
-]
-
-
-@torch.no_grad()
-def check_pair_scoring(
-    model: nn.Module,
-    name: str,
-    *,
-    shared_prompt: bool,
-    end_to_end: bool = False,
-    half: bool = False,
-    device: torch.device,
-) -> float:
-    """Compare the pair forward with the model's own logits on a few tokens; every rank must call it.
-
-    It catches what no table of architectures can: a model that transforms its logits or its positions in a way this module
-    does not know. Returns the largest difference per token in nats.
-
-    Raises:
-        ConfigError: they differ by more than rounding, so the model would be trained or believed on wrong numbers.
-    """
-    was_training = model.training
-    model.eval()
-    got_P2 = score_pairs(
-        model, collate_pairs(_PROBE, shared_prompt=shared_prompt, end_to_end=end_to_end).to(device)
-    ).double()
-    separate = collate_pairs(_PROBE, shared_prompt=False).to(device)
-    logits_BLV = model(
-        input_ids=separate.input_ids_BL, attention_mask=(separate.segment_BL >= 0).long(), use_cache=False
-    ).logits
-    model.train(was_training)
-    token_logps_T = (
-        logits_BLV.flatten(0, 1)[separate.logit_index_T].double().log_softmax(-1).gather(1, separate.labels_T[:, None])
-    ).squeeze(1)
-    lengths = separate.cu_seqlens.diff().long()
-    expected_P2 = torch.segment_reduce(token_logps_T, "sum", lengths=lengths).view(-1, 2)
-    difference = ((got_P2 - expected_P2).abs() / lengths.view(-1, 2)).max().item()
-    # Half-precision logits are compared after the model's own rounding of them, hence the coarse bound there.
-    allowed = 0.1 if half or logits_BLV.dtype not in (torch.float32, torch.float64) else 1e-3
-    if not difference <= allowed:
-        raise ConfigError(
-            f"{name} ({type(model).__name__}): its log-probs differ from its own logits by {difference:.3g} nats per "
-            "token, so it does something to its logits or attention that is not supported here. "
-            + (
-                "Try `shared_prompt: false`; if that fails too, leave this model out."
-                if shared_prompt
-                else "Leave it out."
-            )
-        )
-    return difference

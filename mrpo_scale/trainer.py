@@ -35,11 +35,11 @@ from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.held_out import HeldOutScores
 from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
 from mrpo_scale.left_out import copy_left_out
-from mrpo_scale.models import disable_dropout, load_policy, plan_models
+from mrpo_scale.models import disable_dropout, load_policy, original_dropout, plan_models
 from mrpo_scale.objective import loss_against
 from mrpo_scale.output_folder import check_output_folder
 from mrpo_scale.preflight import check_best_metric
-from mrpo_scale.ranks import all_say, world_group
+from mrpo_scale.ranks import all_say, fail_together, world_group
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.validation import with_validation_weights
 from mrpo_scale.report import RunSummary
@@ -52,8 +52,8 @@ from mrpo_scale.saving import (
     folder_of,
     share_weights,
 )
+from mrpo_scale.self_check import check_pair_scoring
 from mrpo_scale.sequence_logps import (
-    check_pair_scoring,
     choose_end_to_end,
     choose_shared_prompt,
     enable_pair_scoring,
@@ -130,8 +130,7 @@ class MRPOTrainer(ResumableTrainer):
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
         self._source_use_cache = getattr(policy.config, "use_cache", None)  # of a wrapper the text config has it
         enable_pair_scoring(policy, "policy", args.head_impl)
-        if args.disable_dropout:
-            disable_dropout(policy)
+        self._dropouts = disable_dropout(policy) if args.disable_dropout else []
         self.policy = policy
         super().__init__(
             model=policy,
@@ -195,7 +194,7 @@ class MRPOTrainer(ResumableTrainer):
         self, epoch_iterator: Iterator[list[PairExample]], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], Tensor]:
         """This rank's share of the next window, its virtual reference formed, and the number of pairs in the whole window."""
-        self._check_policy()
+        self._check_policy(self.model_wrapped)
         doing(f"scoring the pairs of step {self.state.global_step + 1} with the references")
         self.clock.start()
         examples = [example for _ in range(num_batches) for example in next(epoch_iterator)]
@@ -217,16 +216,20 @@ class MRPOTrainer(ResumableTrainer):
             pad_token_id=self.pad_token_id,
         )
 
-    def _check_policy(self) -> None:
-        if not self._policy_checked:
-            self._policy_checked = True
+    def _check_policy(self, model: nn.Module) -> None:
+        if self._policy_checked:
+            return
+        self._policy_checked = True
+        args = self.args
+        with fail_together(world_group()):
             check_pair_scoring(
-                self.model_wrapped,
+                model,
                 "policy",
                 shared_prompt=self.shared_prompt,
                 end_to_end=self.end_to_end,
-                half=bool(self.args.bf16 or self.args.fp16),
                 device=self.accelerator.device,
+                train_equals_eval=args.disable_dropout,
+                dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
             )
 
     # ---- what a step minimises ---------------------------------------------------------------------------------------
@@ -344,7 +347,8 @@ class MRPOTrainer(ResumableTrainer):
             source = folder_of(self.plan.policy)
             state = self.policy.state_dict() if state_dict is None else state_dict
             state_dict = cast_as_stored(state, dtypes_on_disk(self.policy, source))
-        super()._save(output_dir, state_dict)
+        with original_dropout(self._dropouts):
+            super()._save(output_dir, state_dict)
         config.use_cache = in_training
         if as_source:
             folder = Path(output_dir or self.args.folder)
@@ -412,6 +416,7 @@ class MRPOTrainer(ResumableTrainer):
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Measure one batch of held-out pairs; the metrics are summed here, not gathered by the Trainer."""
         self.poll()
+        self._check_policy(model)  # where nothing was trained before
         references = CombinedReferences.joined([self._eval_scores[e.row] for e in inputs])
         batch = self._batches(inputs, references, 1)[0]
         with torch.no_grad(), self.compute_loss_context_manager():

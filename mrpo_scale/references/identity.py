@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Raised whenever the same files would give other log-probs, so that no score of an older version is read.
-SCORING = 1
+SCORING = 2
 _CHUNK = 1 << 22
 _SHOW_PROGRESS = 1 << 30  # bytes
 _CLOCK_TICK_NS = 20_000_000  # file times move in steps of up to 10 ms

@@ -24,7 +24,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from mrpo_scale.device import map_blocks_from
@@ -41,9 +46,9 @@ from mrpo_scale.references.source import (
     open_weights,
     some,
 )
+from mrpo_scale.self_check import check_pair_scoring
 from mrpo_scale.sequence_logps import (
     FusedHead,
-    check_pair_scoring,
     choose_end_to_end,
     choose_shared_prompt,
     enable_pair_scoring,
@@ -113,7 +118,7 @@ class ShardedReference:
         self.bytes_per_rank = sum(_local(p).numel() * p.element_size() for p in self.model.parameters())
         smallest = PairTokens(prompt_ids=[0], chosen_ids=[0], rejected_ids=[0])
         self._smallest = self.batch([smallest])
-        with _gathers_off_the_heap(self.group, device):
+        with fail_together(self.group), _gathers_off_the_heap(self.group, device):
             check_pair_scoring(
                 self.model, self.name, shared_prompt=self.shared_prompt, end_to_end=self.end_to_end, device=device
             )
@@ -227,7 +232,19 @@ def build_on_meta(source: ReferenceSource, config: PretrainedConfig) -> PreTrain
             f"{source.name}: {source.path} cannot be built here ({one_line(error)}); see `attn_implementation`."
         ) from error
     model.tie_weights()  # the move to meta has parted what the constructor tied
+    _keep_float32(model, source.dtype)
     return model.requires_grad_(False).eval()
+
+
+def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters on meta the dtypes that ``from_pretrained(dtype=dtype)`` gives them: some models keep some of theirs in
+    float32 (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``), a router's bias for instance."""
+    plan = model._get_dtype_plan(dtype)
+    kept, pattern_of, _ = build_glob_alternation(list(plan))
+    for name, parameter in model.named_parameters():
+        match = kept.search(name) if plan else None
+        if match is not None:
+            parameter.data = parameter.data.to(plan[pattern_of[str(match.lastgroup)]])
 
 
 @contextmanager
@@ -393,9 +410,13 @@ def match_names(model: PreTrainedModel, stored: Mapping[str, _Stored], name: str
 
 
 def _fill(
-    model: PreTrainedModel, names: list[str], on_disk: Any, reference: ShardedReference, mesh: DeviceMesh | None
+    model: PreTrainedModel,
+    names: list[str],
+    on_disk: Any,
+    reference: ShardedReference,
+    mesh: DeviceMesh | None,
 ) -> None:
-    """Put this rank's rows of one tensor of the checkpoint wherever the model has it."""
+    """Put this rank's rows of one tensor of the checkpoint wherever the model has it, in the dtype that it has there."""
     owner, _, leaf = names[0].rpartition(".")
     module = model.get_submodule(owner)
     target = getattr(module, leaf)
@@ -403,7 +424,7 @@ def _fill(
     if leaf in module._buffers:
         module._buffers[leaf] = on_disk[...].to(reference.device, target.dtype, copy=True)
         return
-    dtype = reference.source.dtype
+    dtype = target.dtype
     # Copies unless the model is used as it lies there: what safetensors hands out is a view of the mapped file.
     if mesh is None:
         weight = on_disk[...].to(reference.device, dtype, copy=not reference.mapped)

@@ -13,9 +13,11 @@ from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import collate_pairs
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
+from mrpo_scale.self_check import check_pair_scoring
 from mrpo_scale.sequence_logps import enable_pair_scoring, score_pairs
 from mrpo_scale.tokenization import PairTokens
 from tests.distributed.pool import Pool, WorkerError
+from tests.tiny_types import tiny_model
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -123,6 +125,30 @@ def test_two_ranks(pool2, folders, kind):
     assert sizes == (2, 2)
     assert sum(shares) == 4 * parameters[0]
     assert max(shares) < 0.51 * sum(shares)
+
+
+def check_kept_float32(folder, dtype):
+    rank = dist.get_rank()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    expected = {name: parameter.dtype for name, parameter in plain.named_parameters()}
+    assert set(expected.values()) == {dtype, torch.float32}
+    enable_pair_scoring(plain, "plain")
+    check_pair_scoring(plain, "plain", shared_prompt=False, device=CPU)  # finds its scale
+    for size in (1, 2):
+        reference = ShardedReference(ReferenceSource("ref", folder, dtype=dtype), shard_group(size), CPU)
+        assert {name: parameter.dtype for name, parameter in reference.model.named_parameters()} == expected
+        batch = reference.batch(pairs_of(rank, 0))
+        with torch.no_grad():
+            torch.testing.assert_close(reference.score(batch), score_pairs(plain, batch), rtol=1e-6, atol=0)
+        if size == 2:
+            assert_sharded(reference)
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), [("inkling_text", torch.bfloat16), ("gpt_oss", torch.float16)])
+def test_what_stays_in_float32(pool2, tmp_path, model_type, dtype):
+    """Parameters that from_pretrained keeps in float32 (`_keep_in_fp32_modules_strict`; in float16 `_keep_in_fp32_modules` too)."""
+    tiny_model(model_type).save_pretrained(tmp_path)
+    pool2.run(check_kept_float32, str(tmp_path), dtype)
 
 
 @pytest.mark.parametrize("shard_size", [1, 2, 3, 4])

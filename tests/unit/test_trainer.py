@@ -14,7 +14,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mrpo_scale import MRPOConfig, MRPOTrainer
 from mrpo_scale.errors import ConfigError
@@ -246,6 +246,49 @@ def test_resume_continues_where_it_stopped(folders, tmp_path):
 def test_dropout_is_off_unless_asked_for(folders, tmp_path):
     trainer = MRPOTrainer(folders["gpt_neox"], args=config(tmp_path), train_dataset=pair_dataset(8))
     assert all(m.p == 0 for m in trainer.policy.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def write_opt(folder, tokenizer_of):
+    """An OPT with dropout: its layers keep the probabilities as numbers, `dropout` and `layerdrop` among them."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": tokenizer.pad_token_id}
+    dropouts = {"dropout": 0.2, "attention_dropout": 0.2, "layerdrop": 0.1}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **sizes, **dropouts))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_no_kind_of_dropout_trains_and_all_of_it_is_saved(folders, tmp_path):
+    """Without dropout the loss of step 0 is log 2, the policy being its reference. What is saved keeps its config."""
+    model = write_opt(tmp_path / "opt", folders["llama"])
+    args = config(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = MRPOTrainer(model, [], args, pair_dataset(12))
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    trainer.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "run" / "checkpoint-1", tmp_path / "saved"):
+        saved = json.loads((folder / "config.json").read_text())
+        assert [saved[key] for key in ("dropout", "attention_dropout", "layerdrop")] == [0.2, 0.2, 0.1]
+
+
+@pytest.mark.parametrize("first", ["train", "evaluate"])
+def test_a_policy_that_trains_with_noise_stops_before_the_first_step(folders, tmp_path, first):
+    class NoisySilu(torch.nn.SiLU):
+        def forward(self, x):
+            return super().forward(x) * (1 + 0.3 * torch.randn_like(x) if self.training else 1)
+
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    model.model.layers[0].mlp.act_fn = NoisySilu()
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
+    trainer = MRPOTrainer(model, [], config(tmp_path), pair_dataset(12), pair_dataset(4, 1), processing_class=tokenizer)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ConfigError, match=r"policy \(LlamaForCausalLM\): its log-probs in train mode differ"):
+        getattr(trainer, first)()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
 def test_what_python_can_get_wrong(folders, tmp_path):

@@ -1,0 +1,155 @@
+"""A tiny model of any causal type that the installed transformers knows, made by the names of its config's attributes.
+
+No list of families: a type that a new version brings is tried like the others. What cannot be built says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY, WINDOW, DROPOUT = 96, 8, 0.1
+
+# First match wins; matched against whole names. None leaves the default.
+_SIZES: list[tuple[str, Any]] = [
+    (r".*(token_id|token_index|_id|_idx)|qk_head_dim", None),
+    (r"(.*_)?vocab_size(_.*)?|n_words|unpadded_vocab_size", VOCABULARY),
+    (r"num_kv_shared_layers", 0),
+    (
+        r"(n|num|mamba_n|mamba_num|ssm_n)_?groups?|n_group|num_group|topk_group|n_shared_experts|first_k_dense_replace",
+        1,
+    ),
+    (r"rotary_dim|qk_rope_dim|qk_rope_head_dim|qk_pos_emb_head_dim", "rope"),
+    (r"attention_hidden_size", "double"),
+    (r"(.*_)?(head_dim|head_size|d_kv|key_dim|value_dim)", "head"),
+    (r"(.*_)?(num|n)_?(key_value|kv)_?(heads?|groups).*", "kv"),
+    (r"(.*_)?(num|n)_?(attention_|attn_|query_)?heads?|(encoder|decoder)_attention_heads", "heads"),
+    (
+        r"(.*_)?(num|n)_(hidden_)?layers?|(encoder|decoder)_layers|layers|num_(encoder|decoder)_layers|num_blocks",
+        "layers",
+    ),
+    (r"(.*_)?(hidden_size|n_embd|d_model|hidden_dim|embed_dim|emb_dim|dim|embedding_size|dim_model)", "hidden"),
+    (r"word_embed_proj_dim|rnn_width|lru_width|hidden_size_per_layer_input", "hidden"),
+    (r"(.*_)?(intermediate_size|d_ff|ffn_dim|n_inner|d_inner|dim_ff|ffn_size|intermediate_dim)(_.*)?", "ffn"),
+    (r"(.*_)?(shared_expert_size|expert_dim|ffn_hidden_size)(_.*)?", "ffn"),
+    (r"(.*_)?(sliding_window|window_size|attention_window|attention_chunk_size|attn_chunk_length)(_.*)?", WINDOW),
+    (r"index_topk(_.*)?", WINDOW),
+    (r"(?!chunk_size_feed)(.*_)?chunk_size(_.*)?", WINDOW),
+    (r"(.*_)?(lora_rank|_rank|low_rank_dim|rank|state_size|d_state|ssm_state)", 8),
+    (r"(.*_)?(num_experts_per_tok(en)?|moe_topk|moe_k|top_k|num_selected_experts|top_k_experts)", "top"),
+    (r"(.*_)?(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)", 4),
+    (r"(.*_)?(max_position_embeddings|n_positions|max_seq_len|max_sequence_length|max_target_positions)", 512),
+]
+_LAYER_LIST = r"(.*_)?(layers?_types?|layers_block_type|block_types|layers?|attn_layers)(_.*)?"
+# Tried in this order until one builds and runs.
+_SHAPES: list[dict[str, int]] = [
+    {"hidden": 32, "heads": 4, "kv": 2, "head": 8, "rope": 8, "ffn": 48, "layers": 2, "top": 2},
+    {"hidden": 32, "heads": 4, "kv": 4, "head": 8, "rope": 8, "ffn": 64, "layers": 4, "top": 1},
+    {"hidden": 32, "heads": 4, "kv": 4, "head": 16, "rope": 8, "ffn": 64, "layers": 4, "top": 2},
+    {"hidden": 64, "heads": 4, "kv": 4, "head": 16, "rope": 8, "ffn": 64, "layers": 6, "top": 2},
+]
+
+
+def causal_types() -> list[str]:
+    """Model types that ``AutoModelForCausalLM`` builds."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_model(model_type: str, dropout: float = 0.0, seed: int = 0) -> PreTrainedModel:
+    """A random model in eval mode, its windows of ``WINDOW`` tokens and every dropout of its config at ``dropout``.
+
+    Raises:
+        RuntimeError: none could be built that runs, with the first reason.
+    """
+    reasons = []
+    for shape in _SHAPES:
+        try:
+            model = _build(model_type, shape, dropout, seed)
+            ids = torch.arange(10, 30)[None]
+            logits = model(input_ids=ids, use_cache=False).logits
+            if logits.shape[:2] != ids.shape or not torch.isfinite(logits).all():
+                raise RuntimeError(f"gives logits of shape {list(logits.shape)}, or not finite ones")
+        except Exception as error:  # noqa: BLE001 (any: it is reported)
+            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:150]}")
+        else:
+            return model
+    raise RuntimeError(reasons[0])
+
+
+@torch.no_grad()
+def _build(model_type: str, shape: dict[str, int], dropout: float, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = shrunken(CONFIG_MAPPING[model_type], shape, dropout)
+    text_config = config.get_text_config()
+    for one in {id(config): config, id(text_config): text_config}.values():
+        if hasattr(one, "is_decoder"):
+            one.is_decoder = True  # BERT's kin are causal only then
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(config)
+    size = sum(p.numel() for p in meta.parameters())
+    if size > 4_000_000:
+        raise RuntimeError(f"has {size:,} parameters after shrinking")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "norm" not in name:  # far from the initialisation, so that attention is not uniform
+            parameter.normal_(0, 0.15)
+    return model
+
+
+def shrunken(config_class: type[PretrainedConfig], shape: dict[str, int], dropout: float) -> PretrainedConfig:
+    """``config_class`` with every size made small that its constructor or its defaults name."""
+    default = config_class()
+    changes: dict[str, Any] = {}
+    for key, value in _own_values(default):
+        if isinstance(value, PretrainedConfig):
+            changes[key] = shrunken(type(value), shape, dropout).to_dict()
+            continue
+        new = _smaller(key, value, shape)
+        if new is not None:
+            changes[key] = new
+        elif isinstance(value, float) and "drop" in key:
+            changes[key] = dropout
+        elif re.fullmatch(r".*_token_(id|index)", key) and isinstance(value, int) and value >= VOCABULARY:
+            changes[key] = VOCABULARY - 1
+    return config_class(**changes)
+
+
+def _own_values(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+    hidden = {"transformers_version", "architectures", "model_type", "dtype", "id2label", "label2id", "problem_type"}
+    named = set(inspect.signature(type(config).__init__).parameters) | set(vars(config))
+    for key in sorted(named - hidden):
+        key = config.attribute_map.get(key, key)
+        try:
+            value = getattr(config, key)
+        except AttributeError:  # an argument that is not kept
+            continue
+        except Exception:  # noqa: BLE001 (one for each layer: any number of the kind does)
+            value = 0
+        if not key.startswith("_"):
+            yield key, value
+
+
+def _smaller(key: str, value: Any, shape: dict[str, int]) -> Any:
+    if value and isinstance(value, (list, tuple)) and re.fullmatch(_LAYER_LIST, key):
+        kinds = list(dict.fromkeys(value))  # each kind at least once, where there are layers enough
+        return [kinds[i % len(kinds)] for i in range(shape["layers"])]
+    unset = value is None and key in ("head_dim", "num_key_value_heads", "num_experts_per_tok")
+    if isinstance(value, bool) or not (isinstance(value, int) or unset):
+        return None
+    for pattern, size in _SIZES:
+        if re.fullmatch(pattern, key):
+            return (
+                None
+                if size is None
+                else {**shape, "double": 2 * shape["hidden"]}[size]
+                if isinstance(size, str)
+                else size
+            )
+    return None

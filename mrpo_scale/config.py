@@ -21,7 +21,7 @@ from mrpo_scale.data.pairs import PairOptions
 from mrpo_scale.data.ranking import RANKED_PAIRS
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.heartbeat import TIMEOUT
-from mrpo_scale.launched import check_restarts, clear_stale_build_locks
+from mrpo_scale.launched import check_restarts, clear_stale_build_locks, let_weights_be_saved
 from mrpo_scale.objective import REF_WEIGHTS, Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
 from mrpo_scale.untrusted import parse_json
@@ -191,6 +191,13 @@ class MRPOConfig(TrainingArguments):
         clear_stale_build_locks()
         super().__post_init__()  # joins the other ranks
         check_world_size(self.world_size)
+        if self.deepspeed_plugin is not None:
+            if self.save_only_model and self.load_best_model_at_end:
+                raise ConfigError(
+                    "`save_only_model: true` with `load_best_model_at_end: true`: DeepSpeed loads the best step from a whole "
+                    "checkpoint; set one of them to false."
+                )
+            let_weights_be_saved(self.deepspeed_plugin)
 
     def _normalise(self) -> None:
         """Accept what a person writes in Python or YAML: a word for a one-word list, a bool for auto|true|false."""
@@ -247,6 +254,12 @@ class MRPOConfig(TrainingArguments):
                 "the policy is sharded by DeepSpeed ZeRO-3; use launch/accelerate/eight_gpu_zero3.yaml",
             ),
             "label_smoothing_factor": (self.label_smoothing_factor, "use `label_smoothing`"),
+            "batch_eval_metrics": (self.batch_eval_metrics, "`compute_metrics` gets the whole set at once"),
+            "include_for_metrics": (
+                self.include_for_metrics,
+                "`compute_metrics` gets the log-probs of policy and references",
+            ),
+            "ignore_data_skip": (self.ignore_data_skip, "a run that goes on would train rows twice"),
             "train_sampling_strategy": (
                 getattr(self, "train_sampling_strategy", "random") not in ("random", "sequential"),
                 "use random or sequential; pairs of a step are grouped by length already",

@@ -112,6 +112,31 @@ class ReferenceScores:
                 self._keep(which, examples, rows, pairs, {k: stored[k].found_N for k in which}, scores_KP2)
         return scores_KP2
 
+    def admit(self, pairs: PairDataset) -> None:
+        """Make ready for rows that were in no set when this was opened. Collective over the world.
+
+        Raises:
+            ConfigError: a reference that was not loaded, because all its scores were there, would have to score some.
+        """
+        if not self.stores:
+            return
+        self.flush()
+        keys = np.unique(pairs.row_keys)
+        with fail_together(world_group()):
+            for store in self.stores:
+                store.want(keys)
+        missing = count_missing(self.stores, keys, self.device)
+        lacking = [
+            f"{name} {n}"
+            for k, (name, n) in enumerate(zip(self.names, missing, strict=True))
+            if n and k not in self.live
+        ]
+        if lacking:
+            raise ConfigError(
+                f"of {len(keys)} rows these have no score in the cache: {', '.join(lacking)}; the references were not loaded, "
+                "because those of the run's own sets have. Pass the rows as one of `eval_dataset` when the trainer is made."
+            )
+
     def flush(self, *, refresh: bool = False) -> None:
         """Write the rows that wait in memory. ``refresh``: then also read what the other ranks wrote, for the next epoch.
 

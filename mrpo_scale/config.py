@@ -102,6 +102,10 @@ class MRPOConfig(TrainingArguments):
         "Stop so many hours after the start: finish the step, save, exit; leave room for both. The next start goes on.",
     )
 
+    restore_callback_states_from_checkpoint: bool = _key(
+        True, "Go on with the state that callbacks, such as early stopping, had in the checkpoint."
+    )
+
     # Objective (objective.py)
     objective: Literal["mrpo", "dpo", "multi_dpo"] = _key(
         "mrpo", "mrpo (Eq. 7), dpo (anchor alone) or multi_dpo (Eq. 11)."

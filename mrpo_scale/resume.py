@@ -296,6 +296,7 @@ class ResumableTrainer(Trainer):
             "sums": self.summed(),
             "evaluate": self._stopping.evaluation_put_off,
         }
+        folder.mkdir(parents=True, exist_ok=True)  # of the model only, rank 0 may not have begun yet
         _progress_file(folder, self.args.process_index).write_text(json.dumps(progress) + "\n")
 
     @contextmanager

@@ -134,7 +134,7 @@ class ReferenceScores:
         if lacking:
             raise ConfigError(
                 f"of {len(keys)} rows these have no score in the cache: {', '.join(lacking)}; the references were not loaded, "
-                "because those of the run's own sets have. Pass the rows as one of `eval_dataset` when the trainer is made."
+                "because the cache has all scores of the run's own sets. Pass the rows as `eval_dataset` when the trainer is made."
             )
 
     def flush(self, *, refresh: bool = False) -> None:

@@ -28,7 +28,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run. Shares are of held-out pairs, measured after its last step."""
+    """One finished run. Shares are of held-out pairs, measured on the weights that it saved."""
 
     run: Run
     accuracy: float

@@ -291,10 +291,10 @@ def test_table_card_and_comparison_speak_of_the_step_that_is_saved(words, tmp_pa
     assert state["best_global_step"] < 3 and sorted(logged) == [1, 2, 3]
     facts = json.loads((folder / "run.json").read_text())
     row, run = facts["rows"][-1], read_run(Run(Arm("MRPO", "mrpo", ()), 0, folder, (), {}))
-    assert facts["settings"]["weights of step"] == state["best_global_step"]
     assert (
         row["reward_margin"] == run.reward_margin == best["eval_rewards/margins"] != logged[3]["eval_rewards/margins"]
     )
+    assert facts["settings"]["weights of step"] == state["best_global_step"]
     assert row["ranking_accuracy"] == run.accuracy == best["eval_logps/accuracies"]
     assert f"{row['reward_margin']:+.3f}" in capsys.readouterr().out
     means = HeldOutScores.load(folder / "eval_logps.npz").policy_logps_N2.mean(0)

@@ -86,7 +86,6 @@ def card_of(trainer: MRPOTrainer, metadata: Mapping[str, Any] | None = None) -> 
     args, plan, script = trainer.args, trainer.plan, trainer.script
     metadata = dict(metadata or {})
     dataset = metadata.pop("dataset", None) or ([spec.name for spec in script.datasets] if script else "")
-    evals = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     packages = ("mrpo-scale", "torch", "transformers", "accelerate", "deepspeed", "datasets")
     stores = zip(plan.names, trainer.scores.stores, strict=True) if trainer.scores.stores else ()
     return ModelCard(
@@ -104,12 +103,13 @@ def card_of(trainer: MRPOTrainer, metadata: Mapping[str, Any] | None = None) -> 
             "learning_rate": args.learning_rate,
             "pairs per optimizer step": trainer.window_size,
             "optimizer steps": trainer.state.global_step,
+            **({"weights of step": best} if (best := trainer.measured_best()) else {}),
             "max_length": args.max_length,
         },
         references=[(r.name, r.source.path, r.source.revision) for r in plan.references],
         reference_keys={name: store.identity.key for name, store in stores},
         data={split: {"pairs": len(pairs), **pairs.counts} for split, pairs in trainer.pair_sets.items()},
-        results=evals[-1] if evals else {},
+        results=trainer.results,
         versions={name: importlib.metadata.version(name) for name in packages},
         curves="curves.png",
         recipe=recipe_of(trainer.script, trainer.args),

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or ignored: the marker that says so, which is the newest, which may go.
 
 A checkpoint is many files of many ranks, and a run can be killed between any two of them. Its marker, ``complete.json``, is written
-last, in one rename, when all of them are on the disk; it lists them with their sizes. A folder without it is not a checkpoint.
+last, in one rename, when all of them are on the disk; it lists them with their sizes. A folder without it is not a checkpoint. A
+complete one may hold the model only (`save_only_model`): it is kept and rotated, but no run goes on from it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,6 +44,7 @@ class Checkpoint:
     step: int
     world_size: int
     fingerprint: dict[str, Any]  #: see fingerprint.py
+    lacks: str | None  #: what a run would need to go on from here and is not among the files; None: it has all
 
 
 def path_of(output_dir: Path, step: int) -> Path:
@@ -71,7 +73,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     marker = _read_marker(folder)
     for name, saved in marker["files"].items():
         _check_file(folder, name, saved)
-    return Checkpoint(folder, *(marker[key] for key in ("number", "step", "world_size", "fingerprint")))
+    return Checkpoint(
+        folder,
+        number=marker["number"],
+        step=marker["step"],
+        world_size=marker["world_size"],
+        fingerprint=marker["fingerprint"],
+        lacks=_lacking(marker["files"], marker["world_size"]),
+    )
 
 
 def write_marker(folder: Path, *, step: int, world_size: int, fingerprint: dict[str, Any]) -> None:
@@ -91,6 +100,20 @@ def write_marker(folder: Path, *, step: int, world_size: int, fingerprint: dict[
         "files": {path.relative_to(folder).as_posix(): _describe(path) for path in _files(folder)},
     }
     write_whole(folder, lambda: MARKER, (json.dumps(marker, indent=1) + "\n").encode())
+
+
+def _lacking(files: Collection[str], world_size: int) -> str | None:
+    """Of what continues a run exactly, the first that is not there. With `save_only_model` it is the optimizer's state."""
+    engine = any(name.startswith("global_step") for name in files)  # DeepSpeed's, the optimizer's state included
+    ranks = range(world_size)
+    needed = {
+        "the optimizer's state": () if engine else ("optimizer.pt",),
+        "the schedule's state": () if engine else ("scheduler.pt",),
+        "a rank's random state": [f"rng_state_{rank}.pth" for rank in ranks] if world_size > 1 else ["rng_state.pth"],
+        "a rank's progress": [f"progress_{rank}.json" for rank in ranks],
+        "the Trainer's state": ["trainer_state.json"],
+    }
+    return next((what for what, names in needed.items() if not all(name in files for name in names)), None)
 
 
 def flush_files(folder: Path) -> None:

@@ -23,7 +23,13 @@ from mrpo_scale.data.ranking import RANKED_PAIRS
 from mrpo_scale.ds_config import find_ds_config, read_ds_config
 from mrpo_scale.errors import ConfigError, one_line, refuse
 from mrpo_scale.heartbeat import TIMEOUT
-from mrpo_scale.launched import check_restarts, clear_stale_build_locks, is_launched, launch_alone
+from mrpo_scale.launched import (
+    check_restarts,
+    clear_stale_build_locks,
+    is_launched,
+    launch_alone,
+    let_weights_be_saved,
+)
 from mrpo_scale.objective import AGGREGATES, CLIPS, REF_WEIGHTS, Objective
 from mrpo_scale.tokenization import PLAIN_TEMPLATE
 from mrpo_scale.untrusted import parse_json
@@ -118,6 +124,10 @@ class MRPOConfig(TrainingArguments):
     max_hours: float | None = _key(
         None,
         "Stop so many hours after the start: finish the step, save, exit; leave room for both. The next start goes on.",
+    )
+
+    restore_callback_states_from_checkpoint: bool = _key(
+        True, "Go on with the state that callbacks, such as early stopping, had in the checkpoint."
     )
 
     # Objective (objective.py)
@@ -218,6 +228,13 @@ class MRPOConfig(TrainingArguments):
             launch_alone(str(self.deepspeed))
         self._fill_in()
         check_world_size(self.world_size)
+        if self.deepspeed_plugin is not None:
+            if self.save_only_model and self.load_best_model_at_end:
+                raise ConfigError(
+                    "`save_only_model: true` with `load_best_model_at_end: true`: DeepSpeed loads the best step from a whole "
+                    "checkpoint; set one of them to false."
+                )
+            let_weights_be_saved(self.deepspeed_plugin)
 
     def _fill_in(self) -> None:
         """transformers' own checks and derived values."""
@@ -341,6 +358,12 @@ class MRPOConfig(TrainingArguments):
                 "the policy is sharded by DeepSpeed ZeRO-3; use launch/accelerate/eight_gpu_zero3.yaml",
             ),
             "label_smoothing_factor": (self.label_smoothing_factor, "use `label_smoothing`"),
+            "batch_eval_metrics": (self.batch_eval_metrics, "`compute_metrics` gets the whole set at once"),
+            "include_for_metrics": (
+                self.include_for_metrics,
+                "`compute_metrics` gets the log-probs of policy and references",
+            ),
+            "ignore_data_skip": (self.ignore_data_skip, "a run that goes on would train rows twice"),
             "train_sampling_strategy": (
                 getattr(self, "train_sampling_strategy", "random") not in ("random", "sequential"),
                 "use random or sequential; pairs of a step are grouped by length already",

@@ -35,7 +35,7 @@ OTHER_KEYS = (
     *("logging_steps", "report_to", "resume_from_checkpoint", "max_hours", "gradient_checkpointing"),
     *("dataset_num_proc", "on_bad_row", "max_bad_rows", "head_impl", "head_backward", "shared_prompt"),
     *("ref_shard_size", "ref_placement", "ref_offload", "ref_scoring", "ref_cache_dir", "ref_follow_timeout"),
-    *("ref_tokens_per_forward", "heartbeat_timeout"),
+    *("ref_tokens_per_forward", "heartbeat_timeout", "restore_callback_states_from_checkpoint"),
 )
 #: Keys that are part of a model's hash or of the rows'.
 HASHED_KEYS = (

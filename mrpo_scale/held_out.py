@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,16 @@ class HeldOutScores:
             keys[order],
             np.concatenate([piece.policy_logps_N2 for piece in pieces])[order],
             np.concatenate([piece.ref_logps_KN2 for piece in pieces], axis=1)[:, order],
+        )
+
+    def select(self, row_keys: np.ndarray) -> HeldOutScores:
+        """The pairs with these keys, in their order. All of them must be here."""
+        at = np.searchsorted(self.row_keys, row_keys)
+        return replace(
+            self,
+            row_keys=self.row_keys[at],
+            policy_logps_N2=self.policy_logps_N2[at],
+            ref_logps_KN2=self.ref_logps_KN2[:, at],
         )
 
     def save(self, path: Path) -> None:

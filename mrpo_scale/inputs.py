@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import datasets
 
@@ -17,7 +19,9 @@ from mrpo_scale.models import RunPlan
 from mrpo_scale.tokenization import PairDataset, prepare_pairs
 from mrpo_scale.toyworld import resolve
 
+TRAIN_SET, EVAL_SET = "train", "eval"
 WEIGHTS_SET = "weights_split"  #: the pairs set aside for `ref_weights: validation`
+_LONGEST_NAME = 100  #: of an evaluation set, as a file name has it
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -46,30 +50,74 @@ def prepare_sets(
     Raises:
         ConfigError: an empty set, or pairs that cannot be used; with `weights_split`, no single held-out set to take it from.
     """
-    sets = {"train": train, **(evals if isinstance(evals, dict) else {"eval": evals})}
+    sets = {TRAIN_SET: train, **evaluation_sets(evals)}
     if args.weights_fraction is not None:
         sets |= _set_aside(evals, args.weights_fraction, args)
-    prepared = {}
-    for split, rows in sets.items():
-        if rows is None:
-            continue
-        if len(rows) == 0:
-            raise ConfigError(f"the {split} set has no rows; check `dataset_name` and the split keys.")
-        with args.main_process_first(local=True, desc=f"tokenizing {split}"):
-            prepared[split] = prepare_pairs(
-                rows,
-                find_layout(rows, args.dataset_layout),
-                plan.texts,
-                max_length=args.max_length,
-                options=args.pair_options,
-                on_bad_row=args.on_bad_row,
-                max_bad_rows=args.max_bad_rows,
-                bad_rows_file=args.folder / f"bad_rows_{split}.jsonl",
-                split=split,
-                num_proc=args.dataset_num_proc,
-                write=args.process_index == 0,
+    return {split: prepare_set(plan, args, split, rows) for split, rows in sets.items() if rows is not None}
+
+
+def prepare_set(plan: RunPlan, args: MRPOConfig, split: str, rows: datasets.Dataset) -> PairDataset:
+    """One set of :func:`prepare_sets`; ``split`` is what messages and files call it."""
+    if len(rows) == 0:
+        raise ConfigError(f"the {split} set has no rows; check `dataset_name` and the split keys.")
+    with args.main_process_first(local=True, desc=f"tokenizing {split}"):
+        return prepare_pairs(
+            rows,
+            find_layout(rows, args.dataset_layout),
+            plan.texts,
+            max_length=args.max_length,
+            options=args.pair_options,
+            on_bad_row=args.on_bad_row,
+            max_bad_rows=args.max_bad_rows,
+            bad_rows_file=args.folder / f"bad_rows_{file_name(split)}.jsonl",
+            split=split,
+            num_proc=args.dataset_num_proc,
+            write=args.process_index == 0,
+        )
+
+
+def evaluation_sets(evals: Any) -> dict[str, Any]:
+    """{split: rows}: `eval` for a single set, `eval_NAME` for named ones, which is also what the Trainer calls their metrics. So no
+    name that a user gives can be that of the training set or of the pairs that are set aside.
+
+    Raises:
+        ConfigError: a name that is no text, is empty, or is too long for the name of a file.
+    """
+    if not isinstance(evals, Mapping):
+        return {EVAL_SET: evals}
+    for name in evals:
+        if not isinstance(name, str) or not name or len(file_name(name)) > _LONGEST_NAME:
+            raise ConfigError(
+                f"`eval_dataset`: {name!r} cannot name a set; use a text of 1 to {_LONGEST_NAME} letters and digits."
             )
-    return prepared
+    return {evaluation_split(name): rows for name, rows in evals.items()}
+
+
+def evaluation_split(name: str) -> str:
+    """What the evaluation set that a user calls ``name`` is called among a run's sets."""
+    return f"{EVAL_SET}_{name}"
+
+
+def file_name(split: str) -> str:
+    """``split`` as part of a file's name: other names, other files, and none outside the folder (``org/set`` is a common name)."""
+    return quote(split, safe=" ")
+
+
+def check_steps(args: MRPOConfig, pairs: int, window: int) -> None:
+    """Refuse `dataloader_drop_last` where it leaves nothing to train on.
+
+    Args:
+        pairs: of the training set.
+        window: pairs per optimizer step over all ranks.
+
+    Raises:
+        ConfigError: they do not fill one step.
+    """
+    if args.dataloader_drop_last and pairs < window:
+        raise ConfigError(
+            f"`dataloader_drop_last: true` leaves no step to train: {pairs} pairs do not fill one of {window}. Set it to false, or "
+            "lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
+        )
 
 
 def _set_aside(held_out: Any, fraction: float, args: MRPOConfig) -> dict[str, datasets.Dataset]:
@@ -83,7 +131,7 @@ def _set_aside(held_out: Any, fraction: float, args: MRPOConfig) -> dict[str, da
         )
     with args.main_process_first(local=True, desc="splitting the held-out set"):
         halves = held_out.train_test_split(test_size=max(1, round(fraction * len(held_out))), seed=args.seed)
-    return {"eval": halves["train"], WEIGHTS_SET: halves["test"]}
+    return {EVAL_SET: halves["train"], WEIGHTS_SET: halves["test"]}
 
 
 def _make_toy_world(script: ScriptArguments) -> None:

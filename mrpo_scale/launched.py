@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ _RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "MV2_COMM_WORL
 BUILD_SECONDS = 300.0  #: no DeepSpeed op takes longer to compile
 
 logger = logging.getLogger(__name__)
+
+_GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
 def is_launched() -> bool:
@@ -67,6 +70,30 @@ def check_restarts() -> None:
             f"`--max_restarts {restarts}` would not survive its first restart: the launcher keeps the addresses of dead ranks. "
             "Add `--rdzv_backend c10d` and export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every host, or set it to 0."
         )
+
+
+def let_weights_be_saved(plugin: Any) -> None:
+    """Have DeepSpeed give its weights to a save as a model folder needs them, whatever its file says or leaves out.
+
+    Args:
+        plugin: accelerate's DeepSpeedPlugin, before an engine is made of it.
+
+    Raises:
+        ConfigError: weights are split so that no ordinary folder can be written.
+    """
+    settings = plugin.deepspeed_config
+    if (settings.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
+        raise ConfigError(
+            f"`tensor_parallel.autotp_size: {settings['tensor_parallel']['autotp_size']}` of the DeepSpeed file is not supported: "
+            "the policy is sharded by ZeRO-3; take a file of ds_configs/."
+        )
+    zero = settings.get("zero_optimization") or {}
+    if zero.get("stage") == 3 and not zero.get(_GATHER, False):
+        logger.info(
+            "`%s` is taken as true: without it no weights could be saved (accelerate: `zero3_save_16bit_model`)",
+            _GATHER,
+        )
+        zero[_GATHER] = True
 
 
 def clear_stale_build_locks() -> None:

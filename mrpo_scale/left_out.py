@@ -33,14 +33,13 @@ def left_out(model: PreTrainedModel, source: Path) -> dict[Path, list[str]]:
     return dict(found)
 
 
-def copy_left_out(model: PreTrainedModel, source: Path, folder: Path) -> int:
-    """Add what ``model`` lacks of ``source`` to ``folder``, where it was saved; returns the number of tensors.
+def copy_left_out(copied: Mapping[Path, list[str]], folder: Path) -> None:
+    """Add to ``folder``, where a model was saved, the tensors that :func:`left_out` has found.
 
     They get a file of their own, so there is an index afterwards, and the files are numbered as they always are.
     """
-    copied = left_out(model, source)
     if not copied:
-        return 0
+        return
     saved = weight_files(folder, "policy")
     total = len(saved) + 1
     files = [folder / f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
@@ -52,7 +51,6 @@ def copy_left_out(model: PreTrainedModel, source: Path, folder: Path) -> int:
     weight_map = {key: file.name for file, (header, _) in headers.items() for key in header if key != "__metadata__"}
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return sum(map(len, copied.values()))
 
 
 def _copy_tensors(keys: Mapping[Path, list[str]], target: Path) -> None:

@@ -29,6 +29,7 @@ from mrpo_scale.config import ModelSpec, MRPOConfig, parse_ref_models
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.references.source import ReferenceSource, check_config, check_source, snapshot
 from mrpo_scale.references.tensor_check import check_model, check_tensors
+from mrpo_scale.saving import unvalidated_generation_config
 from mrpo_scale.tokenization import ModelText
 
 ANCHOR = "anchor"  #: the name of reference 0
@@ -217,7 +218,8 @@ def write_weights(model: PreTrainedModel, folder: Path, *, is_main: bool) -> Non
         if is_main:
             weights[name] = full
     if is_main:
-        model.save_pretrained(folder, state_dict=weights)
+        with unvalidated_generation_config(model):
+            model.save_pretrained(folder, state_dict=weights)
     if dist.is_initialized():
         dist.barrier()
 

@@ -7,8 +7,11 @@ keeps what the Trainer forgets: the loss and the metrics summed since the last l
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -33,6 +36,12 @@ from mrpo_scale.window import WindowSampler
 
 logger = logging.getLogger(__name__)
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SAYS_NO_ROOM = re.compile(
+    r"StorageFull|QuotaExceeded|FileTooLarge|PytorchStreamWriter failed|unexpected pos|"
+    + "|".join(rf"code: {code}\b|{re.escape(os.strerror(code))}" for code in _NO_ROOM)
+)
+
 
 class ResumableTrainer(Trainer):
     """transformers' Trainer with exact resume. A subclass says what it is made of and what it has summed."""
@@ -44,6 +53,7 @@ class ResumableTrainer(Trainer):
         self.train_sampler: WindowSampler | None = None  #: of the run's data loader, once it has one
         self._resumed: Checkpoint | None = None
         self._fingerprint: dict[str, Any] | None = None
+        self._finishing = False  #: no step will follow, and nothing is put off any more
         self.stop_requests = StopRequests(self.args.folder, self.args.max_hours, self.args.device)
         self._stopping = StopWhenAsked(self.stop_requests)
         self.add_callback(self._stopping)
@@ -88,6 +98,12 @@ class ResumableTrainer(Trainer):
                 as_universal(self._resumed)
         if self.args.process_index == 0:  # it says that a run is finished
             (self.args.folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        if self.args.save_only_model and self.args.save_strategy != "no":
+            logger.warning(
+                "`save_only_model: true`: checkpoints hold weights only, so a run that is killed starts at the beginning again; "
+                "the one that is written when a run is asked to stop holds everything"
+            )
+        self._finishing = False
         self.stop_requests.watch()
         try:
             return super().train(str(self._resumed.folder) if self._resumed else None, *args, **kwargs)
@@ -188,19 +204,24 @@ class ResumableTrainer(Trainer):
             return {}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        wanted = self.args.metric_for_best_model
+        if metrics and wanted is not None and not {wanted, f"eval_{wanted}"} & metrics.keys():
+            known = ", ".join(sorted(key for key in metrics if key.startswith("eval_")))
+            raise ConfigError(f"`metric_for_best_model: {wanted}` was not measured; there are {known}.")
         return bool(metrics) and super()._determine_best_metric(metrics, trial)
 
     # ---- stopping early ----------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
         """Between two batches of an evaluation during training: break it off if the run is to stop. Collective over the world."""
-        if self.is_in_train and self.stop_requests.agreed():
+        if self.is_in_train and not self._finishing and self.stop_requests.agreed():
             raise _StopEvaluatingError
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         unfinished = self.state.global_step < self.state.max_steps or self._stopping.evaluation_put_off
         if self.stop_requests.why and unfinished:
             self._leave(checkpoints.path_of(self.args.folder, self.state.global_step))
+        self._finishing = True
         return super()._finalize_training(*args, **kwargs)
 
     def _leave(self, checkpoint: Path | None) -> NoReturn:
@@ -234,10 +255,14 @@ class ResumableTrainer(Trainer):
             )  # of an earlier life, maybe of other ranks
             self.before_checkpoint()
             limit, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer would rotate too early
+            only_model = self.args.save_only_model
+            self.args.save_only_model = (
+                only_model and not self.stop_requests.why
+            )  # the next start goes on from this one
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self.args.save_total_limit = limit
+                self.args.save_total_limit, self.args.save_only_model = limit, only_model
             with fail_together(world_group()):
                 self._write_progress(folder)
             self._by_one_rank(folder, first_of_host=True, do=checkpoints.flush_files)
@@ -271,6 +296,7 @@ class ResumableTrainer(Trainer):
             "sums": self.summed(),
             "evaluate": self._stopping.evaluation_put_off,
         }
+        folder.mkdir(parents=True, exist_ok=True)  # of the model only, rank 0 may not have begun yet
         _progress_file(folder, self.args.process_index).write_text(json.dumps(progress) + "\n")
 
     @contextmanager
@@ -280,13 +306,16 @@ class ResumableTrainer(Trainer):
             yield
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)  # it may be what fills the disk
-            complete, _ = checkpoints.find_complete(self.args.folder)
+            complete = [found for found in checkpoints.find_complete(self.args.folder)[0] if not found.lacks]
             before = f"{complete[-1].folder} is complete and as it was" if complete else "there is no earlier one"
             free = shutil.disk_usage(self.args.folder).free / 2**30
+            remedy = "Correct that"
+            if is_about_disk(error):
+                remedy = f"Make room ({free:.1f} GiB are free there), or lower `save_total_limit`"
             message = (
                 f"{folder} could not be written by rank {self.args.process_index} ({socket.gethostname()}): "
-                f"{' '.join(str(error).split()) or type(error).__name__}. {free:.1f} GiB are free there; {before}. Make room, or "
-                "lower `save_total_limit`, and start the same command again: it continues from there."
+                f"{' '.join(str(error).split()).rstrip('.') or type(error).__name__}; {before}. {remedy}, and start the same "
+                f"command again: it {'continues from there' if complete else 'starts at the beginning'}."
             )
             if self.args.process_index != 0:
                 logger.error(message)  # rank 0 prints what it raises; the others may be waiting for this rank
@@ -337,12 +366,18 @@ def choose(output_dir: Path, wanted: str | bool | None) -> Checkpoint | None:
         return None
     if word not in ("auto", "true"):
         try:
-            return checkpoints.read_checkpoint(Path(str(wanted)))
+            return _resumable(checkpoints.read_checkpoint(Path(str(wanted))))
         except IncompleteError as reason:
             raise ConfigError(
                 f"`resume_from_checkpoint: {wanted}` {reason}; name a complete checkpoint, or `auto` for the newest."
             ) from None
-    complete, others = checkpoints.find_complete(output_dir)
+    found, others = checkpoints.find_complete(output_dir)
+    complete = []
+    for checkpoint in found:
+        try:
+            complete.append(_resumable(checkpoint))
+        except IncompleteError as reason:
+            others[checkpoint.folder] = str(reason)
     for folder, why in others.items():
         logger.warning("%s is not used: it %s", folder, why)
     if complete:
@@ -354,6 +389,24 @@ def choose(output_dir: Path, wanted: str | bool | None) -> Checkpoint | None:
     if others:
         logger.warning("%s holds no complete checkpoint: training starts at the beginning", output_dir)
     return None
+
+
+def _resumable(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, or IncompleteError where it was saved to be used and not to go on from."""
+    if checkpoint.lacks:
+        raise IncompleteError(f"does not hold {checkpoint.lacks} (`save_only_model`?)")
+    return checkpoint
+
+
+def is_about_disk(error: BaseException | None) -> bool:
+    """Whether a write failed for want of room. safetensors and torch say so in words of their own, and ranks pass on words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return True
+        if _SAYS_NO_ROOM.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _progress_file(folder: Path, rank: int) -> Path:

@@ -107,9 +107,7 @@ def _train(
     _announce(trainer)
     with report_if_stopped(trainer):
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-        if eval_rows is not None and not any(
-            "eval_loss" in e and e["step"] == trainer.state.global_step for e in _log(trainer)
-        ):
+        if eval_rows is not None and not _measured(trainer):
             trainer.evaluate()
         summaries = _summaries(trainer)
         known = {row.name for row in others}
@@ -158,6 +156,12 @@ def _announce(trainer: MRPOTrainer) -> None:
     logger.info("%d pairs, %d per optimizer step", len(trainer.pair_sets["train"]), trainer.window_size)
 
 
+def _measured(trainer: MRPOTrainer) -> bool:
+    """Whether the held-out set was measured on the weights that are saved."""
+    step = trainer.state.global_step
+    return trainer.measured_best() is not None or any("eval_loss" in e and e["step"] == step for e in _log(trainer))
+
+
 def _log(trainer: MRPOTrainer) -> list[dict[str, Any]]:
     return trainer.state.log_history
 
@@ -170,7 +174,7 @@ def _summaries(trainer: MRPOTrainer) -> list[RunSummary]:
     rows = []
     if len(evals) > 1 and evals[0]["step"] == 0:
         rows.append(RunSummary("base", evals[0]["eval_logps/accuracies"], None, None, None, None))
-    last = evals[-1] if evals else {}
+    last = trainer.results
     rows.append(
         RunSummary(
             name=run_name(trainer),

@@ -6,18 +6,24 @@ names), which other versions and other programs may not read. So the small files
 
 from __future__ import annotations
 
-import shutil
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from mrpo_scale.errors import ConfigError
+from mrpo_scale.left_out import copy_left_out, left_out
 from mrpo_scale.references.sharding import match_names, stored_tensors
 from mrpo_scale.references.source import ReferenceSource, snapshot, weight_files
+
+logger = logging.getLogger(__name__)
 
 _MODEL_FILES = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = (
@@ -56,7 +62,7 @@ def load_weights(model: Any, folder: Path) -> None:
         state[names[0]].copy_(stored[key].read("policy"))
 
 
-def cast_as_stored(state: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+def cast_as_stored(state: dict[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """``state`` in the dtypes of its source. Tied weights stay one tensor, or they would be written twice."""
     dtype_of = {tensor.data_ptr(): dtypes[name] for name, tensor in state.items() if name in dtypes}
     cast: dict[int, Tensor] = {}
@@ -89,14 +95,72 @@ def share_weights(folder: Path) -> None:
         weights.chmod((folder / "config.json").stat().st_mode)
 
 
-def copy_small_files(source: Path, folder: Path, *, tokenizer: bool, chat_template: str | None) -> None:
-    """The source's config, and where ``tokenizer`` its tokenizer, over what transformers wrote to ``folder``.
+@dataclass(frozen=True)
+class SourceFiles:
+    """What a saved model takes from its source: dtypes of tensors, and whole small files by name."""
+
+    dtypes: Mapping[str, torch.dtype]
+    small: Mapping[str, bytes]
+    left_out: Mapping[Path, list[str]]  #: see left_out.py
+
+    def write(self, folder: Path) -> None:
+        """The small files over what transformers wrote to ``folder``, and the tensors that the model does not have."""
+        copy_left_out(self.left_out, folder)
+        for name, content in self.small.items():
+            (folder / name).write_bytes(content)
+        if self.left_out:
+            logger.info(
+                "%d tensors that the causal language model does not have, such as a vision tower's, were not trained and are in %s "
+                "as they were in %s",
+                *(sum(map(len, self.left_out.values())), folder, next(iter(self.left_out)).parent),
+            )
+
+
+def read_source_files(
+    model: PreTrainedModel, source: ReferenceSource, *, tokenizer: bool, chat_template: str | None
+) -> SourceFiles:
+    """Read what a save will need of the policy's folder.
 
     Args:
+        tokenizer: whether the source's tokenizer is saved; else that of the trainer.
         chat_template: Jinja text that the policy was trained with in place of its own; goes into the file that loaders prefer.
+
+    Raises:
+        ConfigError: a tensor of the model is not in the folder.
     """
-    for name in (*_MODEL_FILES, *(_TOKENIZER_FILES if tokenizer else ())):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    folder = folder_of(source)
+    names = (*_MODEL_FILES, *(_TOKENIZER_FILES if tokenizer else ()))
+    small = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     if chat_template is not None:
-        (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+        small[CHAT_TEMPLATE] = chat_template.encode()
+    return SourceFiles(dtypes_on_disk(model, folder), small, left_out(model, folder))
+
+
+@contextmanager
+def unvalidated_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Let ``save_pretrained`` write the generation config as it is.
+
+    It refuses one that was changed since it was loaded (the Trainer sets special tokens in it) and speaks of a temperature without
+    sampling, as many published ones do, and writes no weights then.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        yield
+        return
+    model.generation_config = _Unvalidated(config)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.generation_config = config
+
+
+class _Unvalidated:
+    """The one method of a generation config that ``save_pretrained`` of a model calls."""
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self._config = config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self._config.to_json_file(
+            Path(folder) / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"]
+        )

@@ -21,20 +21,34 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    EvalPrediction,
+    PredictionOutput,
+    TrainOutput,
+    denumpify_detensorize,
+)
 
 from mrpo_scale.arguments import check_arguments
 from mrpo_scale.artifacts import write_artifacts
 from mrpo_scale.callbacks import FlushScores, ProgressLine, StepClock
 from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.device import map_blocks_from, peak_flops
-from mrpo_scale.errors import TrainingError
+from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.evaluation import MetricSums, pair_metrics
 from mrpo_scale.fingerprint import fingerprint
 from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.held_out import HeldOutScores
-from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
-from mrpo_scale.left_out import copy_left_out
+from mrpo_scale.inputs import (
+    EVAL_SET,
+    TRAIN_SET,
+    WEIGHTS_SET,
+    check_steps,
+    evaluation_split,
+    file_name,
+    prepare_set,
+    prepare_sets,
+)
 from mrpo_scale.models import disable_dropout, load_policy, original_dropout, plan_models
 from mrpo_scale.objective import loss_against
 from mrpo_scale.output_folder import check_output_folder
@@ -45,12 +59,12 @@ from mrpo_scale.references.validation import with_validation_weights
 from mrpo_scale.report import RunSummary
 from mrpo_scale.resume import ResumableTrainer
 from mrpo_scale.saving import (
+    SourceFiles,
     cast_as_stored,
     check_small_files,
-    copy_small_files,
-    dtypes_on_disk,
-    folder_of,
+    read_source_files,
     share_weights,
+    unvalidated_generation_config,
 )
 from mrpo_scale.self_check import check_pair_scoring
 from mrpo_scale.sequence_logps import (
@@ -61,6 +75,7 @@ from mrpo_scale.sequence_logps import (
     score_pairs,
 )
 from mrpo_scale.tokenization import PairDataset
+from mrpo_scale.trainer_checks import BeforeFirstStep, check_optimizer, check_trainer_arguments
 from mrpo_scale.window import MicroBatch, PairExample, WeightedPairs, WindowSampler, policy_batches
 
 logger = logging.getLogger(__name__)
@@ -86,7 +101,11 @@ class MRPOTrainer(ResumableTrainer):
         args: an :class:`MRPOConfig`; default ``MRPOConfig()``.
         train_dataset, eval_dataset: rows of any supported layout; ``eval_dataset`` may be a mapping of names to sets.
         processing_class: the policy's tokenizer; read from ``model`` when that is a name.
-        **kwargs: what Trainer takes: callbacks, optimizers, ...
+        compute_metrics: called after every evaluation with an EvalPrediction of ``predictions`` [N, 2], the policy's log-probs of
+            the chosen and the rejected responses, and ``label_ids`` [N, K, 2], the references', both in the set's order. What it
+            returns is logged beside the other metrics and may be `metric_for_best_model`.
+        **kwargs: what Trainer takes: callbacks, optimizers, optimizer_cls_and_kwargs. What needs logits, which are never formed, or
+            another loss is refused by name.
 
     Raises:
         ConfigError: before any weights load, when models, data and keys do not fit together.
@@ -105,11 +124,14 @@ class MRPOTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         ref_models, args = check_arguments(model, ref_models, args, eval_dataset, kwargs)
+        check_trainer_arguments(kwargs)
         doing("preparing the pairs")
         check_output_folder(args, model, ref_models)
         self.plan = plan_models(model, ref_models, args, processing_class)
         check_small_files(Path(self.plan.policy.path))
         self.pair_sets = self._prepare_sets(args, train_dataset, eval_dataset)
+        if TRAIN_SET in self.pair_sets:
+            check_steps(args, len(self.pair_sets[TRAIN_SET]), args.window_size)
         if args.objective == "dpo" and ref_models:
             logger.info(
                 "objective dpo: the anchor alone is used, the %d other references are not loaded; their tokenizers decide which "
@@ -119,7 +141,12 @@ class MRPOTrainer(ResumableTrainer):
             self.plan = self.plan.first(1)
         check_best_metric(args, self.plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
-        evals = {split: pairs for split, pairs in weighted.items() if split not in ("train", WEIGHTS_SET)}
+        #: Those of the run; its log, card and files speak of no others.
+        self._own_evals = [pairs for split, pairs in weighted.items() if split not in (TRAIN_SET, WEIGHTS_SET)]
+        evals: Any = weighted.get(EVAL_SET)
+        if isinstance(eval_dataset, dict):
+            splits = {name: evaluation_split(name) for name in eval_dataset}
+            evals = {name: weighted[split] for name, split in splits.items() if split in weighted}
 
         if args.device.type == "cpu" and args.world_size == 1:
             map_blocks_from(4 << 20)  # docs/performance.md: what each threshold costs in memory and time
@@ -129,6 +156,7 @@ class MRPOTrainer(ResumableTrainer):
         doing("loading the policy")
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
         self._source_use_cache = getattr(policy.config, "use_cache", None)  # of a wrapper the text config has it
+        check_optimizer(kwargs, policy)
         enable_pair_scoring(policy, "policy", args.head_impl)
         self._dropouts = disable_dropout(policy) if args.disable_dropout else []
         self.policy = policy
@@ -136,8 +164,8 @@ class MRPOTrainer(ResumableTrainer):
             model=policy,
             args=args,
             data_collator=list,
-            train_dataset=weighted.get("train"),
-            eval_dataset=evals if isinstance(eval_dataset, dict) else evals.get("eval"),
+            train_dataset=weighted.get(TRAIN_SET),
+            eval_dataset=evals,
             processing_class=self.plan.tokenizer,
             **kwargs,
         )
@@ -150,16 +178,19 @@ class MRPOTrainer(ResumableTrainer):
         self.clock = StepClock()
         self.add_callback(self.clock)
         self.add_callback(FlushScores(self.scores))
+        self.add_callback(BeforeFirstStep(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
         self._metrics, self._eval_metrics = MetricSums(), MetricSums()
         self._tokens = 0
-        self._held_out_scores: dict[int, dict[int, CombinedReferences]] = {}
+        self._held_out_scores: dict[WeightedPairs, dict[int, CombinedReferences]] = {}
         self._eval_scores: dict[int, CombinedReferences] = {}
         self._eval_rows: list[HeldOutScores] = []
         self._policy_checked = False
         self._save_as_source = False
         self._tokenizer_of_source = processing_class is None
+        self._source_files: SourceFiles | None = None
+        self._best_results: dict[str, float] = {}
         # For the model card, where the caller knows more than the trainer: a recipe, and other runs to compare with.
         self.script: ScriptArguments | None = None
         self.comparison: list[RunSummary] = []
@@ -198,7 +229,7 @@ class MRPOTrainer(ResumableTrainer):
         doing(f"scoring the pairs of step {self.state.global_step + 1} with the references")
         self.clock.start()
         examples = [example for _ in range(num_batches) for example in next(epoch_iterator)]
-        references = self.scores.score(examples, self.pair_sets["train"], self.preference_objective)
+        references = self.scores.score(examples, self.pair_sets[TRAIN_SET], self.preference_objective)
         self.clock.references_done()
         batches = self._batches(examples, references, num_batches)
         pairs = torch.tensor(sum(e.weight for e in examples), device=device)
@@ -274,7 +305,7 @@ class MRPOTrainer(ResumableTrainer):
         if not self._sum_over_ranks(bad_P.any().float()):
             return
         mine = [
-            self.pair_sets["train"].source(row) for row, bad in zip(inputs.rows, bad_P.tolist(), strict=True) if bad
+            self.pair_sets[TRAIN_SET].source(row) for row, bad in zip(inputs.rows, bad_P.tolist(), strict=True) if bad
         ]
         everyone: list[list[str]] = [mine]
         if dist.is_initialized():
@@ -301,6 +332,15 @@ class MRPOTrainer(ResumableTrainer):
         if not isinstance(inputs, MicroBatch):
             return 0
         return 6 * self._num_parameters * inputs.pairs.num_tokens
+
+    def _track_num_input_tokens(self, inputs: MicroBatch) -> None:
+        """`include_num_input_tokens_seen`: positions that the policy computes, or those of them that hold a token of a pair."""
+        how = self.args.include_num_input_tokens_seen
+        if how == "no":
+            return
+        tokens = inputs.pairs.input_ids_BL.numel() if how == "all" else inputs.num_pair_tokens
+        total = self._sum_over_ranks(torch.tensor(tokens, device=self.accelerator.device))
+        self.state.num_input_tokens_seen += int(total.item())
 
     @property
     def _num_parameters(self) -> int:
@@ -335,8 +375,24 @@ class MRPOTrainer(ResumableTrainer):
         self._save_as_source = not _internal_call or output_dir is None
         super().save_model(output_dir, _internal_call)
 
+    def source_files(self) -> SourceFiles:
+        """What a save takes from the policy's folder, read once, before the first step: the folder may be gone at the end."""
+        if self._source_files is None:
+            self._source_files = read_source_files(
+                self.policy,
+                self.plan.policy,
+                tokenizer=self._tokenizer_of_source,
+                chat_template=self.plan.texts[0].template if self.args.chat_template else None,
+            )
+        return self._source_files
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        config = self.policy.config
+        folder, config = Path(output_dir or self.args.folder), self.policy.config
+        if self.args.should_save and state_dict is not None and not state_dict:
+            # The Trainer does this where an engine does not give its weights away, and only warns.
+            raise TrainingError(
+                f"{folder}: DeepSpeed gives no whole weights to save; take a file of ds_configs/ instead."
+            )
         in_training = config.use_cache
         if self._source_use_cache is None:
             del config.use_cache  # the Trainer has set it on a wrapper's config too
@@ -344,27 +400,14 @@ class MRPOTrainer(ResumableTrainer):
             config.use_cache = self._source_use_cache  # the Trainer switches it off
         as_source = self._save_as_source and self.args.should_save
         if as_source:
-            source = folder_of(self.plan.policy)
             state = self.policy.state_dict() if state_dict is None else state_dict
-            state_dict = cast_as_stored(state, dtypes_on_disk(self.policy, source))
-        with original_dropout(self._dropouts):
+            state_dict = cast_as_stored(state, self.source_files().dtypes)
+        with original_dropout(self._dropouts), unvalidated_generation_config(self.policy):
             super()._save(output_dir, state_dict)
         config.use_cache = in_training
         if as_source:
-            folder = Path(output_dir or self.args.folder)
-            if copied := copy_left_out(self.policy, source, folder):
-                logger.info(
-                    "%d tensors of %s that its causal language model does not have, such as a vision tower's, were not trained "
-                    "and are in %s as they were",
-                    *(copied, source, folder),
-                )
             share_weights(folder)
-            copy_small_files(
-                source,
-                folder,
-                tokenizer=self._tokenizer_of_source,
-                chat_template=self.plan.texts[0].template if self.args.chat_template else None,
-            )
+            self.source_files().write(folder)
 
     def create_model_card(self, *, model_name: str | None = None, **metadata: Any) -> None:  # type: ignore[override]
         """README.md, curves, report.html and what they are made from, in ``output_dir``. ``push_to_hub`` calls this before it
@@ -399,6 +442,76 @@ class MRPOTrainer(ResumableTrainer):
             speed["mfu"] = used / (peak * self.accelerator.num_processes)
         return speed
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Trainer's ``evaluate``, which also takes rows of any supported layout.
+
+        Args:
+            eval_dataset: the name of a set of the run; rows, or a mapping of names to rows, which are tokenized and scored as the
+                run's own are. What they give is returned and shown on dashboards; log, card and files of the run stay its own.
+
+        Raises:
+            ConfigError: rows that cannot be used, or that a reference would have to score which was not loaded.
+        """
+        pairs, entries = self._as_pairs(eval_dataset), len(self.state.log_history)
+        metrics = super().evaluate(pairs, ignore_keys, metric_key_prefix)
+        if isinstance(pairs, WeightedPairs) and pairs not in self._own_evals:
+            del self.state.log_history[entries:]
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Log-probs of rows of any supported layout, in their order without those that were left out (`bad_rows_*.jsonl`).
+
+        Returns:
+            ``predictions`` [N, 2], the policy's log-probs of the chosen and the rejected responses; ``label_ids`` [N, K, 2], the
+            references', the anchor's first; ``metrics`` as ``evaluate`` gives them.
+
+        Raises:
+            ConfigError: see :meth:`evaluate`.
+        """
+        return super().predict(self._as_pairs(test_dataset), ignore_keys, metric_key_prefix)
+
+    def _as_pairs(self, rows: Any) -> Any:
+        """Rows as pairs that the policy and every reference can score; what are pairs already, or names of such, as they are."""
+        if isinstance(rows, dict):
+            return {name: self._as_pairs(some) for name, some in rows.items()}
+        known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if isinstance(rows, str) and rows not in known:
+            raise ConfigError(
+                f"`eval_dataset: {rows}`: the run has no set of this name; it has {', '.join(known) or 'none'}."
+            )
+        if rows is None or isinstance(rows, str | WeightedPairs):
+            return rows
+        pairs = prepare_set(self.plan, self.args, "extra", rows)
+        self.scores.admit(pairs)
+        return WeightedPairs(pairs)
+
+    @property
+    def results(self) -> Mapping[str, float]:
+        """Metrics of the held-out set for the weights that are saved: the last ones, or with `load_best_model_at_end` the best
+        step's."""
+        last = [entry for entry in self.state.log_history if "eval_loss" in entry][-1:]
+        return self._best_results or (last[0] if last else {})
+
+    def measured_best(self) -> int | None:
+        """The step that :attr:`results` are of, where that is not the last one that was evaluated."""
+        return self.state.best_global_step if self._best_results else None
+
+    def _load_best_model(self) -> None:
+        """The Trainer's, and what is reported from then on is measured on these weights. The log keeps its order of steps."""
+        super()._load_best_model()
+        entries, step = len(self.state.log_history), self.state.global_step
+        logger.info("measuring the weights of step %s, the best, which are saved", self.state.best_global_step)
+        self.state.global_step = int(self.state.best_global_step or step)
+        try:
+            self._best_results = self.evaluate()
+        finally:
+            self.state.global_step = step
+        del self.state.log_history[entries:]
+
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
         doing(f"evaluating after step {self.state.global_step}")
@@ -409,9 +522,17 @@ class MRPOTrainer(ResumableTrainer):
             self._eval_pairs, self._eval_rows = dataloader.dataset.pairs, []
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         means = self._eval_metrics.means(self._sum_over_ranks)
-        self._keep_held_out(self.args.folder / f"{prefix}_logps.npz")
-        metrics = {**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in means.items()}}
-        return output._replace(metrics=metrics)
+        held_out = self._joined_held_out()
+        if dataloader.dataset in self._own_evals and self.is_world_process_zero():
+            # Beside the run's other results, for comparisons pair by pair.
+            held_out.save(self.args.folder / f"{file_name(prefix)}_logps.npz")
+        in_order = held_out.select(self._eval_pairs.row_keys)
+        logps_N2, ref_logps_NK2 = in_order.policy_logps_N2, in_order.ref_logps_KN2.swapaxes(0, 1)
+        if self.compute_metrics is not None:
+            means |= denumpify_detensorize(self.compute_metrics(EvalPrediction(logps_N2, ref_logps_NK2)))
+        metrics = {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": x for name, x in means.items()}
+        metrics = {**(output.metrics or {}), **metrics}
+        return output._replace(metrics=metrics, predictions=logps_N2, label_ids=ref_logps_NK2)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Measure one batch of held-out pairs; the metrics are summed here, not gathered by the Trainer."""
@@ -437,27 +558,27 @@ class MRPOTrainer(ResumableTrainer):
             batch.references.ref_logps_KP2.float().cpu()[:, real].numpy(),
         )
 
-    def _keep_held_out(self, path: Path) -> None:
-        """What every model says of every held-out pair, beside the run's other results. Collective."""
+    def _joined_held_out(self) -> HeldOutScores:
+        """What every model says of every held-out pair. Collective."""
         everybody = [rows for some in all_say(self._eval_rows, world_group()) for rows in some]
         self._eval_rows = []
-        if self.is_world_process_zero() and everybody:
-            HeldOutScores.joined(everybody).save(path)
+        return HeldOutScores.joined(everybody)
 
     def _score_held_out(self, dataloader: Any) -> dict[int, CombinedReferences]:
         """Row -> its virtual reference, for this rank's rows of the set: formed once, from memory afterwards."""
-        key = id(dataloader.dataset)
-        if key not in self._held_out_scores:
-            scores: dict[int, CombinedReferences] = {}
-            progress = tqdm(
-                dataloader,
-                desc=f"Scoring held-out pairs with {len(self.plan.names)} references",
-                disable=self.args.disable_tqdm or not self.is_local_process_zero(),
-            )
-            for examples in progress:
-                self.poll()
-                references = self.scores.score(examples, dataloader.dataset.pairs, self.preference_objective)
-                scores.update({e.row: references[i : i + 1] for i, e in enumerate(examples)})
-            self.scores.flush()
-            self._held_out_scores[key] = scores
-        return self._held_out_scores[key]
+        if dataloader.dataset in self._held_out_scores:
+            return self._held_out_scores[dataloader.dataset]
+        scores: dict[int, CombinedReferences] = {}
+        progress = tqdm(
+            dataloader,
+            desc=f"Scoring held-out pairs with {len(self.plan.names)} references",
+            disable=self.args.disable_tqdm or not self.is_local_process_zero(),
+        )
+        for examples in progress:
+            self.poll()
+            references = self.scores.score(examples, dataloader.dataset.pairs, self.preference_objective)
+            scores.update({e.row: references[i : i + 1] for i, e in enumerate(examples)})
+        self.scores.flush()
+        if dataloader.dataset in self._own_evals:
+            self._held_out_scores[dataloader.dataset] = scores
+        return scores

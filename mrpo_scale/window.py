@@ -40,6 +40,13 @@ class MicroBatch:
     weight_P: Tensor
     references: CombinedReferences
 
+    @property
+    def num_pair_tokens(self) -> int:
+        """Positions of pairs that count: neither padding nor a filler, so that no split into batches changes their sum."""
+        segment = self.pairs.segment_BL[self.pairs.segment_BL >= 0].long()
+        pair = segment if self.pairs.shared_prompt else segment // 2
+        return int((self.weight_P[pair] > 0).sum())
+
 
 class TokenizedPairs(Protocol):
     """The part of tokenization.PairDataset that a window needs."""

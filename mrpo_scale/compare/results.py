@@ -18,6 +18,7 @@ from mrpo_scale.compare.plan import Arm, Run
 from mrpo_scale.compare.processes import HELD_OUT
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.held_out import HeldOutScores
+from mrpo_scale.html_report import RUN_FACTS
 from mrpo_scale.models import ANCHOR
 
 RESAMPLES = 4000
@@ -27,7 +28,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run. Shares are of held-out pairs, measured after its last step."""
+    """One finished run. Shares are of held-out pairs, measured on the weights that it saved."""
 
     run: Run
     accuracy: float
@@ -113,12 +114,13 @@ def read_run(run: Run) -> RunResult:
     """The figures of a finished run's folder."""
     history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
     evals = {entry["step"]: entry for entry in history if "eval_logps/accuracies" in entry}
-    last = evals[max(evals)]
+    # Of the weights that were saved, which `load_best_model_at_end` takes from an earlier step than the log's last.
+    saved = json.loads((run.folder / RUN_FACTS).read_text())["rows"][-1]
     return RunResult(
         run,
-        last["eval_logps/accuracies"],
-        last["eval_rewards/accuracies"],
-        last["eval_rewards/margins"],
+        saved["ranking_accuracy"],
+        saved["reward_accuracy"],
+        saved["reward_margin"],
         [(step, evals[step]["eval_logps/accuracies"]) for step in sorted(evals)],
         HeldOutScores.load(run.folder / HELD_OUT),
     )

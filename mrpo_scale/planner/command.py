@@ -15,7 +15,7 @@ from mrpo_scale.config import Hardware, MRPOConfig, ScriptArguments
 from mrpo_scale.data import find_layout
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.gpus import GIB
-from mrpo_scale.inputs import prepare_sets, read_rows
+from mrpo_scale.inputs import TRAIN_SET, check_steps, evaluation_sets, prepare_sets, read_rows
 from mrpo_scale.models import RunPlan, plan_models
 from mrpo_scale.output_folder import check_output_folder
 from mrpo_scale.planner.cluster import Cluster, make_cluster
@@ -213,7 +213,7 @@ class _Check:
                 )
 
     def _read(self, plan: RunPlan, train: Any, evals: Any) -> list[ReadSet]:
-        rows = {"train": train, **(evals if isinstance(evals, dict) else {"eval": evals})}
+        rows = {TRAIN_SET: train, **evaluation_sets(evals)}
         pairs = None
         with self._collected():
             pairs = prepare_sets(plan, self.config, train, evals)
@@ -243,6 +243,9 @@ class _Check:
 
     def _show_cost(self, plan: RunPlan, read: ReadSet) -> None:
         job, setting = self._job(plan, read), self._setting()
+        if read.split == TRAIN_SET:
+            with self._collected():
+                check_steps(self.config, len(read.pairs), job.window)
         cluster = self.cluster
         print(f"COST on {cluster.gpus} x {cluster.name}, {cluster.per_node} a node", end="")
         print(f", {cluster.network * 8 / 1e9:.0f} Gbit/s of network each" if cluster.num_nodes > 1 else "")

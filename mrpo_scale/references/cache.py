@@ -104,6 +104,14 @@ class ReferenceStore:
         self._names.update(read)
         return self._add(pieces)
 
+    def want(self, keys: np.ndarray) -> None:
+        """Keep rows of these keys as well (``S16``). Reads all parts again if some of the keys are new."""
+        if self._wanted is None or _find(self._wanted, keys)[1].all():
+            return
+        self._wanted = np.union1d(self._wanted, keys)
+        self._names, self._runs = set(), []
+        self.refresh()
+
     def lookup(self, keys_N: np.ndarray) -> StoredScores:
         """The scores of the rows with these keys (``S16`` [N], in any order, repeated or not)."""
         n = len(keys_N)

@@ -124,6 +124,31 @@ class ReferenceScores:
         """Raw log-probs [K, P, 2] float32, where nothing is to be combined yet. Otherwise as :meth:`score`."""
         return self._completed(self._look_up(examples, pairs))
 
+    def admit(self, pairs: PairDataset) -> None:
+        """Make ready for rows that were in no set when this was opened. Collective over the world.
+
+        Raises:
+            ConfigError: a reference that was not loaded, because all its scores were there, would have to score some.
+        """
+        if not self.stores:
+            return
+        self.flush()
+        keys = np.unique(pairs.row_keys)
+        with fail_together(world_group()):
+            for store in self.stores:
+                store.want(keys)
+        missing = count_missing(self.stores, keys, self.device)
+        lacking = [
+            f"{name} {n}"
+            for k, (name, n) in enumerate(zip(self.names, missing, strict=True))
+            if n and k not in self.live
+        ]
+        if lacking:
+            raise ConfigError(
+                f"of {len(keys)} rows these have no score in the cache: {', '.join(lacking)}; the references were not loaded, "
+                "because the cache has all scores of the run's own sets. Pass the rows as `eval_dataset` when the trainer is made."
+            )
+
     def flush(self, *, refresh: bool = False) -> None:
         """Write the rows that wait in memory. ``refresh``: then also read what the other ranks wrote, for the next epoch.
 

@@ -170,6 +170,14 @@ def test_a_config_without_a_field(jobs, world, tmp_path):
     assert "mamba" in ended.out and "`num_attention_heads`" in ended.out
 
 
+def test_what_fills_no_step_is_an_error_with_the_clusters_window(jobs, world):
+    """39 pairs: 4 ranks x 8 fill a step, 8 x 8 do not; the run says so in the same words."""
+    words = ["--dataloader_drop_last", "true", "--per_device_train_batch_size", 8]
+    check(jobs, world, *words, "--gpus", 4)
+    ended = check(jobs, world, *words, "--gpus", 8, status=2)
+    assert "error: `dataloader_drop_last: true` leaves no step to train: 39 pairs do not fill one of 64" in ended.out
+
+
 def test_help(jobs):
     ((ended,),) = jobs.run(Job(["check", "--help"]))
     assert ended.status == 0 and "--gpus_per_node" in ended.out

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +12,15 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from deepspeed import comm as deepspeed_comm
-from transformers import PrinterCallback
+from safetensors.torch import load_file
+from transformers import PrinterCallback, TrainerCallback
 
+from mrpo_scale import checkpoints
 from mrpo_scale.config import MRPOConfig
-from mrpo_scale.errors import TrainingError
+from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.held_out import HeldOutScores
 from mrpo_scale.objective import combine
+from mrpo_scale.preemption import Preempted
 from mrpo_scale.recipe import resource
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.trainer import MRPOTrainer
@@ -292,3 +297,191 @@ def test_validation_weights_and_held_out_pairs_over_ranks(folders, tmp_path, poo
     assert kept[0].row_keys.tolist() == kept[1].row_keys.tolist()
     assert kept[1].policy_logps_N2 == pytest.approx(kept[0].policy_logps_N2, rel=1e-5)
     assert kept[1].ref_logps_KN2 == pytest.approx(kept[0].ref_logps_KN2, rel=1e-5)
+
+
+def settle(trainer):
+    """Let go of a trainer, so that the next one in this process starts clean."""
+    if trainer.deepspeed is not None:
+        trainer.deepspeed.destroy()
+    AcceleratorState._reset_state()
+    gc.collect()
+
+
+def held_out_files(folder):
+    scores = HeldOutScores.load(Path(folder) / "eval_logps.npz")
+    return scores.policy_logps_N2.tolist(), scores.ref_logps_KN2.tolist()
+
+
+def best_step(folders, output_dir, deepspeed=True, **keys):
+    """Train until well past the best step, save, and say everything that a run reports; once more from a late checkpoint."""
+    made = []
+    for folder, resume in ((output_dir, None), (Path(output_dir) / "again", "auto")):
+        if resume and (not dist.is_initialized() or dist.get_rank() == 0):
+            shutil.copytree(Path(output_dir) / "checkpoint-4", folder / "checkpoint-4")
+        if dist.is_initialized():
+            dist.barrier()
+        trainer = made_trainer(
+            folders, folder, deepspeed, learning_rate=3e-2, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+            save_steps=1, max_steps=5, load_best_model_at_end=True, metric_for_best_model="loss", **keys,
+        )  # fmt: skip
+        trainer.train(resume)
+        trainer.save_model()
+        trainer.create_model_card()
+        facts = json.loads((Path(folder) / "run.json").read_text()) if dist_rank() == 0 else None
+        made.append(
+            {
+                "best": trainer.state.best_global_step,
+                "checkpoint": trainer.state.best_model_checkpoint,
+                "results": {k: v for k, v in trainer.results.items() if not k.endswith(("_runtime", "_per_second"))},
+                "log": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+                "facts": facts,
+                "npz": held_out_files(folder) if dist_rank() == 0 else None,
+            }
+        )
+        settle(trainer)
+    return made
+
+
+def dist_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def made_trainer(folders, output_dir, deepspeed, ds_config="zero3_cpu.json", **keys):
+    if dist.is_initialized():
+        deepspeed_comm.init_distributed(dist_backend="gloo")
+    config = MRPOConfig(
+        output_dir=str(output_dir),
+        deepspeed=str(resource("ds_configs") / ds_config) if deepspeed is True else deepspeed or None,
+        **{
+            "per_device_train_batch_size": 4 if not dist.is_initialized() else 2,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "seed": 5,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **keys,
+        },
+    )
+    trainer = MRPOTrainer(folders["llama"], [folders["qwen2"]], config, pair_dataset(ROWS), pair_dataset(7, seed=1))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def says_the_best_step(made, output_dir):
+    """What is reported is the best step's, in every place, to the bit, and is measured on the weights that are saved."""
+    first = made[0]
+    assert first["best"] < 5, "the last step is the best: the test shows nothing"
+    logged = next(entry for entry in first["log"] if entry["step"] == first["best"])
+    last = next(entry for entry in first["log"] if entry["step"] == 5)
+    for key in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_logps/accuracies"):
+        assert first["results"][key] == logged[key], key
+    assert first["results"]["eval_loss"] < last["eval_loss"]
+    assert [entry["step"] for entry in first["log"]] == [1, 2, 3, 4, 5], "the log is that of the training"
+    assert first["facts"]["settings"]["weights of step"] == first["best"]
+    saved, best = (load_file(Path(folder) / "model.safetensors") for folder in (output_dir, first["checkpoint"]))
+    assert all(torch.equal(saved[name], best[name]) for name in saved)
+    card = (Path(output_dir) / "README.md").read_text()
+    assert f"| `rewards/margins` | {logged['eval_rewards/margins']:.4g} |" in card
+    # eval_logps.npz is of the saved weights: its mean is the metric that was logged at that step.
+    chosen = statistics.mean(chosen for chosen, _ in first["npz"][0])
+    assert chosen == pytest.approx(logged["eval_logps/chosen"], rel=1e-6)
+    assert chosen != pytest.approx(last["eval_logps/chosen"], rel=1e-4)
+    # A run that goes on after the best step ends with the same.
+    assert made[1]["results"] == first["results"] and made[1]["npz"] == first["npz"]
+
+
+def test_what_is_reported_is_measured_on_the_best_step_under_zero3(folders, tmp_path, pool2):
+    made = pool2.run(best_step, folders, tmp_path, timeout=300)
+    says_the_best_step(made[0], tmp_path)
+    assert made[1][0]["results"] == made[0][0]["results"]
+
+
+def test_what_is_reported_is_measured_on_the_best_step(folders, tmp_path):
+    says_the_best_step(best_step(folders, tmp_path, deepspeed=False), tmp_path)
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KilledError
+
+
+class Stop(TrainerCallback):
+    """Asks for a stop, as a person does, amid step 3."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and dist_rank() == 0:
+            (Path(args.output_dir) / "STOP").touch()
+
+
+def only_models(folders, output_dir, deepspeed=True):
+    """Weights of: an undisturbed run; one that was killed amid checkpoints of the model only; one that was asked to stop."""
+    keys = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True, "max_steps": 5, "save_total_limit": 2}
+    weights, seen = {}, {}
+    for name, callback in (("whole", None), ("killed", Kill()), ("stopped", Stop())):
+        for attempt in (1, 2) if callback else (1,):
+            trainer = made_trainer(folders, Path(output_dir) / name, deepspeed, **keys)
+            if callback and attempt == 1:
+                trainer.add_callback(callback)
+            try:
+                trainer.train("auto")
+            except (KilledError, Preempted):
+                seen[name] = [(c.step, c.lacks) for c in checkpoints.find_complete(trainer.args.folder)[0]]
+            else:
+                seen[f"{name} began at"] = trainer._initial_global_step
+            if dist.is_initialized():
+                dist.barrier()
+            if name == "killed" and attempt == 1:
+                try:
+                    trainer.train(str(trainer.args.folder / "checkpoint-3"))
+                except ConfigError as error:
+                    seen["asked for"] = str(error)
+            if not callback or attempt == 2:
+                trainer.save_model()
+            settle(trainer)
+        if dist_rank() == 0:
+            weights[name] = load_file(Path(output_dir) / name / "model.safetensors")
+    same = {name: all(torch.equal(weights[name][k], weights["whole"][k]) for k in weights[name]) for name in weights}
+    return seen, same
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_of_the_model_only_is_not_gone_on_from(folders, tmp_path, request, ranks):
+    """`save_only_model`: a killed run starts anew instead of going on without Adam's state; a stop saves everything."""
+    if ranks == 1:
+        seen, same = only_models(folders, tmp_path, deepspeed=False)
+    else:
+        seen, same = request.getfixturevalue("pool2").run(only_models, folders, tmp_path, timeout=300)[0]
+    assert same == {"whole": True, "killed": True, "stopped": True}
+    assert seen["killed"] == [(2, seen["killed"][0][1]), (3, seen["killed"][0][1])] and seen["killed"][0][1]
+    assert seen["killed began at"] == 0 and seen["stopped began at"] == 3
+    assert seen["stopped"][-1] == (3, None), "what a stop saves can be gone on from"
+    assert "checkpoint-3` does not hold" in seen["asked for"] and "save_only_model" in seen["asked for"]
+
+
+def weights_of_zero3_without_gathering(folders, output_dir, ds_config):
+    trainer = made_trainer(folders, output_dir, ds_config, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    settle(trainer)
+
+
+@pytest.mark.parametrize("setting", [{"stage3_gather_16bit_weights_on_model_save": False}, {}], ids=["false", "unset"])
+def test_weights_are_saved_whatever_the_deepspeed_file_says(folders, tmp_path, pool2, setting):
+    file = json.loads((resource("ds_configs") / "zero3_cpu.json").read_text())
+    del file["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    file["zero_optimization"] |= setting
+    (tmp_path / "ds.json").write_text(json.dumps(file))
+    pool2.run(weights_of_zero3_without_gathering, folders, tmp_path / "out", str(tmp_path / "ds.json"), timeout=300)
+    source = load_file(Path(folders["llama"]) / "model.safetensors")
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        saved = load_file(folder / "model.safetensors")
+        assert saved.keys() == source.keys()
+        assert any(not torch.equal(saved[name], source[name]) for name in saved)

@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mrpo_scale.references.scoring
 import mrpo_scale.trainer
 from mrpo_scale.cli import train_main
+from mrpo_scale.compare.plan import Arm, Run
+from mrpo_scale.compare.results import read_run
 from mrpo_scale.errors import TrainingError
+from mrpo_scale.held_out import HeldOutScores
 from tests.tiny import pair_rows, write_models
 
 ROOT = Path(__file__).parents[2]
@@ -292,3 +295,24 @@ def test_a_trl_recipe_with_one_line_added_runs(folders, tmp_path):
     assert state["global_step"] == 3  # 12 pairs, 4 per step
     assert "references/gpt_neox/weight" in state["log_history"][0]
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_table_card_and_comparison_speak_of_the_step_that_is_saved(words, tmp_path, capsys):
+    words |= {"eval_strategy": ["steps"], "eval_steps": ["1"], "save_strategy": ["steps"], "save_steps": ["1"]}
+    words |= {"load_best_model_at_end": ["true"], "metric_for_best_model": ["loss"], "greater_is_better": ["true"]}
+    train_main(argv(words))
+    folder = tmp_path / "run"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    logged = {entry["step"]: entry for entry in state["log_history"] if "eval_loss" in entry}
+    best = logged[state["best_global_step"]]
+    assert state["best_global_step"] < 3 and sorted(logged) == [1, 2, 3]
+    facts = json.loads((folder / "run.json").read_text())
+    row, run = facts["rows"][-1], read_run(Run(Arm("MRPO", "mrpo", ()), 0, folder, (), {}))
+    assert (
+        row["reward_margin"] == run.reward_margin == best["eval_rewards/margins"] != logged[3]["eval_rewards/margins"]
+    )
+    assert facts["settings"]["weights of step"] == state["best_global_step"]
+    assert row["ranking_accuracy"] == run.accuracy == best["eval_logps/accuracies"]
+    assert f"{row['reward_margin']:+.3f}" in capsys.readouterr().out
+    means = HeldOutScores.load(folder / "eval_logps.npz").policy_logps_N2.mean(0)
+    assert means[0] == pytest.approx(best["eval_logps/chosen"], rel=1e-6)

@@ -175,6 +175,8 @@ def finished(folder: Path, arm: Arm, seed: int, right, keys=KEYS, margin=0.5) ->
     history = [{"step": 2, **evals, "eval_logps/accuracies": 0.5}, {"step": 4, **evals}]
     state = {"global_step": 4, "max_steps": 4, "log_history": history}
     (run.folder / "trainer_state.json").write_text(json.dumps(state))
+    row = {"name": "MRPO", "ranking_accuracy": accuracy, "reward_accuracy": 0.5, "reward_margin": margin}
+    (run.folder / "run.json").write_text(json.dumps({"rows": [row]}))
     (run.folder / "compare.json").write_text(json.dumps({"settings": run.settings}))
     return run
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mrpo_scale import launched
 from mrpo_scale.errors import ConfigError
 
 ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
 @pytest.fixture
@@ -94,3 +96,18 @@ def test_restarts_within_a_store_that_outlives_them_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(ConfigError, match=r"`--max_restarts 2`.*c10d.*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         launched.check_restarts()
+
+
+@pytest.mark.parametrize("zero", [{"stage": 3}, {"stage": 3, GATHER: False}, {"stage": 3, GATHER: True}])
+def test_zero3_gives_its_weights_to_a_save(zero, caplog):
+    caplog.set_level("INFO")
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": dict(zero)})
+    launched.let_weights_be_saved(plugin)
+    assert plugin.deepspeed_config["zero_optimization"][GATHER] is True
+    assert ("taken as true" in caplog.text) == (not zero.get(GATHER))
+
+
+def test_weights_that_are_split_otherwise_are_refused():
+    plugin = SimpleNamespace(deepspeed_config={"tensor_parallel": {"autotp_size": 2}})
+    with pytest.raises(ConfigError, match=r"`tensor_parallel.autotp_size: 2` of the DeepSpeed file"):
+        launched.let_weights_be_saved(plugin)

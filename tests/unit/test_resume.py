@@ -1,5 +1,6 @@
 """A run that goes on is the run that was never stopped; a checkpoint is complete or ignored, and of this run or refused."""
 
+import errno
 import json
 import os
 import resource
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from mrpo_scale import MRPOConfig, MRPOTrainer, checkpoints
 from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.fingerprint import DECIDING_KEYS, HASHED_KEYS, OTHER_KEYS
 from mrpo_scale.preemption import Preempted
+from mrpo_scale.resume import choose, is_about_disk
 from tests.tiny import pair_dataset, write_models
 
 ROWS = 18  # 5 steps of 4 pairs an epoch, the last one of 2
@@ -203,8 +205,6 @@ def point_outside(folder):
     ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_an_incomplete_checkpoint_is_named_and_the_one_before_used(whole, tmp_path, caplog, damage, reason):
-    from mrpo_scale.resume import choose
-
     for step in (7, 8):
         shutil.copytree(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     damage(tmp_path / "checkpoint-8")
@@ -322,3 +322,106 @@ def test_a_full_disk_keeps_the_checkpoint_before(folders, tmp_path, whole):
     again = trainer(folders, tmp_path, save_total_limit=1)
     again.train("auto")
     assert_same(again, whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("optimizer.pt", "the optimizer's state"),
+        ("scheduler.pt", "the schedule's state"),
+        ("rng_state.pth", "a rank's random state"),
+        ("progress_0.json", "a rank's progress"),
+        ("trainer_state.json", "the Trainer's state"),
+    ],
+)
+def test_a_checkpoint_that_never_had_what_resuming_needs_is_not_gone_on_from(whole, tmp_path, caplog, name, what):
+    """Its files are all there and as they were saved; that they suffice is another question."""
+    for step in (7, 8):
+        shutil.copytree(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-8" / name).unlink()
+    marker = json.loads((tmp_path / "checkpoint-8" / checkpoints.MARKER).read_text())
+    del marker["files"][name]
+    (tmp_path / "checkpoint-8" / checkpoints.MARKER).write_text(json.dumps(marker))
+    assert [c.lacks for c in checkpoints.find_complete(tmp_path)[0]] == [None, what]
+    assert choose(tmp_path, "auto").step == 7
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"checkpoint-8 is not used: it does not hold {what}" in message
+    with pytest.raises(ConfigError, match=rf"`resume_from_checkpoint: .*checkpoint-8` does not hold {what}"):
+        choose(tmp_path, str(tmp_path / "checkpoint-8"))
+
+
+def test_early_stopping_goes_on_counting(folders, tmp_path):
+    """A run that was killed amid the patience of early stopping ends where the undisturbed one does."""
+    keys = {"metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 1e-2, "eval_steps": 1}
+    keys |= {"disable_dropout": True, "eval_on_start": False}
+    ends = []
+    for name, kills in (("one", [None]), ("two", [2, None])):
+        for kill_at in kills:
+            run = trainer(folders, tmp_path / name, kill_at=kill_at, **keys)
+            run.add_callback(EarlyStoppingCallback(early_stopping_patience=3))
+            if kill_at:
+                with pytest.raises(KilledError):
+                    run.train()
+            else:
+                run.train("auto")
+        ends.append((run.state.global_step, logged(run)))
+    assert ends[0][0] < 10, "never stopped early: the test shows nothing"
+    assert ends[0] == ends[1]
+
+
+class Unwritable(TrainerCallback):
+    """From step 3 on the tokenizer cannot be saved, which has nothing to do with room."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.run.processing_class.chat_template = {"a": object()}
+
+
+def test_a_save_that_fails_for_another_reason_does_not_speak_of_room(folders, tmp_path):
+    run = trainer(folders, tmp_path)
+    run.add_callback(Unwritable(run))
+    with pytest.raises(TrainingError) as failed:
+        run.train("auto")
+    message = str(failed.value)
+    assert f"{tmp_path / 'checkpoint-3'} could not be written" in message and "checkpoint-2 is complete" in message
+    assert "oom" not in message and "GiB" not in message and "Correct that, and start the same command again" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "room"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 704 vs 598"), True),
+        (Exception('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space" })'), True),
+        (TrainingError("rank 1 failed: OSError: [Errno 28] No space left on device"), True),
+        (ValueError("GenerationConfig is invalid: `temperature`"), False),
+    ],
+)
+def test_what_is_about_room(error, room):
+    assert is_about_disk(error) == room
+    try:
+        raise RuntimeError("a save failed") from error
+    except RuntimeError as outer:
+        assert is_about_disk(outer) == room
+
+
+class StopAtTheEnd(TrainerCallback):
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step == 10:
+            (Path(args.output_dir) / "STOP").touch()
+
+
+def test_a_stop_after_the_last_step_leaves_the_best_step_measured(folders, tmp_path):
+    """As all that comes after the last step, it is not broken off."""
+    keys = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 3e-2, "save_steps": 2}
+    run = trainer(folders, tmp_path, eval_on_start=False, **keys)
+    run.add_callback(StopAtTheEnd())
+    run.train()
+    assert run.state.best_global_step < 10
+    best = next(e for e in logged(run) if e["step"] == run.state.best_global_step and "eval_loss" in e)
+    assert run.results["eval_loss"] == best["eval_loss"]

@@ -9,15 +9,16 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
 
 from mrpo_scale import MRPOConfig, MRPOTrainer
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.errors import ConfigError, TrainingError
 from mrpo_scale.evaluation import metric_names
 from tests.tiny import pair_dataset, write_models
 
@@ -380,3 +381,229 @@ def test_options_for_memory_and_speed_do_not_change_the_run(folders, tmp_path, k
     assert len(logs[0]) == 2
     for got, expected in zip(*logs, strict=True):
         assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_evaluation_set_may_be_called_anything(folders, tmp_path):
+    """`train` takes nobody's place, and a name is no path."""
+    evals = {"train": pair_dataset(5, 1), "weights_split": pair_dataset(3, 2), "../org/set": pair_dataset(2, 3)}
+    args = config(tmp_path / "run", max_steps=-1, num_train_epochs=1)
+    trainer = MRPOTrainer(folders["llama"], args=args, train_dataset=pair_dataset(24), eval_dataset=evals)
+    trainer.train()
+    assert trainer.state.global_step == 6, "24 rows in windows of 4"
+    metrics = trainer.evaluate()
+    assert {f"eval_{name}_loss" for name in evals} <= metrics.keys()
+    sizes = {name: len(pairs) for name, pairs in trainer.pair_sets.items()}
+    assert sizes == {"train": 24, "eval_train": 5, "eval_weights_split": 3, "eval_../org/set": 2}
+    files = {path.name for path in (tmp_path / "run").glob("*.npz")}
+    assert files == {f"eval_{name}_logps.npz" for name in ("train", "weights_split", "..%2Forg%2Fset")}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    for name in ("", 3, "x" * 101):
+        with pytest.raises(ConfigError, match=r"`eval_dataset`: .* cannot name a set"):
+            MRPOTrainer(folders["llama"], [], config(tmp_path / "run"), pair_dataset(8), {name: pair_dataset(3, 1)})
+
+
+COMMON = {"do_sample": False, "temperature": 0.6, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["by-name", "loaded"])
+def test_a_generation_config_that_transformers_refuses_stops_no_save(folders, tmp_path, loaded):
+    """Temperature without sampling is published often; refused, the weights of a whole training were lost."""
+    source = tmp_path / "source"
+    shutil.copytree(folders["llama"], source)
+    (source / "generation_config.json").write_text(json.dumps(COMMON))
+    args = config(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1)
+    model, tok = str(source), None
+    if loaded:
+        model, tok = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        model.generation_config.top_k = 7  # changed since it was loaded
+    trainer = MRPOTrainer(model, [], args, pair_dataset(8), processing_class=tok)
+    trainer.train()
+    trainer.save_model()
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "run"))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "run/checkpoint-2/model.safetensors").is_file()
+    saved = json.loads((tmp_path / "run/generation_config.json").read_text())
+    assert COMMON.items() <= saved.items() and saved.get("top_k") == (7 if loaded else None)
+    assert trainer.policy.generation_config.temperature == 0.6, "the model is as it was"
+
+
+def test_what_a_save_refuses_is_said_before_the_first_step(folders, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    tok = AutoTokenizer.from_pretrained(folders["llama"])
+    trainer = MRPOTrainer(model, [], config(tmp_path), pair_dataset(8), processing_class=tok)
+    trainer.policy.config.note = {1, 2}  # no JSON
+    with pytest.raises(ConfigError, match=r"a save of the trained model would fail: .*set.*repair"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not losses(trainer)
+    assert not list(tmp_path.glob(".rehearsal*"))
+
+
+def test_a_source_that_is_gone_at_the_end_stops_no_save(folders, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folders["qwen2"], source)
+    trainer = MRPOTrainer(str(source), [], config(tmp_path / "run"), pair_dataset(8))
+    trainer.train()
+    shutil.rmtree(source)
+    trainer.save_model()
+    assert (tmp_path / "run/config.json").read_bytes() == (Path(folders["qwen2"]) / "config.json").read_bytes()
+    assert load_file(tmp_path / "run/model.safetensors").keys()
+
+
+def test_weights_that_an_engine_keeps_to_itself_are_missed(folders, tmp_path):
+    """The Trainer passes an empty state where DeepSpeed gathers nothing, warns, and ends well."""
+    trainer = MRPOTrainer(folders["llama"], [], config(tmp_path), pair_dataset(8))
+    with pytest.raises(TrainingError, match="gives no whole weights to save"):
+        trainer._save(str(tmp_path / "out"), state_dict={})
+
+
+def test_compute_metrics_gets_log_probs_and_may_choose_the_best_step(folders, tmp_path):
+    seen = []
+
+    def of_mine(predicted):
+        seen.append((predicted.predictions, predicted.label_ids))
+        return {"mine": np.float32(len(seen)), "eval_yours": 2}
+
+    keys = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    keys |= {"load_best_model_at_end": True, "metric_for_best_model": "mine", "greater_is_better": False}
+    trainer = MRPOTrainer(
+        folders["llama"],
+        [folders["qwen2"]],
+        config(tmp_path, **keys),
+        pair_dataset(12),
+        pair_dataset(5, 1),
+        compute_metrics=of_mine,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3, "the first evaluation was the best, and two more were none better"
+    assert trainer.state.best_global_step == 1
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["eval_mine"] for entry in logged] == [1, 2, 3] and logged[0]["eval_yours"] == 2
+    predictions, references = seen[0]
+    assert predictions.shape == (5, 2) and references.shape == (5, 2, 2)
+    assert predictions.mean(0).tolist() == pytest.approx(
+        [logged[0]["eval_logps/chosen"], logged[0]["eval_logps/rejected"]], rel=1e-6
+    )
+    with pytest.raises(ConfigError, match=r"`metric_for_best_model: nothing` was not measured; there are .*eval_loss"):
+        wrong = config(tmp_path / "wrong", **{**keys, "metric_for_best_model": "nothing"})
+        MRPOTrainer(folders["llama"], [], wrong, pair_dataset(12), pair_dataset(5, 1)).train()
+
+
+def test_other_rows_are_evaluated_and_predicted(folders, tmp_path):
+    """Raw rows: scored as the run's own are, in their order; log and files of the run stay its own."""
+    rows = pair_dataset(7, 2)
+    args = config(tmp_path, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2)
+    trainer = MRPOTrainer(folders["llama"], [folders["qwen2"]], args, pair_dataset(12), pair_dataset(5, 1))
+    trainer.train()
+    own, log = (tmp_path / "eval_logps.npz").read_bytes(), list(trainer.state.log_history)
+    metrics = trainer.evaluate(rows)
+    several = trainer.evaluate({"one": rows, "two": pair_dataset(3, 3)})
+    predicted = trainer.predict(rows)
+    assert (tmp_path / "eval_logps.npz").read_bytes() == own and trainer.state.log_history == log
+    assert metrics["eval_loss"] == several["eval_one_loss"] == predicted.metrics["test_loss"] != log[-2]["eval_loss"]
+    assert predicted.predictions.shape == (7, 2) and predicted.label_ids.shape == (7, 2, 2)
+    # In their order: the same rows turned round give the same log-probs turned round.
+    again = trainer.predict(rows.select(range(6, -1, -1)))
+    np.testing.assert_allclose(again.predictions[::-1], predicted.predictions, rtol=1e-5)
+    np.testing.assert_allclose(again.label_ids[::-1], predicted.label_ids, rtol=1e-5)
+    margins_N = 0.1 * np.diff(predicted.predictions - predicted.label_ids[:, 0])[:, 0] * -1
+    assert predicted.metrics["test_anchor/rewards/margins"] == pytest.approx(margins_N.mean(), rel=1e-4)
+    # Held-out pairs as the run's own set, and a trainer made for them: the same numbers.
+    other = MRPOTrainer(folders["llama"], [folders["qwen2"]], args, pair_dataset(12), rows)
+    assert other.evaluate()["eval_logps/chosen"] != metrics["eval_logps/chosen"], "that one is not trained"
+    with pytest.raises(ConfigError, match="no set of this name"):
+        trainer.evaluate("two")
+
+
+def test_other_rows_are_read_from_the_cache_or_refused(folders, tmp_path):
+    args = config(tmp_path, ref_cache_dir=str(tmp_path / "cache"))
+    made = [MRPOTrainer(folders["llama"], [folders["qwen2"]], args, pair_dataset(12), pair_dataset(5, 1))]
+    made[0].train()
+    made[0].evaluate()
+    rows = pair_dataset(7, 2)
+    live = made[0].predict(rows)
+    cached = MRPOTrainer(folders["llama"], [folders["qwen2"]], args, pair_dataset(12), pair_dataset(5, 1))
+    assert not cached.scores.live, "the cache has all of the run's own"
+    assert np.array_equal(cached.predict(rows).label_ids, live.label_ids)
+    with pytest.raises(ConfigError, match=r"of 9 rows .* anchor 9, qwen2 9; .* Pass the rows as `eval_dataset`"):
+        cached.evaluate(pair_dataset(9, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data_collator", list),
+        ("compute_loss_func", max),
+        ("preprocess_logits_for_metrics", max),
+        ("model_init", max),
+        ("optimizers", (torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], 1e-3), None)),
+    ],
+)
+def test_what_the_trainer_would_ignore_is_refused(folders, tmp_path, name, value):
+    with pytest.raises(ConfigError, match=f"^`{name}`[^\n]*$"):
+        MRPOTrainer(folders["llama"], [], config(tmp_path), pair_dataset(8), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "keys", [{"batch_eval_metrics": True}, {"include_for_metrics": ["inputs"]}, {"ignore_data_skip": True}]
+)
+def test_keys_that_would_do_nothing_or_harm_are_refused(tmp_path, keys):
+    with pytest.raises(ConfigError, match=f"`{next(iter(keys))}: "):
+        config(tmp_path, **keys)
+
+
+def test_optimizers_from_python_train_the_policy(folders, tmp_path):
+    def weights(**keys):
+        trainer = MRPOTrainer(args=config(tmp_path), train_dataset=pair_dataset(8), **keys)
+        trainer.train()
+        return trainer.policy.state_dict()
+
+    sgd = {"lr": 0.5}
+    named = weights(model=folders["llama"], optimizer_cls_and_kwargs=(torch.optim.SGD, sgd))
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    tok = AutoTokenizer.from_pretrained(folders["llama"])
+    made = weights(model=model, processing_class=tok, optimizers=(torch.optim.SGD(model.parameters(), **sgd), None))
+    adam = weights(model=folders["llama"])
+    assert all(torch.equal(named[name], made[name]) for name in named)
+    assert any(not torch.equal(named[name], adam[name]) for name in named)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("auto", False)])
+def test_updates_that_are_rounded_away_are_said(folders, tmp_path, caplog, dtype, said):
+    args = config(tmp_path, dtype=dtype, learning_rate=5e-7)
+    trainer = MRPOTrainer(folders["llama"], [], args, pair_dataset(8))
+    before = {name: tensor.clone() for name, tensor in trainer.policy.named_parameters()}
+    trainer.train()
+    moved = sum(int((before[name] != tensor).sum()) for name, tensor in trainer.policy.named_parameters())
+    total = sum(tensor.numel() for tensor in before.values())
+    assert (moved < total / 100) == said
+    lines = [record.getMessage() for record in caplog.records if "most updates are smaller" in record.getMessage()]
+    assert len(lines) == said
+    assert not said or f"updates {total:,} of {total:,} weights in bfloat16 itself" in lines[0]
+
+
+def test_tokens_that_the_policy_sees_are_counted(folders, tmp_path):
+    """`non_padding`: every pair once, whatever the batches; `all`: what is computed, padding and fillers included."""
+    counts = {}
+    for kind, sizes in (("all", (4,)), ("non_padding", (4, 2))):
+        for size in sizes:
+            keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+            args = config(tmp_path, include_num_input_tokens_seen=kind, max_steps=-1, num_train_epochs=1, **keys)
+            trainer = MRPOTrainer(folders["llama"], [], args, pair_dataset(11))
+            trainer.train()
+            counts[kind, size] = trainer.state.num_input_tokens_seen
+            assert trainer.state.log_history[0]["num_input_tokens_seen"] > 0
+    tokens = int(trainer.pair_sets["train"].lengths[:, 0].sum())  # shared prompt: each once
+    assert counts["non_padding", 4] == counts["non_padding", 2] == tokens < counts["all", 4]
+    assert config(tmp_path, include_num_input_tokens_seen=True).include_num_input_tokens_seen == "all"
+
+
+def test_a_set_that_fills_no_step_is_refused_before_weights_load(folders, tmp_path, monkeypatch):
+    def loads(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("mrpo_scale.trainer.load_policy", loads)
+    monkeypatch.setattr("mrpo_scale.references.scores.load_reference", loads)
+    args = config(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    with pytest.raises(ConfigError, match=r"`dataloader_drop_last: true` leaves no step to train: 15 pairs .* of 16"):
+        MRPOTrainer(folders["llama"], [folders["qwen2"]], args, pair_dataset(15))

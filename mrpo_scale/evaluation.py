@@ -56,6 +56,7 @@ def metric_names(objective: Objective, names: Sequence[str]) -> list[str]:
     if objective.ref_weights == "validation":  # weights found later; they rename nothing
         objective = replace(objective, ref_weights="uniform")
     policy_logps_P2, references = -torch.ones(1, 2), combine(-torch.ones(len(names), 1, 2), objective)
+    names = names[: len(references.ref_logps_KP2)]  # DPO's is the anchor alone
     loss = loss_against(policy_logps_P2, references, objective)
     return list(pair_metrics(policy_logps_P2, references, loss, objective, names))
 

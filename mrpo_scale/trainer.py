@@ -139,7 +139,8 @@ class MRPOTrainer(ResumableTrainer):
                 len(ref_models),
             )
             self.plan = self.plan.first(1)
-        check_best_metric(args, self.plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
+        if kwargs.get("compute_metrics") is None:  # whose names nobody knows
+            check_best_metric(args, self.plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
         weighted = {split: WeightedPairs(pairs) for split, pairs in self.pair_sets.items()}
         #: Those of the run; its log, card and files speak of no others.
         self._own_evals = [pairs for split, pairs in weighted.items() if split not in (TRAIN_SET, WEIGHTS_SET)]

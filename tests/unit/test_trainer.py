@@ -486,7 +486,7 @@ def test_compute_metrics_gets_log_probs_and_may_choose_the_best_step(folders, tm
     )
     with pytest.raises(ConfigError, match=r"`metric_for_best_model: nothing` was not measured; there are .*eval_loss"):
         wrong = config(tmp_path / "wrong", **{**keys, "metric_for_best_model": "nothing"})
-        MRPOTrainer(folders["llama"], [], wrong, pair_dataset(12), pair_dataset(5, 1)).train()
+        MRPOTrainer(folders["llama"], [], wrong, pair_dataset(12), pair_dataset(5, 1), compute_metrics=of_mine).train()
 
 
 def test_other_rows_are_evaluated_and_predicted(folders, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mrpo_scale.config import DTYPES
-from mrpo_scale.data.model_text import PLAIN_TEMPLATE
+from mrpo_scale.data.chat_template import PLAIN_TEMPLATE
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.eval.judge import check_url
 

@@ -5,6 +5,7 @@ Reference 0, the anchor, is the policy's own starting weights unless ``anchor`` 
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from mrpo_scale.config import ModelSpec, MRPOConfig, parse_ref_models
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.references.source import ReferenceSource, check_config, check_source, check_weights_at_hand
+from mrpo_scale.template_date import decide_date
 from mrpo_scale.tokenization import ModelText
 
 ANCHOR = "anchor"  #: the name of reference 0
@@ -46,6 +48,12 @@ class RunPlan:
     @property
     def names(self) -> list[str]:
         return [reference.name for reference in self.references]
+
+    @property
+    def dated(self) -> list[str]:
+        """The models whose chat templates print the date."""
+        views = [("policy", 0), *((reference.name, reference.view) for reference in self.references)]
+        return [name for name, view in views if self.texts[view].prints_date]
 
     def first(self, count: int) -> RunPlan:
         """With the first ``count`` references, the anchor among them, but with all views of the text: runs that compare train on
@@ -88,6 +96,7 @@ def plan_models(
     policy = _source(spec, args, args.policy_dtype)
     policy_config = check(policy)
     tokenizer = tokenizer or load_tokenizer(spec)
+    decide_date(args)  # the same for all models and ranks
     texts = [_text(spec, args, tokenizer, policy_config)]
 
     ref_specs = parse_ref_models(list(ref_models))
@@ -194,6 +203,7 @@ def _text(
         chat_template=spec.chat_template,
         plain_template=args.plain_template,
         system=spec.system,
+        date=datetime.date.fromisoformat(str(args.template_date)),
     )
 
 

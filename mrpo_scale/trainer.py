@@ -56,6 +56,7 @@ from mrpo_scale.sequence_logps import (
     preference_step,
     score_pairs,
 )
+from mrpo_scale.template_date import record_date
 from mrpo_scale.tokenization import PairDataset
 from mrpo_scale.window import MicroBatch, PairExample, WeightedPairs, WindowSampler, policy_batches
 
@@ -104,6 +105,7 @@ class MRPOTrainer(ResumableTrainer):
         doing("preparing the pairs")
         check_output_folder(args, model, ref_models)
         self.plan = plan_models(model, ref_models, args, processing_class)
+        record_date(args, self.plan.dated, run=args.folder)
         check_small_files(Path(self.plan.policy.path))
         self.pair_sets = self._prepare_sets(args, train_dataset, eval_dataset)
         if args.objective == "dpo" and ref_models:

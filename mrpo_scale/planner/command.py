@@ -44,6 +44,7 @@ from mrpo_scale.planner.workload import Workload
 from mrpo_scale.planner.zero import Zero, read_zero
 from mrpo_scale.recipe import parse
 from mrpo_scale.references.source import check_weight_files
+from mrpo_scale.template_date import decide_date
 from mrpo_scale.toyworld import resolve
 
 HELP = """usage: mrpo check --config RECIPE [--key value ...] [--gpus N] [--gpu NAME] [--gpus_per_node N] [--network RATE]
@@ -115,6 +116,7 @@ class _Check:
         # What this machine is says nothing of the one that trains.
         half = config.fp16 or config.typed.get("bf16", cluster.name != "cpu")
         config.bf16 = bool(half and not config.fp16)
+        decide_date(config)  # as the run would, in its own folder
         config.output_dir = str(folder)  # bad_rows_*.jsonl
 
     def run(self) -> None:
@@ -125,6 +127,11 @@ class _Check:
             plan = self._plan()
         if plan is not None:
             self._look_for_weights(plan)
+            if plan.dated:
+                self.warnings.append(
+                    f"the chat templates of {', '.join(plan.dated)} print the date; it would be {self.config.template_date} in all of "
+                    "this run (`template_date`)"
+                )
         if plan is not None and rows is not None:
             sets = self._read(plan, *rows)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -227,7 +227,8 @@ def test_a_cut_within_reasoning():
     assert done.pair.chosen.startswith("<think>\nhow quick\n</think>") and THINKING.startswith(done.pair.chosen)
     # A model that drops the reasoning has nothing left of it.
     with pytest.raises(BadRow, match="empty_response: a response has no tokens for r1"):
-        tokenize_pair(pair, [text, model("deepseek_r1", "r1")], len(whole.prompt_ids) + 6)
+        other = PreferencePair(say("hello"), THINKING, THINKING.replace("how", "you"))
+        tokenize_pair(other, [text, model("deepseek_r1", "r1")], len(whole.prompt_ids) + 6)
 
 
 def test_rows_cut_to_the_same_text_have_keys_of_their_own():

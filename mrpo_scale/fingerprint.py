@@ -41,7 +41,16 @@ OTHER_KEYS = (
 #: Keys that are part of a model's hash or of the rows'.
 HASHED_KEYS = (
     *("dtype", "model_revision", "attn_implementation", "trust_remote_code", "anchor"),
-    *("chat_template", "system", "plain_template", "template_date", "max_length", "dataset_layout", "ranked_pairs", "score_columns"),
+    *(
+        "chat_template",
+        "system",
+        "plain_template",
+        "template_date",
+        "max_length",
+        "dataset_layout",
+        "ranked_pairs",
+        "score_columns",
+    ),
 )
 WINDOW = "pairs per optimizer step"
 _ABSENT = "(not set)"

@@ -1,7 +1,7 @@
 """The date that chat templates print: one for a whole run and for a whole score cache, however many days they take.
 
-Llama 3's template, for one, asks for today's date. Tomorrow every prompt would be another text: a run could not be continued, and no
-stored score would fit. So the date is fixed when the run or the cache begins, and recorded there.
+Llama 3's template, for one, asks for today's date. Tomorrow every prompt would be another text: a run could not be continued, and
+no stored score would fit. So the date is fixed when the run or the cache begins, and recorded there.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def record_date(args: MRPOConfig, names: Sequence[str], run: Path | None = None)
 def _record(args: MRPOConfig, names: Sequence[str], run: Path | None) -> None:
     if not names:
         if TEMPLATE_DATE in args.typed:
-            logger.warning("`template_date: %s` has no effect: no model's chat template prints a date", args.template_date)
+            logger.warning(
+                "`template_date: %s` has no effect: no model's chat template prints a date", args.template_date
+            )
         return
     logger.info(
         "the chat templates of %s print the date: it is %s in all of this run (`template_date`)",

@@ -36,10 +36,13 @@ from mrpo_scale.errors import ConfigError
 
 __all__ = [
     "PLAIN_TEMPLATE",
+    "BadRowsError",
     "ModelText",
     "PairDataset",
     "PairTokens",
+    "TextReader",
     "TokenizedPair",
+    "check_token_ids",
     "prepare_pairs",
     "row_key",
     "tokenize_pair",
@@ -61,6 +64,15 @@ class PairTokens:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """A model of a run, the number of the ModelText that it reads, and the rows of its embedding, where they are known."""
+
+    name: str
+    view: int
+    num_embeddings: int | None
 
 
 @dataclass(frozen=True)
@@ -197,6 +209,23 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         counts = [pc.list_value_length(table.column(name)).to_numpy() for name in columns]
         return np.stack(counts, axis=1).astype(np.int64)[self._good].reshape(-1, self.num_texts, 3)
 
+    def largest_id(self, view: int) -> tuple[int, int]:
+        """The largest token id in a view of the text, and the first pair that has it; (-1, -1) without pairs."""
+        largest, where = -1, -1
+        for field in PairTokens.__dataclass_fields__:
+            column = self._tokenized.data.column(f"{field}_{view}")
+            # Bad rows have no tokens, and `parents` counts the rows of the table.
+            start = 0
+            for chunk in column.chunks:
+                ids = pc.list_flatten(chunk)
+                found = pc.max(ids).as_py()
+                if found is not None and found > largest:
+                    at = pc.index(ids, found).as_py()
+                    row = start + pc.list_parent_indices(chunk)[at].as_py()
+                    largest, where = found, int(np.searchsorted(self._good, row))
+                start += len(chunk)
+        return largest, where
+
     def __len__(self) -> int:
         return len(self._good)
 
@@ -282,7 +311,8 @@ def prepare_pairs(
         write: whether this process writes ``bad_rows_file`` and logs; one process of a job should.
 
     Raises:
-        ConfigError: bad rows under ``on_bad_row: error``, too many of them, or none but them; see also ModelText.render_prompt.
+        BadRowsError: bad rows under ``on_bad_row: error``, too many of them, or none but them.
+        ConfigError: see ModelText.render_prompt.
     """
     rows, layout = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
     key = _fingerprint(rows, layout, texts, max_length)
@@ -304,13 +334,49 @@ def prepare_pairs(
     bad = pairs.bad_rows()
     if write:
         _report(pairs, split, max_length, len(rows))
-        if bad and bad_rows_file is not None:
-            bad_rows_file.parent.mkdir(parents=True, exist_ok=True)
-            bad_rows_file.write_text(
-                "".join(json.dumps({"split": split, **row}) + "\n" for row in bad), encoding="utf-8"
-            )
-    _check_bad_rows(pairs, bad, split, on_bad_row, max_bad_rows, max_length)
+        if bad_rows_file is not None:
+            _list_bad_rows(bad, split, bad_rows_file)
+    problem = _problem_with_bad_rows(pairs, bad, split, on_bad_row, max_bad_rows, max_length)
+    if problem:
+        problem += f" All bad rows are listed in {bad_rows_file}." if bad and bad_rows_file is not None else ""
+        raise BadRowsError(problem, pairs)
     return pairs
+
+
+class BadRowsError(ConfigError):
+    """Pairs that may not be trained on, because of those that were left out. ``pairs``: what is left."""
+
+    def __init__(self, message: str, pairs: PairDataset) -> None:
+        super().__init__(message)
+        self.pairs = pairs
+
+
+def _list_bad_rows(bad: Sequence[Mapping[str, Any]], split: str, file: Path) -> None:
+    """As JSON lines; without bad rows there is no file, not even that of an earlier run."""
+    if not bad:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"split": split, **row}) + "\n" for row in bad), encoding="utf-8")
+
+
+def check_token_ids(pairs: PairDataset, texts: Sequence[ModelText], readers: Sequence[TextReader], split: str) -> None:
+    """Every token must have a row in the embedding of each model that reads it: a lookup beyond it ends a run, on a GPU with an
+    assertion that names nothing.
+
+    Raises:
+        ConfigError: one has none; names model, token, id and rows.
+    """
+    largest = {view: pairs.largest_id(view) for view in {reader.view for reader in readers}}
+    for reader in readers:
+        token, row = largest[reader.view]
+        if reader.num_embeddings is not None and token >= reader.num_embeddings:
+            text: Any = texts[reader.view].tokenizer.convert_ids_to_tokens(token)
+            raise ConfigError(
+                f"{reader.name}: its tokenizer makes token {token} ({text!r}) of {pairs.source(row)} of the {split} set, but its "
+                f"embedding has {reader.num_embeddings} rows (`vocab_size` of config.json); resize it (`resize_token_embeddings`) "
+                "and save the model, or give it the tokenizer that it was trained with."
+            )
 
 
 def _tokenize_row(
@@ -392,32 +458,32 @@ def _by_reason(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in counts.items())
 
 
-def _check_bad_rows(
+def _problem_with_bad_rows(
     pairs: PairDataset,
     bad: Sequence[Mapping[str, Any]],
     split: str,
     on_bad_row: str,
     max_bad_rows: float,
     max_length: int | None,
-) -> None:
+) -> str:
+    """Why the pairs may not be used; empty where they may."""
     bad = [row for row in bad if row["reason"] not in NO_PAIR]
     total = len(pairs) + len(bad)
     if not total:
-        raise ConfigError(
-            f"the {split} set gives no pair: {_by_reason(pairs.counts)}; choose other data or `score_columns`."
-        )
+        return f"the {split} set gives no pair: {_by_reason(pairs.counts)}; choose other data or `score_columns`."
     reasons = _by_reason({reason: n for reason, n in pairs.counts.items() if reason not in NO_PAIR})
+    example = f"{describe_source(bad[0])}: {bad[0]['reason']} ({bad[0]['detail']})" if bad else ""
     if bad and on_bad_row == "error":
-        first = bad[0]
-        raise ConfigError(
-            f"`on_bad_row: error`: {describe_source(first)} of the {split} set is bad: {first['reason']} ({first['detail']}); "
-            f"repair the {len(bad)} bad rows ({reasons}) or set `on_bad_row: skip`."
+        return (
+            f"`on_bad_row: error`: {len(bad)} of {total} pairs of the {split} set are bad ({reasons}), first {example}; repair "
+            "them or set `on_bad_row: skip`."
         )
     if len(bad) > max_bad_rows * total or not len(pairs):
-        raise ConfigError(
-            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {reasons}; "
-            f"{_remedy(pairs, max_length)} or raise `max_bad_rows`."
+        return (
+            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad ({reasons}), for example "
+            f"{example}; {_remedy(pairs, max_length)} or raise `max_bad_rows`."
         )
+    return ""
 
 
 def _remedy(pairs: PairDataset, max_length: int | None) -> str:

@@ -31,7 +31,7 @@ from mrpo_scale.evaluation import MetricSums, pair_metrics
 from mrpo_scale.fingerprint import fingerprint
 from mrpo_scale.heartbeat import doing, heartbeat
 from mrpo_scale.held_out import HeldOutScores
-from mrpo_scale.inputs import WEIGHTS_SET, prepare_sets
+from mrpo_scale.inputs import WEIGHTS_SET, as_datasets, prepare_sets
 from mrpo_scale.models import disable_dropout, load_policy, plan_models
 from mrpo_scale.objective import preference_loss
 from mrpo_scale.output_folder import check_output_folder
@@ -81,7 +81,8 @@ class MRPOTrainer(ResumableTrainer):
         model: hub id, folder, or a loaded causal LM.
         ref_models: references 1..K-1, as names or mappings (see ``ref_models`` in config.py). None: plain DPO.
         args: an :class:`MRPOConfig`; default ``MRPOConfig()``.
-        train_dataset, eval_dataset: rows of any supported layout; ``eval_dataset`` may be a mapping of names to sets.
+        train_dataset, eval_dataset: rows of any supported layout, as a Dataset or a list of dicts; ``eval_dataset`` may be a
+            mapping of names to sets, ``train_dataset`` a DatasetDict with ``train`` and, to evaluate on, ``test``.
         processing_class: the policy's tokenizer; read from ``model`` when that is a name.
         **kwargs: what Trainer takes: callbacks, optimizers, ...
 
@@ -96,12 +97,13 @@ class MRPOTrainer(ResumableTrainer):
         model: str | PreTrainedModel,
         ref_models: Sequence[str | Mapping[str, Any]] = (),
         args: MRPOConfig | None = None,
-        train_dataset: datasets.Dataset | None = None,
-        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        train_dataset: datasets.Dataset | datasets.DatasetDict | list[dict[str, Any]] | None = None,
+        eval_dataset: datasets.Dataset | Mapping[str, Any] | list[dict[str, Any]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else MRPOConfig()
+        train_dataset, eval_dataset = as_datasets(train_dataset, eval_dataset)
         doing("preparing the pairs")
         check_output_folder(args, model, ref_models)
         self.plan = plan_models(model, ref_models, args, processing_class)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from mrpo_scale.data.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from mrpo_scale.data.messages import Message, merge_turns
 from mrpo_scale.data.pairs import BadRow, PreferencePair
-from mrpo_scale.data.turns import SENTINEL, Turn, find_turn
+from mrpo_scale.data.turns import SENTINEL, Turn, find_turn, shared_length
 from mrpo_scale.errors import ConfigError
 
 #: Raised whenever the same template and tokenizer would give other tokens.
@@ -72,7 +71,9 @@ class ModelText:
         self.max_context = max_context
         self.system = system
         self.is_plain = not (chat_template or tokenizer.chat_template)
-        self._template = ChatTemplate(tokenizer, plain_template if self.is_plain else chat_template, name=name, date=date)
+        self._template = ChatTemplate(
+            tokenizer, plain_template if self.is_plain else chat_template, name=name, date=date
+        )
         self._bos_ids = self._find_bos()
         self._added_prompt, self._opening, self._ending = self._find_turn_ends()
         eos = tokenizer.eos_token_id
@@ -141,7 +142,8 @@ class ModelText:
         Raises:
             BadRow: ``cut_not_placed:<name>``, when the template rewrites a response that is cut.
         """
-        both, starts = [], []
+        both: list[list[int]] = []
+        starts: list[int] = []
         for (turn, head), cut in zip(self._with_heads(reading), cuts, strict=True):
             body = turn.body if cut is None else turn.upto(cut)
             if body is None:
@@ -149,7 +151,7 @@ class ModelText:
             ids, start = self._sequence(turn, head, body, raw=reading.raw, cut=cut is not None)
             both.append(ids)
             starts.append(start)
-        shared = min(*starts, len(os.path.commonprefix(both)))
+        shared = min(*starts, shared_length(*both))
         chosen, rejected = both
         return chosen[:shared], chosen[shared:], rejected[shared:]
 
@@ -217,9 +219,7 @@ class ModelText:
         if whole == prompt + self._opening + response + self._ending:  # as the template did for the first conversation
             return Turn(prompt, self._opening, response, response)
         bare = self._apply(messages, pair.tools, generation_prompt=False)
-        turn = find_turn(
-            whole, answered(SENTINEL), prompt=prompt, bare=bare, opening=self._opening, response=response
-        )
+        turn = find_turn(whole, answered(SENTINEL), prompt=prompt, bare=bare, opening=self._opening, response=response)
         if turn is None:
             raise TemplateError("it does not write an answer to this conversation")
         return turn
@@ -239,7 +239,8 @@ class ModelText:
                     raise BadRow(f"cut_not_placed:{self.name}", "its template rewrites a response that max_length cuts")
                 return turn.skipped + len(text)
         raise BadRow(
-            "prompt_too_long", f"max_length {max_length} leaves {room} tokens after the prompt, and they hold no text of a response"
+            "prompt_too_long",
+            f"max_length {max_length} leaves {room} tokens after the prompt, and they hold no text of a response",
         )
 
     def _with_heads(self, reading: Reading) -> list[tuple[Turn, list[int]]]:

@@ -1,12 +1,12 @@
 """Where in a template's rendering of a whole conversation the response stands: found in the text of each conversation.
 
-Templates write things around a response that depend on it (an empty think block where it has no reasoning), and change it (they trim
-it, drop its reasoning). What a template did is read off its own rendering, next to that of the same conversation with a sentinel.
+Templates write things around a response that depend on it (an empty think block where it has no reasoning), and change it (trim it,
+drop its reasoning). What a template did is read off its own rendering, next to that of the same conversation with a sentinel.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SENTINEL = "SENTINELRESPONSE"
@@ -62,7 +62,7 @@ def find_turn(whole: str, sentinel: str, *, prompt: str, bare: str, opening: str
     before, found, after = sentinel.rpartition(SENTINEL)
     if not found:
         return None
-    text = whole[: len(whole) - len(_common_end(whole, after))]
+    text = whole[: len(whole) - shared_length(whole[::-1], after[::-1])]
     start = _start(text, before, prompt, response)
     if text.startswith(prompt):
         # A generation prompt may end in `<think>`: the response begins after that, though its own text begins with it.
@@ -77,7 +77,7 @@ def find_turn(whole: str, sentinel: str, *, prompt: str, bare: str, opening: str
 
 def _start(text: str, before: str, prompt: str, response: str) -> int:
     """Where the response begins in ``text``, which ends with it."""
-    start = len(os.path.commonprefix([text, before]))
+    start = shared_length(text, before)
     if text[start:].strip() == response.strip():
         return start
     if text.endswith(response):
@@ -85,10 +85,13 @@ def _start(text: str, before: str, prompt: str, response: str) -> int:
     kept = text.rstrip()
     if kept.endswith(response.strip()):
         return len(kept) - len(response.strip())
-    if start < len(before) and text.startswith(prompt):  # what stands before it depends on it: all that is not prompt is response
+    if start < len(before) and text.startswith(
+        prompt
+    ):  # what stands before it depends on it: all that is not prompt is response
         return len(prompt)
     return start
 
 
-def _common_end(one: str, other: str) -> str:
-    return os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items two sequences share at their beginnings."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

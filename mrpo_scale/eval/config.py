@@ -74,7 +74,8 @@ class EvalConfig:
     attn_implementation: str | None = _key(None, "sdpa, eager, flash_attention_2, ...: default is the model's.")
     plain_template: str = _key(PLAIN_TEMPLATE, "Jinja chat template for models that have none.")
     template_date: str | None = _key(
-        None, "Date, such as 2026-11-26, for chat templates that print it. Default: that of output_dir's last run, else today's."
+        None,
+        "Date, such as 2026-11-26, for chat templates that print it. Default: that of output_dir's last run, else today's.",
     )
     shared_prompt: Literal["auto", "true", "false"] = _key("auto", "One forward over prompt, chosen and rejected.")
     shard_size: int = _key(1, "Ranks that share one copy of a model while pairs are scored.")

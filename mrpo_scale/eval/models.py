@@ -14,11 +14,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mrpo_scale.config import ModelSpec, parse_ref_models
 from mrpo_scale.eval.config import EvalConfig
-from mrpo_scale.models import load_tokenizer, pad_token_id, shared_view
+from mrpo_scale.models import load_tokenizer, num_embeddings, pad_token_id, shared_view
 from mrpo_scale.ranks import from_first, world_group
 from mrpo_scale.references.sharding import ReferenceSource, check_source
 from mrpo_scale.template_date import first_recorded
-from mrpo_scale.tokenization import ModelText
+from mrpo_scale.tokenization import ModelText, TextReader
 from mrpo_scale.toyworld import resolve
 
 
@@ -38,7 +38,11 @@ class EvalModel:
 
     @property
     def pad_token_id(self) -> int:
-        return pad_token_id(self.tokenizer)
+        return pad_token_id(self.tokenizer, self.reader.num_embeddings)
+
+    @property
+    def reader(self) -> TextReader:
+        return TextReader(self.name, self.view, num_embeddings(self.config))
 
     def fingerprint(self) -> str:
         """Hex digest of what decides a response of this model: its weights (a local folder's by size and time of change, a hub

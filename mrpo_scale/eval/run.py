@@ -31,7 +31,7 @@ from mrpo_scale.heartbeat import heartbeat
 from mrpo_scale.recipe import parse_keys
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.template_date import write_record
-from mrpo_scale.tokenization import ModelText, PairDataset, prepare_pairs
+from mrpo_scale.tokenization import ModelText, PairDataset, check_token_ids, prepare_pairs
 from mrpo_scale.toyworld import resolve
 from mrpo_scale.untrusted import refuse_links
 
@@ -66,6 +66,8 @@ def _evaluate(args: EvalConfig, judge: Judge | None, state: PartialState) -> dic
     if args.dataset_name:
         with state.local_main_process_first():
             pairs = _read_pairs(args, texts, write=state.is_main_process)
+        readers = [model.reader for model in (*models, reference) if model is not None]
+        check_token_ids(pairs, texts, readers, "eval")
         report.add("data", {"dataset_name": args.dataset_name, "pairs": len(pairs), "skipped": pairs.counts})
         if args.max_pairs != 0:
             _preference(models, reference, pairs, args, state, report)

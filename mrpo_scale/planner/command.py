@@ -45,6 +45,7 @@ from mrpo_scale.planner.zero import Zero, read_zero
 from mrpo_scale.recipe import parse
 from mrpo_scale.references.source import check_weight_files
 from mrpo_scale.template_date import decide_date
+from mrpo_scale.tokenization import PairDataset
 from mrpo_scale.toyworld import resolve
 
 HELP = """usage: mrpo check --config RECIPE [--key value ...] [--gpus N] [--gpu NAME] [--gpus_per_node N] [--network RATE]
@@ -105,6 +106,10 @@ def _default_zero(config: MRPOConfig, cluster: Cluster) -> str:
     return "zero3" if cluster.num_nodes == 1 else "zero3_hpz"
 
 
+#: Files in the folder of a check.
+_WRITTEN = ("check.json", "pairs.txt", "lengths.png", "memory.png", "bad_rows_*.jsonl")
+
+
 class _Check:
     """One run of the command: what was found, and what would stop the run."""
 
@@ -120,6 +125,9 @@ class _Check:
         config.output_dir = str(folder)  # bad_rows_*.jsonl
 
     def run(self) -> None:
+        for name in _WRITTEN:  # of an earlier check
+            for old in self.folder.glob(name):
+                old.unlink()
         rows = sets = plan = None
         with self._collected():
             rows = read_rows(self.script, self.config)
@@ -129,8 +137,8 @@ class _Check:
             self._look_for_weights(plan)
             if plan.dated:
                 self.warnings.append(
-                    f"the chat templates of {', '.join(plan.dated)} print the date; it would be {self.config.template_date} in all of "
-                    "this run (`template_date`)"
+                    f"the chat templates of {', '.join(plan.dated)} print the date; in all of this run it would be "
+                    f"{self.config.template_date} (`template_date`)"
                 )
         if plan is not None and rows is not None:
             sets = self._read(plan, *rows)
@@ -189,18 +197,14 @@ class _Check:
 
     def _read(self, plan: RunPlan, train: Any, evals: Any) -> list[ReadSet]:
         rows = {"train": train, **(evals if isinstance(evals, dict) else {"eval": evals})}
-        pairs = None
+        pairs: dict[str, PairDataset] = {}
+        findings: list[ConfigError] = []
         with self._collected():
-            pairs = prepare_sets(plan, self.config, train, evals)
-        if pairs is None:  # what is left of the data is shown all the same
-            lenient = {"on_bad_row": self.config.on_bad_row, "max_bad_rows": self.config.max_bad_rows}
-            self.config.on_bad_row, self.config.max_bad_rows = "skip", 1.0
-            with self._collected():
-                pairs = prepare_sets(plan, self.config, train, evals)
-            self.config.on_bad_row, self.config.max_bad_rows = lenient["on_bad_row"], lenient["max_bad_rows"]
+            pairs = prepare_sets(plan, self.config, train, evals, findings)
+        self.errors += [str(error) for error in findings if str(error) not in self.errors]
         return [
             ReadSet(split, find_layout(rows[split], self.config.dataset_layout).name, len(rows[split]), found)
-            for split, found in (pairs or {}).items()
+            for split, found in pairs.items()
             if rows.get(split) is not None and len(found)
         ]
 

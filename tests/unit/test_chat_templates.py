@@ -30,8 +30,8 @@ DEEPSEEK_R1 = (
 #: Keeps the reasoning that its generation prompt begins.
 QWQ = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 LLAMA3 = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}{% set messages = messages[1:] %}"
-    "{% else %}{% set system = '' %}{% endif %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{% set date_string = strftime_now('%d %b %Y') %}"
     "<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ date_string }}\n\n{{ system }}<|eot_id|>"
     "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
@@ -66,7 +66,16 @@ TEMPLATES = {
     "gpt_oss": GPT_OSS,
 }
 SPECIAL = [
-    *("<think>", "</think>", "<|User|>", "<|Assistant|>", "<|end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *(
+        "<think>",
+        "</think>",
+        "<|User|>",
+        "<|Assistant|>",
+        "<|end|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ),
     *("[INST]", "[/INST]", "<|start|>", "<|message|>", "<|channel|>", "<|return|>"),
 ]
 DAY = datetime.date(2026, 11, 26)
@@ -95,7 +104,12 @@ def whole_ids(model, prompt, response):
 @pytest.mark.parametrize("system", [False, True], ids=["no system", "system"])
 @pytest.mark.parametrize(
     "responses",
-    [("how are you?", "the lazy dog"), (" how are you?\n", "the lazy dog "), (THINKING, "jumps"), (THINKING, THINKING + "!")],
+    [
+        ("how are you?", "the lazy dog"),
+        (" how are you?\n", "the lazy dog "),
+        (THINKING, "jumps"),
+        (THINKING, THINKING + "!"),
+    ],
     ids=["plain", "untrimmed", "one thinks", "both think"],
 )
 def test_tokens_are_those_of_the_templates_rendering(template, turns, system, responses):
@@ -234,7 +248,8 @@ def test_a_cut_within_reasoning():
 def test_rows_cut_to_the_same_text_have_keys_of_their_own():
     """What was cut off may decide what a template writes before the response."""
     pairs = [
-        PreferencePair(say("hello"), "<think>\n" + "the lazy dog " * 9 + end, "jumps") for end in ("</think>\n\nfox", "fox")
+        PreferencePair(say("hello"), "<think>\n" + "the lazy dog " * 9 + end, "jumps")
+        for end in ("</think>\n\nfox", "fox")
     ]
     found = prepare(pairs, [chatml()], max_length=60)
     assert found.pair(0) == found.pair(1) and found.cut(0) == found.cut(1) == (True, False)

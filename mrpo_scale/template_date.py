@@ -127,7 +127,11 @@ def recorded_date(folder: Path) -> str | None:
 def first_recorded(folders: Sequence[Path | None]) -> str:
     """The date of the first folder that has one; today where none has."""
     dates = (recorded_date(folder) for folder in folders if folder is not None)
-    return next((date for date in dates if date is not None), datetime.date.today().isoformat())
+    return next((date for date in dates if date is not None), _today().isoformat())
+
+
+def _today() -> datetime.date:
+    return datetime.date.today()
 
 
 def write_record(folder: Path, date: str, *, replace: bool) -> None:

@@ -472,16 +472,17 @@ def _problem_with_bad_rows(
     if not total:
         return f"the {split} set gives no pair: {_by_reason(pairs.counts)}; choose other data or `score_columns`."
     reasons = _by_reason({reason: n for reason, n in pairs.counts.items() if reason not in NO_PAIR})
-    example = f"{describe_source(bad[0])}: {bad[0]['reason']} ({bad[0]['detail']})" if bad else ""
     if bad and on_bad_row == "error":
+        first = bad[0]
         return (
-            f"`on_bad_row: error`: {len(bad)} of {total} pairs of the {split} set are bad ({reasons}), first {example}; repair "
-            "them or set `on_bad_row: skip`."
+            f"`on_bad_row: error`: {describe_source(first)} of the {split} set is bad: {first['reason']} ({first['detail']}); "
+            f"repair the {len(bad)} bad rows ({reasons}) or set `on_bad_row: skip`."
         )
     if len(bad) > max_bad_rows * total or not len(pairs):
+        example = f" For example {describe_source(bad[0])}: {bad[0]['reason']} ({bad[0]['detail']})." if bad else ""
         return (
-            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad ({reasons}), for example "
-            f"{example}; {_remedy(pairs, max_length)} or raise `max_bad_rows`."
+            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {reasons}; "
+            f"{_remedy(pairs, max_length)} or raise `max_bad_rows`.{example}"
         )
     return ""
 

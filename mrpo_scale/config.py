@@ -6,6 +6,7 @@ have them; docs/from_trl.md has the table. Reading a recipe is in :mod:`mrpo_sca
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,6 +165,11 @@ class MRPOConfig(TrainingArguments):
     chat_template: str | None = _key(None, "Jinja chat template, or a file with one, to use instead of the policy's.")
     system: Literal["native", "merge", "error"] = _key("native", "System turns where the template rejects them.")
     plain_template: str = _key(PLAIN_TEMPLATE, "Jinja chat template for models that have none.")
+    template_date: str | None = _key(
+        None,
+        "Date, such as 2026-11-26, for chat templates that print it. Default: that of the run or score cache that goes on, else "
+        "today's.",
+    )
 
     # Data
     dataset_layout: str = _key("auto", "Layout of the rows, recognised by inspection unless named.")
@@ -251,6 +257,8 @@ class MRPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         if isinstance(self.score_columns, str):
             self.score_columns = [self.score_columns]
+        if self.template_date is not None:
+            self.template_date = iso_date(str(self.template_date))
         self.shared_prompt = str(self.shared_prompt).lower()  # type: ignore[assignment]
         if self.report_to is None or self.report_to is False or self.report_to == []:
             self.report_to = "none"
@@ -482,6 +490,14 @@ def parse_ref_models(ref_models: Sequence[str | Mapping[str, Any]], key: str = "
         _within(f"{key}.system", spec.system, ("native", "merge", "error"))
         specs.append(spec)
     return specs
+
+
+def iso_date(value: str) -> str:
+    """``template_date`` as typed, checked. Raises ConfigError."""
+    try:
+        return datetime.date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ConfigError(f"`template_date: {value}` is no date; write it as 2026-11-26.") from None
 
 
 def check_world_size(world_size: int) -> None:

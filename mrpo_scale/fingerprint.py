@@ -10,6 +10,7 @@ from mrpo_scale.config import MRPOConfig
 from mrpo_scale.models import RunPlan
 from mrpo_scale.references.identity import ReferenceIdentity
 from mrpo_scale.references.scores import identify_models
+from mrpo_scale.template_date import TEMPLATE_DATE
 from mrpo_scale.tokenization import PairDataset
 
 #: Keys of MRPOConfig that decide the result. Models, texts and data enter as hashes of what they are, whatever they are called.
@@ -40,7 +41,16 @@ OTHER_KEYS = (
 #: Keys that are part of a model's hash or of the rows'.
 HASHED_KEYS = (
     *("dtype", "model_revision", "attn_implementation", "trust_remote_code", "anchor"),
-    *("chat_template", "system", "plain_template", "max_length", "dataset_layout", "ranked_pairs", "score_columns"),
+    *(
+        "chat_template",
+        "system",
+        "plain_template",
+        "template_date",
+        "max_length",
+        "dataset_layout",
+        "ranked_pairs",
+        "score_columns",
+    ),
 )
 WINDOW = "pairs per optimizer step"
 _ABSENT = "(not set)"
@@ -59,6 +69,7 @@ def fingerprint(plan: RunPlan, args: MRPOConfig, pair_sets: Mapping[str, PairDat
         **{key: _json(getattr(args, key)) for key in DECIDING_KEYS if hasattr(args, key)},
         WINDOW: window,
         "sharding": "none" if stage is None else f"ZeRO stage {stage}",
+        **({TEMPLATE_DATE: args.template_date} if plan.dated else {}),
         "policy": _model(policy),
         **{f"reference {r.name}": _model(r) for r in references},
         **{f"{split} pairs": _rows(pairs) for split, pairs in pair_sets.items()},

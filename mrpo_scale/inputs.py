@@ -11,12 +11,13 @@ from typing import Any
 from urllib.parse import quote
 
 import datasets
+import pyarrow as pa
 
 from mrpo_scale.config import MRPOConfig, ScriptArguments
 from mrpo_scale.data import find_layout, load_rows
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.models import RunPlan
-from mrpo_scale.tokenization import PairDataset, prepare_pairs
+from mrpo_scale.tokenization import BadRowsError, PairDataset, check_token_ids, prepare_pairs
 from mrpo_scale.toyworld import resolve
 
 TRAIN_SET, EVAL_SET = "train", "eval"
@@ -39,13 +40,64 @@ def read_rows(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
         return _load_data(script, config)
 
 
+def as_datasets(train: Any, evals: Any) -> tuple[datasets.Dataset | None, Any]:
+    """What Python callers pass as ``train_dataset`` and ``eval_dataset``, as data sets: lists of rows become sets, and of a
+    DatasetDict to train on, ``train`` is trained on and ``test``, where nothing else is, evaluated on.
+
+    Raises:
+        ConfigError: an IterableDataset, whose rows have no number; a DatasetDict without ``train``; anything else.
+    """
+    if isinstance(train, datasets.DatasetDict):
+        if "train" not in train:
+            raise ConfigError(
+                f"`train_dataset` is a DatasetDict without `train`; pass one of its sets, such as train_dataset[{min(train)!r}]."
+                if train
+                else "`train_dataset` is a DatasetDict without sets; pass a Dataset."
+            )
+        evals = train.get("test") if evals is None else evals
+        train = train["train"]
+    if isinstance(evals, Mapping) and not isinstance(evals, datasets.IterableDatasetDict):
+        return _as_dataset(train, "train_dataset"), {
+            name: _as_dataset(rows, f"eval_dataset[{name!r}]") for name, rows in evals.items()
+        }
+    return _as_dataset(train, "train_dataset"), _as_dataset(evals, "eval_dataset")
+
+
+def _as_dataset(rows: Any, key: str) -> datasets.Dataset | None:
+    if rows is None or isinstance(rows, datasets.Dataset):
+        return rows
+    if isinstance(rows, (list, tuple)) and all(isinstance(row, Mapping) for row in rows):
+        names = dict.fromkeys(
+            name for row in rows for name in row
+        )  # `from_list` takes the columns of the first row only
+        try:
+            return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"`{key}`: its rows make no table: {reason}; give a column values of one kind."
+            ) from error
+    if isinstance(rows, (datasets.IterableDataset, datasets.IterableDatasetDict)):
+        raise ConfigError(
+            f"`{key}` is an {type(rows).__name__}, whose rows have no number; load it without `streaming=True`, or make a Dataset "
+            "of it with `Dataset.from_generator`: sets larger than memory stay on disk."
+        )
+    raise ConfigError(
+        f"`{key}` is a {type(rows).__name__}; pass a `datasets.Dataset`, a DatasetDict or a list of rows (dicts)."
+    )
+
+
 def prepare_sets(
     plan: RunPlan,
     args: MRPOConfig,
     train: datasets.Dataset | None,
     evals: datasets.Dataset | dict[str, datasets.Dataset] | None,
+    findings: list[ConfigError] | None = None,
 ) -> dict[str, PairDataset]:
     """Tokenize every set for every text view; the first rank of each host does the work, the others read its files.
+
+    Args:
+        findings: where given, what is wrong with the pairs of a set is added to it, and what is left of them comes all the same.
 
     Raises:
         ConfigError: an empty set, or pairs that cannot be used; with `weights_split`, no single held-out set to take it from.
@@ -53,27 +105,49 @@ def prepare_sets(
     sets = {TRAIN_SET: train, **evaluation_sets(evals)}
     if args.weights_fraction is not None:
         sets |= _set_aside(evals, args.weights_fraction, args)
-    return {split: prepare_set(plan, args, split, rows) for split, rows in sets.items() if rows is not None}
+    if args.process_index == 0:  # an earlier run may have had sets of other names
+        for old in args.folder.glob("bad_rows_*.jsonl"):
+            old.unlink()
+    return {split: prepare_set(plan, args, split, rows, findings) for split, rows in sets.items() if rows is not None}
 
 
-def prepare_set(plan: RunPlan, args: MRPOConfig, split: str, rows: datasets.Dataset) -> PairDataset:
+def prepare_set(
+    plan: RunPlan,
+    args: MRPOConfig,
+    split: str,
+    rows: datasets.Dataset,
+    findings: list[ConfigError] | None = None,
+) -> PairDataset:
     """One set of :func:`prepare_sets`; ``split`` is what messages and files call it."""
     if len(rows) == 0:
         raise ConfigError(f"the {split} set has no rows; check `dataset_name` and the split keys.")
     with args.main_process_first(local=True, desc=f"tokenizing {split}"):
-        return prepare_pairs(
-            rows,
-            find_layout(rows, args.dataset_layout),
-            plan.texts,
-            max_length=args.max_length,
-            options=args.pair_options,
-            on_bad_row=args.on_bad_row,
-            max_bad_rows=args.max_bad_rows,
-            bad_rows_file=args.folder / f"bad_rows_{file_name(split)}.jsonl",
-            split=split,
-            num_proc=args.dataset_num_proc,
-            write=args.process_index == 0,
-        )
+        try:
+            prepared = prepare_pairs(
+                rows,
+                find_layout(rows, args.dataset_layout),
+                plan.texts,
+                max_length=args.max_length,
+                options=args.pair_options,
+                on_bad_row=args.on_bad_row,
+                max_bad_rows=args.max_bad_rows,
+                bad_rows_file=args.folder / f"bad_rows_{file_name(split)}.jsonl",
+                split=split,
+                num_proc=args.dataset_num_proc,
+                write=args.process_index == 0,
+            )
+        except BadRowsError as error:
+            if findings is None:
+                raise
+            findings.append(error)
+            prepared = error.pairs
+    try:
+        check_token_ids(prepared, plan.texts, plan.readers, split)
+    except ConfigError as error:
+        if findings is None:
+            raise
+        findings.append(error)
+    return prepared
 
 
 def evaluation_sets(evals: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Reference 0, the anchor, is the policy's own starting weights unless ``anchor`` 
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +31,8 @@ from mrpo_scale.errors import ConfigError
 from mrpo_scale.references.source import ReferenceSource, check_config, check_source, snapshot
 from mrpo_scale.references.tensor_check import check_model, check_tensors
 from mrpo_scale.saving import unvalidated_generation_config
-from mrpo_scale.tokenization import ModelText
+from mrpo_scale.template_date import decide_date
+from mrpo_scale.tokenization import ModelText, TextReader
 
 ANCHOR = "anchor"  #: the name of reference 0
 
@@ -40,6 +42,7 @@ class PlannedReference:
     source: ReferenceSource
     view: int  #: index into RunPlan.texts
     pad_token_id: int
+    num_embeddings: int | None = None  #: rows of its embedding, as config.json has them
 
     @property
     def name(self) -> str:
@@ -54,10 +57,22 @@ class RunPlan:
     tokenizer: PreTrainedTokenizerBase
     texts: list[ModelText]
     references: list[PlannedReference]
+    num_embeddings: int | None = None  #: of the policy
+
+    @property
+    def readers(self) -> list[TextReader]:
+        """Every model with the text that it reads, the policy first."""
+        policy = TextReader("policy", 0, self.num_embeddings)
+        return [policy, *(TextReader(r.name, r.view, r.num_embeddings) for r in self.references)]
 
     @property
     def names(self) -> list[str]:
         return [reference.name for reference in self.references]
+
+    @property
+    def dated(self) -> list[str]:
+        """The models whose chat templates print the date."""
+        return [reader.name for reader in self.readers if self.texts[reader.view].prints_date]
 
     def first(self, count: int) -> RunPlan:
         """With the first ``count`` references, the anchor among them, but with all views of the text: runs that compare train on
@@ -106,6 +121,7 @@ def plan_models(
     if args.checkpoints_activations and isinstance(model, str):
         check_checkpointing(_class_of(policy, policy_config))
     tokenizer = tokenizer or load_tokenizer(spec)
+    decide_date(args)  # the same for all models and ranks
     texts = [_text(spec, args, tokenizer, policy_config)]
 
     ref_specs = parse_ref_models(list(ref_models))
@@ -117,9 +133,10 @@ def plan_models(
         config = policy_config if own_text else check(source)
         ref_tokenizer = tokenizer if own_text else load_tokenizer(ref_spec, name)
         view = shared_view(texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name))
-        references.append(PlannedReference(source, view, pad_token_id(ref_tokenizer)))
+        rows = num_embeddings(config)
+        references.append(PlannedReference(source, view, pad_token_id(ref_tokenizer, rows), rows))
     args.build_objective().check_references(len(references))
-    return RunPlan(policy, tokenizer, texts, references)
+    return RunPlan(policy, tokenizer, texts, references, num_embeddings(policy_config))
 
 
 def load_policy(source: ReferenceSource) -> PreTrainedModel:
@@ -268,6 +285,7 @@ def _text(
         chat_template=spec.chat_template,
         plain_template=args.plain_template,
         system=spec.system,
+        date=datetime.date.fromisoformat(str(args.template_date)),
     )
 
 
@@ -281,6 +299,13 @@ def shared_view(texts: list[ModelText], text: ModelText) -> int:
     return len(texts) - 1
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any valid id does: padding is masked and never scored."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+def num_embeddings(config: Any) -> int | None:
+    """Rows of a model's embedding, of a wrapper's text model; None where its config does not say. A padded vocabulary has more rows
+    than the tokenizer has tokens."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> int:
+    """Any id that the model has a row for does: padding is masked and never scored."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in ids if i is not None and (rows is None or i < rows)), 0)

@@ -25,6 +25,7 @@ from mrpo_scale.preflight import preflight
 from mrpo_scale.ranks import from_first, world_group
 from mrpo_scale.recipe import parse
 from mrpo_scale.report import RunSummary, comparison_table, plot_comparison
+from mrpo_scale.template_date import decide_date
 from mrpo_scale.toyworld import resolve
 from mrpo_scale.trainer import MRPOTrainer
 
@@ -55,12 +56,17 @@ def run(words: Sequence[str]) -> list[RunSummary]:
 def _train_all(words: Sequence[str], script: ScriptArguments, config: MRPOConfig) -> list[RunSummary]:
     rows: list[RunSummary] = []
     histories: dict[str, list[dict[str, Any]]] = {}
+    # One date for all: they read the same text, on whatever day each of them begins.
+    date = decide_date(config, [config.folder / baseline for baseline in script.baselines]).isoformat()
     for baseline in script.baselines:
         folder = str(config.folder / baseline)
-        trained = _train(*parse([*words, "--objective", baseline, "--output_dir", folder]), rows, config.folder)
+        baseline_script, baseline_config = parse([*words, "--objective", baseline, "--output_dir", folder])
+        baseline_config.template_date = date
+        trained = _train(baseline_script, baseline_config, rows, config.folder)
         _keep(trained, rows, histories)
     if script.baselines:
         script, config = parse(words)  # a fresh DeepSpeed configuration for the second engine of this process
+        config.template_date = date
     _keep(_train(script, config, rows, config.folder), rows, histories)
     if config.process_index == 0:
         print(f"\n{comparison_table(rows)}\n", flush=True)

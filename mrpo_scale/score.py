@@ -21,6 +21,7 @@ from mrpo_scale.references.cache import CacheEntry, ReferenceStore, list_cache
 from mrpo_scale.references.parts import PART_NAME
 from mrpo_scale.references.scores import count_missing, distinct_rows, open_stores
 from mrpo_scale.report import aligned
+from mrpo_scale.template_date import record_date
 from mrpo_scale.tokenization import PairDataset
 from mrpo_scale.toyworld import resolve
 from mrpo_scale.untrusted import printable
@@ -58,6 +59,7 @@ class Recipe:
         policy = resolve(str(script.model_name_or_path))
         check_output_folder(config, policy, references)
         plan = plan_models(policy, references, config, None)
+        record_date(config, plan.dated)
         return cls(script, config, plan, prepare_sets(plan, config, train, held_out))
 
 

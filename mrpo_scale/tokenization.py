@@ -27,18 +27,22 @@ import tokenizers
 import torch
 import transformers
 
+from mrpo_scale.data.chat_template import PLAIN_TEMPLATE
 from mrpo_scale.data.layouts import AnyLayout, Layout
-from mrpo_scale.data.model_text import PLAIN_TEMPLATE, ModelText
+from mrpo_scale.data.model_text import ModelText, Reading
 from mrpo_scale.data.pair_table import as_pairs, describe_source, source_of
 from mrpo_scale.data.pairs import NO_PAIR, BadRow, PairOptions, PreferencePair
 from mrpo_scale.errors import ConfigError
 
 __all__ = [
     "PLAIN_TEMPLATE",
+    "BadRowsError",
     "ModelText",
     "PairDataset",
     "PairTokens",
+    "TextReader",
     "TokenizedPair",
+    "check_token_ids",
     "prepare_pairs",
     "row_key",
     "tokenize_pair",
@@ -47,9 +51,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 #: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
-SCHEME = 2
+SCHEME = 3
 # A row with more text, about a million tokens, is bad: it would take minutes and gigabytes to tokenize, and then be cut.
 MOST_CHARACTERS = 1 << 22
+_TEMPLATE_FLAGS = ("merged", "trimmed", "changed")  #: what a template did to a pair, per ModelText
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,25 @@ class PairTokens:
 
 
 @dataclass(frozen=True)
+class TextReader:
+    """A model of a run, the number of the ModelText that it reads, and the rows of its embedding, where they are known."""
+
+    name: str
+    view: int
+    num_embeddings: int | None
+
+
+@dataclass(frozen=True)
 class TokenizedPair:
     """One pair for all models."""
 
     pair: PreferencePair  #: the text that is scored, after cuts
+    whole: PreferencePair  #: before them
     tokens: tuple[PairTokens, ...]  #: one per ModelText
     cut: tuple[bool, bool]  #: whether chosen, rejected lost their end
     merged: tuple[bool, ...]  #: whether turns were merged, per ModelText
+    trimmed: tuple[bool, ...]  #: whether the template trims white space off a response, per ModelText
+    changed: tuple[bool, ...]  #: whether it drops or rewrites more of one, per ModelText
 
 
 def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: int | None) -> TokenizedPair:
@@ -76,7 +93,8 @@ def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: 
 
     Raises:
         BadRow: the pair cannot be scored by every model. Reasons: ``empty_response``, ``identical_responses``, ``empty_prompt``,
-            ``prompt_too_long``, ``context_exceeded:<name>``, ``template_rejected:<name>``, ``text_too_long``.
+            ``prompt_too_long``, ``context_exceeded:<name>``, ``template_rejected:<name>``, ``cut_not_placed:<name>``,
+            ``text_too_long``.
         ConfigError: see :meth:`ModelText.render_prompt`.
     """
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -87,35 +105,36 @@ def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: 
     characters = len(pair.chosen) + len(pair.rejected) + _characters(pair.prompt) + _characters(pair.tools)
     if characters > MOST_CHARACTERS:
         raise BadRow("text_too_long", f"{characters} characters, more than {MOST_CHARACTERS}")
-    raw = isinstance(pair.prompt, str)
-    prompts = [text._prompt_ids(pair) for text in texts]
-    for text, (prompt_ids, _) in zip(texts, prompts, strict=True):
-        if not prompt_ids:
-            raise BadRow("empty_prompt", f"no prompt tokens for {text.name}")
-
-    room = None if max_length is None else max_length - len(prompts[0][0])
-    if room is not None and room <= 0:
-        raise BadRow("prompt_too_long", f"{len(prompts[0][0])} prompt tokens, max_length is {max_length}")
-    chosen, chosen_cut = _fit(pair.chosen, texts[0], room, raw)
-    rejected, rejected_cut = _fit(pair.rejected, texts[0], room, raw)
+    readings = [text.read(pair) for text in texts]
+    cuts = (None, None) if max_length is None else texts[0].fit(readings[0], max_length)
+    chosen, rejected = (text[:cut] for text, cut in zip((pair.chosen, pair.rejected), cuts, strict=True))
     if chosen == rejected:
         raise BadRow("identical_responses", "chosen and rejected are the same text once cut to max_length")
-    tokens = tuple(
-        PairTokens(
-            prompt_ids,
-            text.response_ids(chosen, raw=raw, cut=chosen_cut),
-            text.response_ids(rejected, raw=raw, cut=rejected_cut),
-        )
-        for text, (prompt_ids, _) in zip(texts, prompts, strict=True)
+    tokens = tuple(PairTokens(*text.ids(reading, cuts)) for text, reading in zip(texts, readings, strict=True))
+    for text, reading, ids in zip(texts, readings, tokens, strict=True):
+        _check_tokens(text, reading, ids)
+    return TokenizedPair(
+        pair=replace(pair, chosen=chosen, rejected=rejected),
+        whole=pair,
+        tokens=tokens,
+        cut=(cuts[0] is not None, cuts[1] is not None),
+        merged=tuple(reading.merged for reading in readings),
+        trimmed=tuple(reading.chosen.trimmed or reading.rejected.trimmed for reading in readings),
+        changed=tuple(reading.chosen.changed or reading.rejected.changed for reading in readings),
     )
-    for text, ids in zip(texts, tokens, strict=True):
-        if not ids.chosen_ids or not ids.rejected_ids:
-            raise BadRow("empty_response", f"a response has no tokens for {text.name}")
-        length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-        if text.max_context is not None and length > text.max_context:
-            raise BadRow(f"context_exceeded:{text.name}", f"{length} tokens, its context is {text.max_context}")
-    scored = replace(pair, chosen=chosen, rejected=rejected)
-    return TokenizedPair(scored, tokens, (chosen_cut, rejected_cut), tuple(merged for _, merged in prompts))
+
+
+def _check_tokens(text: ModelText, reading: Reading, ids: PairTokens) -> None:
+    """Raises BadRow where this model cannot score the pair, or cannot tell its responses apart."""
+    if not ids.prompt_ids:
+        raise BadRow("empty_prompt", f"no prompt tokens for {text.name}")
+    if not (ids.chosen_ids and ids.rejected_ids and reading.chosen.body.strip() and reading.rejected.body.strip()):
+        raise BadRow("empty_response", f"a response has no tokens for {text.name}")
+    if ids.chosen_ids == ids.rejected_ids:
+        raise BadRow("identical_responses", f"{text.name} reads chosen and rejected as the same text")
+    length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+    if text.max_context is not None and length > text.max_context:
+        raise BadRow(f"context_exceeded:{text.name}", f"{length} tokens, its context is {text.max_context}")
 
 
 def _characters(value: Any) -> int:
@@ -126,28 +145,15 @@ def _characters(value: Any) -> int:
     return sum(map(_characters, items))
 
 
-def _fit(response: str, policy: ModelText, room: int | None, raw: bool) -> tuple[str, bool]:
-    """The start of ``response`` that fits ``room`` tokens, and whether that loses its end (of text, or of turn only)."""
-    if room is None or len(policy.response_ids(response, raw=raw, cut=False)) <= room:
-        return response, False
-    offsets = policy.offsets(response)
-    keep = min(room, len(offsets))
-    while keep > 0:
-        text = response[: offsets[keep - 1][1]]
-        # The cut text alone may have more tokens than it had within the whole: a character is often spread over several tokens.
-        if len(policy.response_ids(text, raw=raw, cut=True)) <= room and text.strip():
-            return text, True
-        keep -= 1
-    raise BadRow("prompt_too_long", f"the {room} tokens left of max_length hold no text of the response")
-
-
-def row_key(pair: PreferencePair, cut: tuple[bool, bool]) -> bytes:
+def row_key(pair: PreferencePair, cut: tuple[bool, bool], whole: PreferencePair | None = None) -> bytes:
     """16 bytes that name a row in the score cache: a hash of the text that is scored, after cuts, and of which end was cut.
 
-    Without the flags, "A B" whole and "A B C" cut to "A B" would share a key, though only one of them scores an end of turn.
+    Without the flags, "A B" whole and "A B C" cut to "A B" would share a key, though only one of them scores an end of turn. What a
+    template writes before a response may depend on what was cut off (`</think>`), so a cut row is named by its ``whole`` text too.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for part in (pair.prompt, pair.tools, pair.chosen, pair.rejected, list(cut)):
+    lost = [whole.chosen, whole.rejected] if whole is not None and any(cut) else []
+    for part in (pair.prompt, pair.tools, pair.chosen, pair.rejected, list(cut), *lost):
         text = json.dumps(part, sort_keys=True).encode()
         digest.update(len(text).to_bytes(8, "little") + text)
     return digest.digest()
@@ -160,6 +166,8 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         counts: bad rows that were left out, by reason.
         cut_rows: the numbers, in this set, of pairs of which at least one response was cut; ``truncated``: how many.
         merged: pairs whose turns had to be merged, by model name; models without any are left out.
+        trimmed, changed: pairs with a response off which a template trims white space, or of which it drops or rewrites more; the
+            same way. Such a model scores what its template makes of the response.
         num_texts: number of ModelTexts.
         row_keys: [N] 16-byte strings (numpy S16), see :func:`row_key`.
         fingerprint: what the tokens depend on, as a hex digest.
@@ -182,8 +190,11 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         cut = _flags(tokenized, ["chosen_cut", "rejected_cut"])[:, self._good]
         self.cut_rows = np.flatnonzero(cut.any(axis=0))
         self.truncated = len(self.cut_rows)
-        merged = _flags(tokenized, [f"merged_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
-        self.merged = {name: int(n) for name, n in zip(names, merged, strict=True) if n}
+        self.merged, self.trimmed, self.changed = (self._by_model(flag, names) for flag in _TEMPLATE_FLAGS)
+
+    def _by_model(self, flag: str, names: Sequence[str]) -> dict[str, int]:
+        counts = _flags(self._tokenized, [f"{flag}_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
+        return {name: int(n) for name, n in zip(names, counts, strict=True) if n}
 
     @cached_property
     def row_keys(self) -> np.ndarray:
@@ -197,6 +208,23 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         columns = [f"{field}_{i}" for i in range(self.num_texts) for field in PairTokens.__dataclass_fields__]
         counts = [pc.list_value_length(table.column(name)).to_numpy() for name in columns]
         return np.stack(counts, axis=1).astype(np.int64)[self._good].reshape(-1, self.num_texts, 3)
+
+    def largest_id(self, view: int) -> tuple[int, int]:
+        """The largest token id in a view of the text, and the first pair that has it; (-1, -1) without pairs."""
+        largest, where = -1, -1
+        for field in PairTokens.__dataclass_fields__:
+            column = self._tokenized.data.column(f"{field}_{view}")
+            # Bad rows have no tokens, and `parents` counts the rows of the table.
+            start = 0
+            for chunk in column.chunks:
+                ids = pc.list_flatten(chunk)
+                found = pc.max(ids).as_py()
+                if found is not None and found > largest:
+                    at = pc.index(ids, found).as_py()
+                    row = start + pc.list_parent_indices(chunk)[at].as_py()
+                    largest, where = found, int(np.searchsorted(self._good, row))
+                start += len(chunk)
+        return largest, where
 
     def __len__(self) -> int:
         return len(self._good)
@@ -283,7 +311,8 @@ def prepare_pairs(
         write: whether this process writes ``bad_rows_file`` and logs; one process of a job should.
 
     Raises:
-        ConfigError: bad rows under ``on_bad_row: error``, too many of them, or none but them; see also ModelText.render_prompt.
+        BadRowsError: bad rows under ``on_bad_row: error``, too many of them, or none but them.
+        ConfigError: see ModelText.render_prompt.
     """
     rows, layout = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
     key = _fingerprint(rows, layout, texts, max_length)
@@ -305,13 +334,49 @@ def prepare_pairs(
     bad = pairs.bad_rows()
     if write:
         _report(pairs, split, max_length, len(rows))
-        if bad and bad_rows_file is not None:
-            bad_rows_file.parent.mkdir(parents=True, exist_ok=True)
-            bad_rows_file.write_text(
-                "".join(json.dumps({"split": split, **row}) + "\n" for row in bad), encoding="utf-8"
-            )
-    _check_bad_rows(pairs, bad, split, on_bad_row, max_bad_rows, max_length)
+        if bad_rows_file is not None:
+            _list_bad_rows(bad, split, bad_rows_file)
+    problem = _problem_with_bad_rows(pairs, bad, split, on_bad_row, max_bad_rows, max_length)
+    if problem:
+        problem += f" All bad rows are listed in {bad_rows_file}." if bad and bad_rows_file is not None else ""
+        raise BadRowsError(problem, pairs)
     return pairs
+
+
+class BadRowsError(ConfigError):
+    """Pairs that may not be trained on, because of those that were left out. ``pairs``: what is left."""
+
+    def __init__(self, message: str, pairs: PairDataset) -> None:
+        super().__init__(message)
+        self.pairs = pairs
+
+
+def _list_bad_rows(bad: Sequence[Mapping[str, Any]], split: str, file: Path) -> None:
+    """As JSON lines; without bad rows there is no file, not even that of an earlier run."""
+    if not bad:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"split": split, **row}) + "\n" for row in bad), encoding="utf-8")
+
+
+def check_token_ids(pairs: PairDataset, texts: Sequence[ModelText], readers: Sequence[TextReader], split: str) -> None:
+    """Every token must have a row in the embedding of each model that reads it: a lookup beyond it ends a run, on a GPU with an
+    assertion that names nothing.
+
+    Raises:
+        ConfigError: one has none; names model, token, id and rows.
+    """
+    largest = {view: pairs.largest_id(view) for view in {reader.view for reader in readers}}
+    for reader in readers:
+        token, row = largest[reader.view]
+        if reader.num_embeddings is not None and token >= reader.num_embeddings:
+            text: Any = texts[reader.view].tokenizer.convert_ids_to_tokens(token)
+            raise ConfigError(
+                f"{reader.name}: its tokenizer makes token {token} ({text!r}) of {pairs.source(row)} of the {split} set, but its "
+                f"embedding has {reader.num_embeddings} rows (`vocab_size` of config.json); resize it (`resize_token_embeddings`) "
+                "and save the model, or give it the tokenizer that it was trained with."
+            )
 
 
 def _tokenize_row(
@@ -323,11 +388,11 @@ def _tokenize_row(
         done = tokenize_pair(layout.to_pair(row), texts, max_length)
     except BadRow as bad:
         tokens: dict[str, list[int]] = {f"{field}_{i}": [] for i in range(len(texts)) for field in fields}
-        merged = {f"merged_{i}": False for i in range(len(texts))}
+        flags = {f"{flag}_{i}": False for i in range(len(texts)) for flag in _TEMPLATE_FLAGS}
         lengths: dict[str, Any] = {"chosen_chars": 0, "rejected_chars": 0, "chosen_cut": False, "rejected_cut": False}
         lengths |= {"row_key_0": 0, "row_key_1": 0}
-        return {"reason": bad.reason, "detail": bad.detail, **lengths, **merged, **tokens}
-    halves = np.frombuffer(row_key(done.pair, done.cut), dtype="<i8").tolist()
+        return {"reason": bad.reason, "detail": bad.detail, **lengths, **flags, **tokens}
+    halves = np.frombuffer(row_key(done.pair, done.cut, done.whole), dtype="<i8").tolist()
     return {
         "reason": "",
         "detail": "",
@@ -337,7 +402,7 @@ def _tokenize_row(
         "rejected_chars": len(done.pair.rejected),
         "chosen_cut": done.cut[0],
         "rejected_cut": done.cut[1],
-        **{f"merged_{i}": merged for i, merged in enumerate(done.merged)},
+        **{f"{flag}_{i}": value for flag in _TEMPLATE_FLAGS for i, value in enumerate(getattr(done, flag))},
         **{f"{field}_{i}": ids for i, tokens in enumerate(done.tokens) for field, ids in vars(tokens).items()},
     }
 
@@ -349,7 +414,7 @@ def _features(num_texts: int) -> datasets.Features:
     columns |= {f"{side}_chars": datasets.Value("int64") for side in ("chosen", "rejected")}
     columns |= {f"{side}_cut": datasets.Value("bool") for side in ("chosen", "rejected")}
     for i in range(num_texts):
-        columns[f"merged_{i}"] = datasets.Value("bool")
+        columns |= {f"{flag}_{i}": datasets.Value("bool") for flag in _TEMPLATE_FLAGS}
         columns |= {f"{field}_{i}": datasets.List(datasets.Value("int32")) for field in PairTokens.__dataclass_fields__}
     return datasets.Features(columns)
 
@@ -379,38 +444,47 @@ def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: in
         logger.info("%s: cut responses of %d pairs to max_length %s", split, pairs.truncated, max_length)
     for name, n in pairs.merged.items():
         logger.info("%s: merged turns of %d prompts for %s", split, n, name)
+    for name, n in pairs.trimmed.items():
+        logger.info("%s: the chat template of %s trims white space off responses of %d pairs", split, name, n)
+    for name, n in pairs.changed.items():
+        logger.warning(
+            "%s: the chat template of %s drops or rewrites text of responses of %d pairs (reasoning, for instance): it scores what "
+            "its template makes of them",
+            split, name, n,
+        )  # fmt: skip
 
 
 def _by_reason(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in counts.items())
 
 
-def _check_bad_rows(
+def _problem_with_bad_rows(
     pairs: PairDataset,
     bad: Sequence[Mapping[str, Any]],
     split: str,
     on_bad_row: str,
     max_bad_rows: float,
     max_length: int | None,
-) -> None:
+) -> str:
+    """Why the pairs may not be used; empty where they may."""
     bad = [row for row in bad if row["reason"] not in NO_PAIR]
     total = len(pairs) + len(bad)
     if not total:
-        raise ConfigError(
-            f"the {split} set gives no pair: {_by_reason(pairs.counts)}; choose other data or `score_columns`."
-        )
+        return f"the {split} set gives no pair: {_by_reason(pairs.counts)}; choose other data or `score_columns`."
     reasons = _by_reason({reason: n for reason, n in pairs.counts.items() if reason not in NO_PAIR})
     if bad and on_bad_row == "error":
         first = bad[0]
-        raise ConfigError(
+        return (
             f"`on_bad_row: error`: {describe_source(first)} of the {split} set is bad: {first['reason']} ({first['detail']}); "
             f"repair the {len(bad)} bad rows ({reasons}) or set `on_bad_row: skip`."
         )
     if len(bad) > max_bad_rows * total or not len(pairs):
-        raise ConfigError(
+        example = f" For example {describe_source(bad[0])}: {bad[0]['reason']} ({bad[0]['detail']})." if bad else ""
+        return (
             f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {reasons}; "
-            f"{_remedy(pairs, max_length)} or raise `max_bad_rows`."
+            f"{_remedy(pairs, max_length)} or raise `max_bad_rows`.{example}"
         )
+    return ""
 
 
 def _remedy(pairs: PairDataset, max_length: int | None) -> str:

@@ -43,6 +43,7 @@ from mrpo_scale.inputs import (
     EVAL_SET,
     TRAIN_SET,
     WEIGHTS_SET,
+    as_datasets,
     check_steps,
     evaluation_split,
     file_name,
@@ -74,6 +75,7 @@ from mrpo_scale.sequence_logps import (
     preference_step,
     score_pairs,
 )
+from mrpo_scale.template_date import record_date
 from mrpo_scale.tokenization import PairDataset
 from mrpo_scale.trainer_checks import BeforeFirstStep, check_optimizer, check_trainer_arguments
 from mrpo_scale.window import MicroBatch, PairExample, WeightedPairs, WindowSampler, policy_batches
@@ -99,7 +101,8 @@ class MRPOTrainer(ResumableTrainer):
         model: hub id, folder, or a loaded causal LM.
         ref_models: references 1..K-1, as names or mappings (see ``ref_models`` in config.py). None: plain DPO.
         args: an :class:`MRPOConfig`; default ``MRPOConfig()``.
-        train_dataset, eval_dataset: rows of any supported layout; ``eval_dataset`` may be a mapping of names to sets.
+        train_dataset, eval_dataset: rows of any supported layout, as a Dataset or a list of dicts; ``eval_dataset`` may be a
+            mapping of names to sets, ``train_dataset`` a DatasetDict with ``train`` and, to evaluate on, ``test``.
         processing_class: the policy's tokenizer; read from ``model`` when that is a name.
         compute_metrics: called after every evaluation with an EvalPrediction of ``predictions`` [N, 2], the policy's log-probs of
             the chosen and the rejected responses, and ``label_ids`` [N, K, 2], the references', both in the set's order. What it
@@ -118,16 +121,18 @@ class MRPOTrainer(ResumableTrainer):
         model: str | PreTrainedModel,
         ref_models: Sequence[str | Mapping[str, Any]] | None = (),
         args: MRPOConfig | None = None,
-        train_dataset: datasets.Dataset | None = None,
-        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        train_dataset: datasets.Dataset | datasets.DatasetDict | list[dict[str, Any]] | None = None,
+        eval_dataset: datasets.Dataset | Mapping[str, Any] | list[dict[str, Any]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
+        train_dataset, eval_dataset = as_datasets(train_dataset, eval_dataset)
         ref_models, args = check_arguments(model, ref_models, args, eval_dataset, kwargs)
         check_trainer_arguments(kwargs)
         doing("preparing the pairs")
         check_output_folder(args, model, ref_models)
         self.plan = plan_models(model, ref_models, args, processing_class)
+        record_date(args, self.plan.dated, run=args.folder)
         check_small_files(Path(self.plan.policy.path))
         self.pair_sets = self._prepare_sets(args, train_dataset, eval_dataset)
         if TRAIN_SET in self.pair_sets:
@@ -486,7 +491,7 @@ class MRPOTrainer(ResumableTrainer):
             )
         if rows is None or isinstance(rows, str | WeightedPairs):
             return rows
-        pairs = prepare_set(self.plan, self.args, "extra", rows)
+        pairs = prepare_set(self.plan, self.args, "extra", as_datasets(None, rows)[1])
         self.scores.admit(pairs)
         return WeightedPairs(pairs)
 

@@ -28,7 +28,7 @@ UNUSED = {
 FIXED = {f.name for f in fields(ScriptArguments)} | {
     *("model_revision", "anchor", "objective", "seed", "data_seed", "output_dir", "ref_cache_dir", "ref_scoring"),
     *("dataset_layout", "weights_split", "max_length", "on_bad_row", "max_bad_rows", "chat_template", "plain_template"),
-    *("system", "dtype", "bf16", "fp16", "attn_implementation", "ranked_pairs", "score_columns"),
+    *("system", "template_date", "dtype", "bf16", "fp16", "attn_implementation", "ranked_pairs", "score_columns"),
 }
 
 

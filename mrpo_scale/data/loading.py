@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from mrpo_scale.errors import ConfigError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 DEFAULT_TEST_SPLIT = "test"
+_PATTERN = re.compile(r"[*?\[\]]|::")  #: what `datasets` does not take for a part of a name
 # First bytes of what `datasets` would unpack to disk without asking, whatever the file is called.
 _ARCHIVES = {
     b"PK\x03\x04": "zip",
@@ -186,6 +190,7 @@ def _load_splits(dataset_name: str, config: str | None) -> datasets.DatasetDict:
 
 
 def _read(path: Path, dataset_name: str, config: str | None) -> datasets.DatasetDict:
+    path = _without_patterns(path)
     if path.is_file():
         return datasets.load_dataset(BUILDERS[path.suffix], data_files={"train": str(path)})
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -194,6 +199,34 @@ def _read(path: Path, dataset_name: str, config: str | None) -> datasets.Dataset
     if path.is_dir():
         _stay_inside(path, config)
     return datasets.load_dataset(str(path) if path.exists() else dataset_name, config)
+
+
+def _without_patterns(path: Path) -> Path:
+    """The file or folder under a name that `datasets` takes as it is: it reads patterns into `*`, `?` and `[1]`, and a chain of
+    file systems into `::`. The new name depends on the old alone, so that what `datasets` keeps is found again."""
+    inside = path.rglob("*") if path.is_dir() else ()
+    if not path.exists() or not (_PATTERN.search(str(path)) or any(_PATTERN.search(file.name) for file in inside)):
+        return path
+    target = path.absolute()
+    links = Path(datasets.config.HF_DATASETS_CACHE) / "mrpo_scale_links"
+    links.mkdir(parents=True, exist_ok=True)
+    link = links / (hashlib.sha256(os.fsencode(target)).hexdigest()[:32] + path.suffix)
+    _link(target, link)
+    return link
+
+
+def _link(target: Path, link: Path) -> None:
+    """A link to a file; to a folder, of which `datasets` follows a link, a folder of links to its files."""
+    if not target.is_dir() or target.is_symlink():
+        with contextlib.suppress(FileExistsError):  # made before, or by another process just now
+            link.symlink_to(target)
+        return
+    link.mkdir(exist_ok=True)
+    children = {_PATTERN.sub(lambda found: f"-{ord(found[0][0]):x}-", child.name): child for child in target.iterdir()}
+    for old in [path for path in link.iterdir() if path.name not in children]:
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+    for name, child in children.items():
+        _link(child, link / name)
 
 
 def _stay_inside(folder: Path, config: str | None) -> None:

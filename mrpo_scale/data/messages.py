@@ -22,7 +22,7 @@ def without_none(value: Any) -> Any:
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
-    """A column's messages, checked: each has a role, and text unless it calls tools.
+    """A column's messages, checked: each has a role, and text unless it calls tools. System turns without text are left out.
 
     Raises:
         BadRow: ``malformed``, naming the column and the message.
@@ -37,7 +37,13 @@ def read_messages(value: Any, column: str) -> list[Message]:
         if not isinstance(message.get("content"), str) and not ("content" not in message and message.get("tool_calls")):
             raise BadRow("malformed", f"`{column}[{i}].content` is {_kind(item.get('content'))}, not a string")
         messages.append(message)
-    return messages
+    return without_blank_system(messages)
+
+
+def without_blank_system(messages: list[Message]) -> list[Message]:
+    """The messages without system turns that say nothing, which data sets write where a row has none: templates would render them
+    (a blank line, an empty turn), or reject them."""
+    return [m for m in messages if m["role"] != "system" or m.get("content", "").strip()]
 
 
 def read_tools(value: Any) -> list[Any] | None:
@@ -103,7 +109,8 @@ def add_system(pair: PreferencePair, row: Mapping[str, Any]) -> PreferencePair:
     system = row.get("system")
     if not system or pair.prompt[0]["role"] == "system":  # type: ignore[index]
         return pair
-    return replace(pair, prompt=[{"role": "system", "content": read_text(system, "system")}, *pair.prompt])
+    turn = {"role": "system", "content": read_text(system, "system")}
+    return replace(pair, prompt=[*without_blank_system([turn]), *pair.prompt])
 
 
 def merge_turns(messages: Sequence[Message]) -> list[Message]:

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from mrpo_scale.data.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from mrpo_scale.data.messages import Message, merge_turns
 from mrpo_scale.data.pairs import BadRow, PreferencePair
+from mrpo_scale.data.turns import SENTINEL, Turn, find_turn, shared_length
 from mrpo_scale.errors import ConfigError
-from mrpo_scale.untrusted import read_text
 
-#: For models without a chat template.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ raise_exception('the plain template has no ' + message['role'] + ' turns') }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
-SENTINEL = "SENTINELRESPONSE"
-_MOST_SECONDS = 20.0  #: of computing for one conversation, which takes a millisecond
+#: Raised whenever the same template and tokenizer would give other tokens.
+SCHEME = 2
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A pair as one model reads it. ``merged``: whether turns had to be merged; ``raw``: text without a template."""
+
+    chosen: Turn
+    rejected: Turn
+    merged: bool
+    raw: bool
 
 
 class ModelText:
@@ -45,6 +44,7 @@ class ModelText:
         system: where the template rejects system turns or turns that do not alternate: ``merge`` moves system text into the
             first user turn and joins neighbouring turns of one role; ``native`` and ``error`` stop with a ConfigError. They
             differ where a template drops system text without a word: ``native`` lets it, ``error`` stops, ``merge`` merges.
+        date: what a template that asks for today's date gets; None: today.
 
     Raises:
         ConfigError: a slow tokenizer, a template that cannot be read or rendered, or no way to end a turn.
@@ -59,6 +59,7 @@ class ModelText:
         chat_template: str | None = None,
         plain_template: str = PLAIN_TEMPLATE,
         system: Literal["native", "merge", "error"] | str = "native",
+        date: datetime.date | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise ConfigError(
@@ -70,12 +71,14 @@ class ModelText:
         self.max_context = max_context
         self.system = system
         self.is_plain = not (chat_template or tokenizer.chat_template)
-        template = plain_template if self.is_plain else chat_template
-        self.template = None if template is None else _read_template(template, name)  # None: the tokenizer's own
+        self._template = ChatTemplate(
+            tokenizer, plain_template if self.is_plain else chat_template, name=name, date=date
+        )
         self._bos_ids = self._find_bos()
-        self._opening, ending = self._find_turn_ends()
+        self._added_prompt, self._opening, self._ending = self._find_turn_ends()
         eos = tokenizer.eos_token_id
-        self._end_ids = self._up_to_special(ending) or ([] if eos is None else [eos])
+        self._end_text = self._up_to_special(self._ending)
+        self._end_ids = self._encode(self._end_text) or ([] if eos is None else [eos])
         self._raw_end_ids = self._end_ids if eos is None else [eos]
         if not self._end_ids:
             raise ConfigError(
@@ -83,31 +86,83 @@ class ModelText:
                 "tokenizer_config.json or give a `chat_template`."
             )
 
+    @property
+    def template(self) -> str | None:
+        """The Jinja text in use; None: the tokenizer's own."""
+        return self._template.text
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the template asks for the date, so that tokens depend on it."""
+        return self._template.prints_date
+
     def render_prompt(self, pair: PreferencePair) -> str:
-        """The prompt as text, up to where the response begins.
+        """The prompt as text, as a model gets it that shall answer.
 
         Raises:
             ConfigError: the template rejects the conversation, but would take it under ``system: merge``.
             BadRow: ``template_rejected:<name>``, when it would not take it so either.
         """
-        return self._render_prompt(pair)[0]
+        return pair.prompt if isinstance(pair.prompt, str) else self._render_prompt(pair)[1]
 
     def prompt_ids(self, pair: PreferencePair) -> list[int]:
-        """Tokens of the prompt; raw strings and the plain template get the BOS that the tokenizer adds, never an EOS."""
-        return self._prompt_ids(pair)[0]
+        """Tokens of :meth:`render_prompt`; raw strings and the plain template get the BOS that the tokenizer adds, never an EOS."""
+        return self._with_bos(self._encode(self.render_prompt(pair)), isinstance(pair.prompt, str))
 
     def response_ids(self, text: str, *, raw: bool, cut: bool) -> list[int]:
         """Tokens of a response: its end of turn included unless ``cut``; ``raw`` responses, without a template, end with eos."""
-        ids = self._encode(text)
-        end = self._raw_end_ids if raw else self._end_ids
-        # A text that already spells out its end (`...</s>` in a raw data set) does not end twice.
-        return ids if cut or ids[-len(end) :] == end else ids + end
+        return self._ended(text, raw=raw, cut=cut)
 
-    def offsets(self, text: str) -> list[tuple[int, int]]:
-        """Start and end, in characters of ``text``, of each of its tokens."""
-        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-            "offset_mapping"
-        ]
+    def read(self, pair: PreferencePair) -> Reading:
+        """Both responses after the prompt, as the template renders the two whole conversations.
+
+        Raises:
+            BadRow, ConfigError: see :meth:`render_prompt`.
+        """
+        if isinstance(pair.prompt, str):
+            chosen, rejected = (Turn(pair.prompt, "", text, text) for text in (pair.chosen, pair.rejected))
+            return Reading(chosen, rejected, merged=False, raw=True)
+        messages, prompt, merged = self._render_prompt(pair)
+        try:
+            chosen, rejected = (self._turn(messages, pair, prompt, text) for text in (pair.chosen, pair.rejected))
+        except TemplateError as error:
+            raise BadRow(f"template_rejected:{self.name}", str(error)) from error
+        return Reading(chosen, rejected, merged, raw=False)
+
+    def ids(self, reading: Reading, cuts: tuple[int | None, int | None]) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of the prompt, the chosen and the rejected response: prompt and response together are the tokens of the
+        template's rendering up to the end of turn.
+
+        The prompt ends where the first response begins in its tokens, or where the two conversations part, if that is earlier:
+        what the template writes before both responses is prompt, what it writes before one of them is part of that response.
+
+        Args:
+            cuts: how many characters of each response are scored, without an end of turn; None: all.
+
+        Raises:
+            BadRow: ``cut_not_placed:<name>``, when the template rewrites a response that is cut.
+        """
+        both: list[list[int]] = []
+        starts: list[int] = []
+        for (turn, head), cut in zip(self._with_heads(reading), cuts, strict=True):
+            body = turn.body if cut is None else turn.upto(cut)
+            if body is None:
+                raise BadRow(f"cut_not_placed:{self.name}", "its template rewrites a response that max_length cuts")
+            ids, start = self._sequence(turn, head, body, raw=reading.raw, cut=cut is not None)
+            both.append(ids)
+            starts.append(start)
+        shared = min(*starts, shared_length(*both))
+        chosen, rejected = both
+        return chosen[:shared], chosen[shared:], rejected[shared:]
+
+    def fit(self, reading: Reading, max_length: int) -> tuple[int | None, int | None]:
+        """How many characters of each response fit ``max_length`` tokens with what stands before; None where all of it fits.
+
+        Raises:
+            BadRow: ``prompt_too_long``, when no text of a response fits; ``cut_not_placed:<name>``.
+        """
+        chosen, rejected = (self._fit(turn, head, max_length, reading.raw) for turn, head in self._with_heads(reading))
+        return chosen, rejected
 
     def fingerprint(self) -> str:
         """Hex digest of everything here that decides which tokens a text becomes; ``name`` and ``max_context`` do not."""
@@ -119,36 +174,31 @@ class ModelText:
         backend.no_truncation()  # what the last call left behind; every call sets it anew
         backend.no_padding()
         parts = {
+            "scheme": SCHEME,
             "backend": hashlib.sha256(backend.to_str().encode()).hexdigest(),
             "special": {key: str(token) for key, token in self.tokenizer.special_tokens_map.items()},
             "template": self.template if self.template is not None else self.tokenizer.chat_template,
-            # Templates may print today's date; what they print now is part of the text.
-            "rendered": self._apply([{"role": "user", "content": "a"}], None, generation_prompt=True),
+            "date": self._template.date.isoformat() if self.prints_date else None,
             "plain": self.is_plain,
             "system": self.system,
-            "ids": [self._bos_ids, self._end_ids, self._raw_end_ids, self._opening],
+            "ids": [self._bos_ids, self._end_ids, self._raw_end_ids],
+            "around": [self._added_prompt, self._opening, self._end_text],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _prompt_ids(self, pair: PreferencePair) -> tuple[list[int], bool]:
-        text, merged = self._render_prompt(pair)
-        ids = self._encode(text)
-        bos = self._bos_ids if isinstance(pair.prompt, str) or self.is_plain else []
-        return (ids if ids[: len(bos)] == bos else bos + ids), merged
-
-    def _render_prompt(self, pair: PreferencePair) -> tuple[str, bool]:
-        """The text, and whether turns had to be merged for it."""
-        if isinstance(pair.prompt, str):
-            return pair.prompt, False
+    def _render_prompt(self, pair: PreferencePair) -> tuple[Sequence[Message], str, bool]:
+        """The messages that the template takes, their text with the generation prompt, and whether turns were merged for it."""
+        assert not isinstance(pair.prompt, str)
         try:
             text = self._apply(pair.prompt, pair.tools, generation_prompt=True)
             problem = self._dropped_system(pair.prompt, text)
             if problem is None:
-                return text + self._opening, False
+                return pair.prompt, text + self._added_prompt, False
         except TemplateError as error:
             problem = f"rejects a conversation: {error}"
+        merged = merge_turns(pair.prompt)
         try:
-            text = self._apply(merge_turns(pair.prompt), pair.tools, generation_prompt=True)
+            text = self._apply(merged, pair.tools, generation_prompt=True)
         except TemplateError as error:
             raise BadRow(f"template_rejected:{self.name}", str(error)) from error
         if self.system != "merge":
@@ -156,7 +206,79 @@ class ModelText:
                 f"`system: {self.system}`: {self.name}'s chat template {problem}; set `system: merge` for this model to put "
                 "system text into the first user turn and to join neighbouring turns of one role."
             )
-        return text + self._opening, True
+        return merged, text + self._added_prompt, True
+
+    def _turn(self, messages: Sequence[Message], pair: PreferencePair, prompt: str, response: str) -> Turn:
+        """Raises TemplateError."""
+
+        def answered(text: str) -> str:
+            answer = {"role": "assistant", "content": text}
+            return self._apply([*messages, answer], pair.tools, generation_prompt=False)
+
+        whole = answered(response)
+        if whole == prompt + self._opening + response + self._ending:  # as the template did for the first conversation
+            return Turn(prompt, self._opening, response, response)
+        bare = self._apply(messages, pair.tools, generation_prompt=False)
+        turn = find_turn(whole, answered(SENTINEL), prompt=prompt, bare=bare, opening=self._opening, response=response)
+        if turn is None:
+            raise TemplateError("it does not write an answer to this conversation")
+        return turn
+
+    def _fit(self, turn: Turn, head: list[int], max_length: int, raw: bool) -> int | None:
+        if len(self._sequence(turn, head, turn.body, raw=raw, cut=False)[0]) <= max_length:
+            return None
+        room = max(0, max_length - len(self._with_bos(head, raw)))
+        ends = [end - len(turn.lead) for _, end in self._offsets(turn.lead + turn.body)[:room]]
+        for end in reversed(ends):
+            text = turn.body[: max(0, end)]
+            if not text.strip():
+                break
+            # The cut text alone may have more tokens than it had within the whole: a character is often spread over several.
+            if len(self._sequence(turn, head, text, raw=raw, cut=True)[0]) <= max_length:
+                if turn.skipped is None:
+                    raise BadRow(f"cut_not_placed:{self.name}", "its template rewrites a response that max_length cuts")
+                return turn.skipped + len(text)
+        raise BadRow(
+            "prompt_too_long",
+            f"max_length {max_length} leaves {room} tokens after the prompt, and they hold no text of a response",
+        )
+
+    def _with_heads(self, reading: Reading) -> list[tuple[Turn, list[int]]]:
+        """Both responses, each with the tokens of its head."""
+        chosen = self._encode(reading.chosen.head)
+        same = reading.rejected.head == reading.chosen.head
+        return [(reading.chosen, chosen), (reading.rejected, chosen if same else self._encode(reading.rejected.head))]
+
+    def _sequence(self, turn: Turn, head: list[int], body: str, *, raw: bool, cut: bool) -> tuple[list[int], int]:
+        """Tokens of prompt and response, and how many end before ``body`` begins: one that reaches into it belongs to it.
+
+        They are those of the text as one where that has a token boundary at the end of the generation prompt, else of the two
+        texts: when a model generates, no token spans that place.
+        """
+        text = turn.lead + body
+        ids = [] if raw else self._ended(turn.head + text, raw=raw, cut=cut)
+        apart = raw or ids[: len(head)] != head
+        if apart:
+            ids = head + self._ended(text, raw=raw, cut=cut)
+        start = len(head)
+        if turn.lead:
+            before = turn.lead if apart else turn.head + turn.lead
+            within = sum(end <= len(before) for _, end in self._offsets(before + body))
+            start = start + within if apart else within
+        complete = self._with_bos(ids, raw)
+        return complete, start + len(complete) - len(ids)
+
+    def _ended(self, text: str, *, raw: bool, cut: bool) -> list[int]:
+        """Tokens of a text and its end of turn. One that already spells out its end (`...</s>`) does not end twice."""
+        if self._end_text and not raw and not cut and not text.endswith(self._end_text):
+            return self._encode(text + self._end_text)
+        ids = self._encode(text)
+        end = self._raw_end_ids if raw else self._end_ids
+        return ids if cut or ids[-len(end) :] == end else ids + end
+
+    def _with_bos(self, ids: list[int], raw: bool) -> list[int]:
+        bos = self._bos_ids if raw or self.is_plain else []
+        return ids if ids[: len(bos)] == bos else bos + ids
 
     def _dropped_system(self, messages: Sequence[Message], rendered: str) -> str | None:
         if self.system == "native":
@@ -165,25 +287,16 @@ class ModelText:
         return "drops system turns" if dropped else None
 
     def _apply(self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool) -> str:
-        """Rendered by transformers, in Jinja's immutable sandbox. Raises TemplateError, whatever the template does wrong."""
-        try:
-            with _limited_time(self.name):
-                rendered: Any = self.tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=tools,
-                    chat_template=self.template,
-                    add_generation_prompt=generation_prompt,
-                    tokenize=False,
-                )
-        except (TemplateError, ConfigError):
-            raise
-        except Exception as error:
-            # A template is a program of its author's: it divides by zero, runs out of memory or calls itself for ever.
-            raise TemplateError(f"{type(error).__name__}: {error}") from error
-        return rendered
+        return self._template.render(messages, tools, generation_prompt=generation_prompt)
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        """Start and end, in characters of ``text``, of each of its tokens."""
+        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
 
     def _find_bos(self) -> list[int]:
         """What the tokenizer puts before a text of its own accord."""
@@ -193,8 +306,9 @@ class ModelText:
             return ids[: special.index(0)]
         return [token for token in ids[:1] if token == self.tokenizer.bos_token_id]  # a vocabulary without an "a"
 
-    def _find_turn_ends(self) -> tuple[str, str]:
-        """What the template writes before an assistant's text though its generation prompt lacks it, and what it writes after."""
+    def _find_turn_ends(self) -> tuple[str, str, str]:
+        """Of a short conversation: the assistant's header where the template has no generation prompt, what it writes between
+        generation prompt and answer, and what after the answer."""
         user = {"role": "user", "content": "a"}
         try:
             turn = self._apply([user, {"role": "assistant", "content": SENTINEL}], None, generation_prompt=False)
@@ -204,55 +318,16 @@ class ModelText:
             raise ConfigError(
                 f"{self.name}: its chat template cannot be rendered: {error}; give a `chat_template`."
             ) from error
-        before, found, after = turn.partition(SENTINEL)
+        before, found, after = turn.rpartition(SENTINEL)
         if not found:
             raise ConfigError(f"{self.name}: its chat template does not write assistant turns; give a `chat_template`.")
-        opening = before.removeprefix(bare) if bare == prompt and before.startswith(bare) else ""
-        return (opening if opening.strip() else ""), after
+        opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        # White space alone is no header: a token that it makes with the answer is the answer's.
+        return (opening, "", after) if bare == prompt and opening.strip() else ("", opening, after)
 
-    def _up_to_special(self, ending: str) -> list[int]:
-        """The tokens of ``ending`` up to its first special or added token; empty if it has none."""
-        ids = self._encode(ending)
+    def _up_to_special(self, ending: str) -> str:
+        """``ending`` up to its first special or added token; empty if it has none."""
         # Some vocabularies (Gemma's) list runs of white space among their added tokens: those end nothing.
         added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip(" \n\t\r▁")}
-        stop = next((i for i, token in enumerate(ids) if token in added), None)
-        return [] if stop is None else ids[: stop + 1]
-
-
-def _read_template(template: str, name: str) -> str:
-    """A template given as Jinja text or as the path of a file."""
-    if "{" in template or "\n" in template:
-        return template
-    path = Path(template).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"{name}: `chat_template: {template}` is neither Jinja text nor a file; correct the path.")
-    try:
-        return read_text(path)
-    except ValueError as error:
-        raise ConfigError(f"{name}: `chat_template: {template}` {error}; correct the file.") from error
-
-
-@contextmanager
-def _limited_time(name: str) -> Iterator[None]:
-    """End a template that loops without end; nested loops are within the sandbox's rules. It counts the time that this process
-    computes, so that a machine that sleeps or is busy does not matter. Only the main thread can be interrupted.
-
-    Raises:
-        ConfigError: the time is up.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise ConfigError(
-            f"{name}: its chat template has computed for {_MOST_SECONDS:g} s on one conversation; give a `chat_template`."
-        )
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        ends = zip(self._encode(ending), self._offsets(ending), strict=True) if ending else ()
+        return next((ending[:end] for token, (_, end) in ends if token in added), "")

@@ -24,7 +24,7 @@ from mrpo_scale.data.pairs import BadRow, PairOptions, PreferencePair
 from mrpo_scale.data.ranking import choose_pairs
 
 #: Raised whenever the same rows would give other pairs, so that no table of an older version is read.
-SCHEME = 1
+SCHEME = 2
 
 _TEXT = ("prompt", "chosen", "rejected", "tools", "reason", "detail", "source")
 FEATURES = datasets.Features(

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mrpo_scale.config import DTYPES
-from mrpo_scale.data.model_text import PLAIN_TEMPLATE
+from mrpo_scale.config import DTYPES, iso_date
+from mrpo_scale.data.chat_template import PLAIN_TEMPLATE
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.eval.judge import check_url
 
@@ -73,6 +73,10 @@ class EvalConfig:
     dtype: str = _key("auto", "Weights: auto (as saved on a GPU, float32 on a CPU), float32, bfloat16 or float16.")
     attn_implementation: str | None = _key(None, "sdpa, eager, flash_attention_2, ...: default is the model's.")
     plain_template: str = _key(PLAIN_TEMPLATE, "Jinja chat template for models that have none.")
+    template_date: str | None = _key(
+        None,
+        "Date, such as 2026-11-26, for chat templates that print it. Default: that of output_dir's last run, else today's.",
+    )
     shared_prompt: Literal["auto", "true", "false"] = _key("auto", "One forward over prompt, chosen and rejected.")
     shard_size: int = _key(1, "Ranks that share one copy of a model while pairs are scored.")
     tokens_per_forward: int = _key(16384, "Padded tokens in one scoring forward.")
@@ -120,6 +124,8 @@ class EvalConfig:
     def _check(self) -> None:
         if not self.model:
             raise ConfigError("`model` is missing; name one or more model folders as --model FOLDER.")
+        if self.template_date is not None:
+            self.template_date = iso_date(self.template_date)
         if not (self.dataset_name or self.tasks):
             raise ConfigError("nothing to evaluate on: name a data set as --dataset_name or tasks as --tasks.")
         if self.dtype not in DTYPES:

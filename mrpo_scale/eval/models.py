@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mrpo_scale.config import ModelSpec, parse_ref_models
 from mrpo_scale.eval.config import EvalConfig
-from mrpo_scale.models import load_tokenizer, pad_token_id, shared_view
+from mrpo_scale.models import load_tokenizer, num_embeddings, pad_token_id, shared_view
+from mrpo_scale.ranks import from_first, world_group
 from mrpo_scale.references.source import ReferenceSource
 from mrpo_scale.references.tensor_check import check_model
-from mrpo_scale.tokenization import ModelText
+from mrpo_scale.template_date import first_recorded
+from mrpo_scale.tokenization import ModelText, TextReader
 from mrpo_scale.toyworld import resolve
 
 
@@ -36,7 +39,11 @@ class EvalModel:
 
     @property
     def pad_token_id(self) -> int:
-        return pad_token_id(self.tokenizer)
+        return pad_token_id(self.tokenizer, self.reader.num_embeddings)
+
+    @property
+    def reader(self) -> TextReader:
+        return TextReader(self.name, self.view, num_embeddings(self.config))
 
     def fingerprint(self) -> str:
         """Hex digest of what decides a response of this model: its weights (a local folder's by size and time of change, a hub
@@ -57,6 +64,8 @@ def plan_models(args: EvalConfig, device: torch.device) -> tuple[list[EvalModel]
     Raises:
         ConfigError: a model that is missing, has no safetensors, wants remote code, or has no fast tokenizer.
     """
+    if args.template_date is None:
+        args.template_date = from_first(first_recorded([Path(args.output_dir)]), world_group())
     specs = parse_ref_models(list(args.model), "model")
     reference = parse_ref_models([args.reference], "reference") if args.reference else []
     texts: list[ModelText] = []
@@ -88,6 +97,7 @@ def _plan(spec: ModelSpec, name: str, args: EvalConfig, device: torch.device, te
         chat_template=spec.chat_template,
         plain_template=args.plain_template,
         system=spec.system,
+        date=datetime.date.fromisoformat(str(args.template_date)),
     )
     return EvalModel(source, config, tokenizer, text, shared_view(texts, text))
 

@@ -30,7 +30,8 @@ from mrpo_scale.eval.win_rate import Comparison, WinRate, win_rate, win_rate_tab
 from mrpo_scale.heartbeat import heartbeat
 from mrpo_scale.recipe import parse_keys
 from mrpo_scale.references.placement import shard_group
-from mrpo_scale.tokenization import ModelText, PairDataset, prepare_pairs
+from mrpo_scale.template_date import write_record
+from mrpo_scale.tokenization import ModelText, PairDataset, check_token_ids, prepare_pairs
 from mrpo_scale.toyworld import resolve
 from mrpo_scale.untrusted import refuse_links
 
@@ -56,11 +57,17 @@ def run(words: Sequence[str]) -> dict[str, Any]:
 
 def _evaluate(args: EvalConfig, judge: Judge | None, state: PartialState) -> dict[str, Any]:
     models, reference, texts = plan_models(args, state.device)
+    dated = sorted({text.name for text in texts if text.prints_date})
+    if dated and state.is_main_process:
+        logger.info("the chat templates of %s print the date: it is %s (`template_date`)", dated, args.template_date)
+        write_record(Path(args.output_dir), str(args.template_date), replace=True)
     manager = find_tasks(args) if args.tasks else None
     report = _Report(args, [model.name for model in models], state.is_main_process)
     if args.dataset_name:
         with state.local_main_process_first():
             pairs = _read_pairs(args, texts, write=state.is_main_process)
+        readers = [model.reader for model in (*models, reference) if model is not None]
+        check_token_ids(pairs, texts, readers, "eval")
         report.add("data", {"dataset_name": args.dataset_name, "pairs": len(pairs), "skipped": pairs.counts})
         if args.max_pairs != 0:
             _preference(models, reference, pairs, args, state, report)

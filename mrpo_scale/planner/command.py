@@ -47,6 +47,8 @@ from mrpo_scale.preflight import check_best_metric, check_evaluation, preflight_
 from mrpo_scale.recipe import parse
 from mrpo_scale.references.source import check_weight_files
 from mrpo_scale.references.tensor_check import check_model
+from mrpo_scale.template_date import decide_date
+from mrpo_scale.tokenization import PairDataset
 from mrpo_scale.toyworld import resolve
 
 HELP = """usage: mrpo check --config RECIPE [--key value ...] [--gpus N] [--gpu NAME] [--gpus_per_node N] [--network RATE]
@@ -120,6 +122,10 @@ class ConfigElsewhere(MRPOConfig):
             setattr(self, key, value)
 
 
+#: Files in the folder of a check.
+_WRITTEN = ("check.json", "pairs.txt", "lengths.png", "memory.png", "bad_rows_*.jsonl")
+
+
 class _Check:
     """One run of the command: what was found, and what would stop the run."""
 
@@ -134,9 +140,13 @@ class _Check:
         config.bf16 = bool(half and not config.fp16)
 
     def run(self) -> None:
+        for name in _WRITTEN:  # of an earlier check
+            for old in self.folder.glob(name):
+                old.unlink()
         rows = sets = plan = None
         gpu = self.gpu and not self.config.use_cpu
         self.errors += self.config.missing_hardware(Hardware(gpu, bf16=gpu, tf32=gpu))
+        decide_date(self.config)  # as the run would, in its own folder
         with self._collected():
             self.errors += preflight_problems(self.config, self.script.ref_models)
             check_output_folder(self.config, self.script.model_name_or_path, self.script.ref_models)
@@ -154,6 +164,11 @@ class _Check:
                 check_best_metric(self.config, names, ())
         if plan is not None:
             self._look_for_weights(plan)
+            if plan.dated:
+                self.warnings.append(
+                    f"the chat templates of {', '.join(plan.dated)} print the date; in all of this run it would be "
+                    f"{self.config.template_date} (`template_date`)"
+                )
         if plan is not None and rows is not None:
             sets = self._read(plan, *rows)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -214,18 +229,14 @@ class _Check:
 
     def _read(self, plan: RunPlan, train: Any, evals: Any) -> list[ReadSet]:
         rows = {TRAIN_SET: train, **evaluation_sets(evals)}
-        pairs = None
+        pairs: dict[str, PairDataset] = {}
+        findings: list[ConfigError] = []
         with self._collected():
-            pairs = prepare_sets(plan, self.config, train, evals)
-        if pairs is None:  # what is left of the data is shown all the same
-            lenient = {"on_bad_row": self.config.on_bad_row, "max_bad_rows": self.config.max_bad_rows}
-            self.config.on_bad_row, self.config.max_bad_rows = "skip", 1.0
-            with self._collected():
-                pairs = prepare_sets(plan, self.config, train, evals)
-            self.config.on_bad_row, self.config.max_bad_rows = lenient["on_bad_row"], lenient["max_bad_rows"]
+            pairs = prepare_sets(plan, self.config, train, evals, findings)
+        self.errors += [str(error) for error in findings if str(error) not in self.errors]
         return [
             ReadSet(split, find_layout(rows[split], self.config.dataset_layout).name, len(rows[split]), found)
-            for split, found in (pairs or {}).items()
+            for split, found in pairs.items()
             if rows.get(split) is not None and len(found)
         ]
 

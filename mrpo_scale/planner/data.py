@@ -35,6 +35,8 @@ class ReadSet:
             "left_out": self.pairs.counts,
             "truncated": self.pairs.truncated,
             "merged": self.pairs.merged,
+            "trimmed": self.pairs.trimmed,
+            "changed": self.pairs.changed,
         }
 
 
@@ -60,10 +62,9 @@ def tokens_cut(pairs: PairDataset, policy: ModelText) -> int:
     """Response tokens of the policy that ``max_length`` took, ends of turn included."""
     lost = 0
     for row in map(int, pairs.cut_rows):
-        whole = pairs.uncut(row)
-        raw = isinstance(whole.prompt, str)
-        lost += sum(len(policy.response_ids(text, raw=raw, cut=False)) for text in (whole.chosen, whole.rejected))
-        lost -= int(pairs.lengths[row, 0, 1:].sum())
+        prompt, *responses = policy.ids(policy.read(pairs.uncut(row)), (None, None))
+        # The prompt counts with each response: where the two part may depend on the cut.
+        lost += 2 * len(prompt) + sum(map(len, responses)) - int((pairs.lengths[row, 0] * (2, 1, 1)).sum())
     return lost
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from tests.distributed.jobs import Job
 from tests.distributed.test_score_jobs import opened_files
@@ -147,6 +148,56 @@ def test_hardware_is_the_clusters(jobs, world, tmp_path):
 def test_too_many_bad_rows_are_an_error_and_shown(jobs, world):
     ended = check(jobs, world, "--max_bad_rows", 0.01, status=2)
     assert "error: `max_bad_rows: 0.01`: 1 of 40 pairs" in ended.out and "COST" in ended.out
+    errors = [line for line in ended.out.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "max_bad_rows: 1.0" not in ended.out, "once, with the value that was typed"
+    assert (
+        f"row 3: identical_responses (chosen and rejected are the same text). All bad rows are listed in {world}"
+        in errors[0]
+    )
+
+
+def test_no_file_is_of_an_earlier_check(jobs, world, tmp_path):
+    rows = pair_rows(40)
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = ["--output", tmp_path / "out"]
+    assert "bad_rows_train.jsonl" in check(jobs, world, *output).out
+    ended = check(jobs, world, *output, "--dataset_name", tmp_path / "good.jsonl")
+    assert "bad_rows" not in ended.out.splitlines()[-1] and not list((tmp_path / "out").glob("bad_rows*"))
+    ended = check(jobs, world, *output, "--dataset_name", tmp_path / "none.jsonl", status=2)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.json"]
+
+
+def test_tokens_that_a_model_has_no_row_for(jobs, world, tmp_path):
+    shutil.copytree(world / "qwen2", tmp_path / "more")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "more")
+    tokenizer.add_tokens(["<new1>"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    rows = pair_rows(8)
+    rows[2]["chosen"][0]["content"] += " <new1> yes"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "--ref_models",
+        tmp_path / "more",
+        "--dataset_name",
+        tmp_path / "pairs.jsonl",
+        "--output",
+        tmp_path / "out",
+    ]
+    ended = check(jobs, world, *words, status=2)
+    (error,) = [line for line in ended.out.splitlines() if line.startswith("error: ")]
+    token = tokenizer.convert_tokens_to_ids("<new1>")
+    assert f"error: more: its tokenizer makes token {token} ('<new1>') of row 2 of the train set" in error
+    assert "280 rows" in error
+
+
+def test_a_template_that_prints_the_date_is_a_note(jobs, world, tmp_path):
+    shutil.copytree(world / "qwen2", tmp_path / "dated")
+    template = "{{ strftime_now('%d %b %Y') }}" + (world / "llama/chat_template.jinja").read_text()
+    (tmp_path / "dated/chat_template.jinja").write_text(template)
+    words = ["--ref_models", tmp_path / "dated", "--template_date", "2026-11-26", "--output", tmp_path / "out"]
+    ended = check(jobs, world, *words)
+    assert "note: the chat templates of dated print the date; in all of this run it would be 2026-11-26" in ended.out
+    assert "26 Nov 2026<|im_start|>" in (tmp_path / "out/pairs.txt").read_text()
 
 
 @pytest.mark.parametrize(

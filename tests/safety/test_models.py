@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-import mrpo_scale.data.model_text
+import mrpo_scale.data.chat_template
 from mrpo_scale.cli import run_command
 from tests.safety.hostile import Trap, bounded, edit, tensors
 
@@ -221,7 +221,7 @@ TEMPLATES = {
     ids=lambda name: name.replace(" ", "-"),
 )
 def test_templates(where, case, place, monkeypatch):
-    monkeypatch.setattr(mrpo_scale.data.model_text, "_MOST_SECONDS", 0.5)
+    monkeypatch.setattr(mrpo_scale.data.chat_template, "_MOST_SECONDS", 0.5)
     text, says = TEMPLATES[case]
     text = text.replace("EXECUTED", str(place.executed)) + TURNS
     change = {where: text}

@@ -311,3 +311,29 @@ def test_one_row_of_another_shape_spoils_that_row_only(tmp_path):
     assert layout.to_pair(rows[0]) == layout.to_pair(rows[2]) == RECOGNISED["explicit"][2]
     with pytest.raises(BadRow, match="malformed: `chosen` is a str, not a list"):
         layout.to_pair(rows[1])
+
+
+@pytest.mark.parametrize("name", ["pairs[1]", "pairs*", "pairs?", "two words", "a::b", "{a}", "100%20"])
+def test_any_name_of_a_file_or_folder(tmp_path, name, monkeypatch):
+    """`datasets` reads patterns and chains of file systems into some of them; neighbours that would fit a pattern are not read."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    row = {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}
+
+    def write(path, count):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({**row, "chosen": f" {i}"}) + "\n" for i in range(count)))
+
+    write(tmp_path / "pairs1.jsonl", 9)
+    write(tmp_path / "pairs1" / "train.jsonl", 9)
+    write(tmp_path / f"{name}.jsonl", 2)
+    write(tmp_path / name / "train.jsonl", 3)
+    write(tmp_path / name / "test[1].jsonl", 1)
+    assert len(load_rows(str(tmp_path / f"{name}.jsonl"))[0]) == 2
+    assert [len(rows) for rows in load_rows(str(tmp_path / name))] == [3, 1]
+    write(tmp_path / f"{name}.jsonl", 4)
+    (tmp_path / name / "test[1].jsonl").unlink()
+    train, test = load_rows(str(tmp_path / name))
+    assert (len(load_rows(str(tmp_path / f"{name}.jsonl"))[0]), len(train), test) == (4, 3, None), "as they are now"
+    train.save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / f"saved {name}")
+    assert len(load_rows(str(tmp_path / f"saved {name}"))[0]) == 3

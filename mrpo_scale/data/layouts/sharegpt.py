@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mrpo_scale.data.layouts.base import Layout
-from mrpo_scale.data.messages import Message, add_system, pair_from_messages, read_tools
+from mrpo_scale.data.messages import Message, add_system, pair_from_messages, read_tools, without_blank_system
 from mrpo_scale.data.pairs import BadRow, PreferencePair
 
 ROLES = {
@@ -38,7 +38,9 @@ class ShareGPT(Layout):
             raise BadRow("malformed", "`conversations` is not a list of turns")
         prompt = [_message(turn, f"conversations[{i}]") for i, turn in enumerate(row["conversations"])]
         chosen, rejected = ([_message(row[column], column)] for column in ("chosen", "rejected"))
-        return add_system(pair_from_messages(prompt, chosen, rejected, read_tools(row.get("tools"))), row)
+        tools = read_tools(row.get("tools"))
+        pair = pair_from_messages(without_blank_system(prompt), chosen, rejected, tools)
+        return add_system(pair, row)
 
 
 def _message(turn: Any, where: str) -> Message:

@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_scale.errors import ConfigError
 from mrpo_scale.pair_batch import collate_pairs
-from mrpo_scale.sequence_logps import body_of, check_pair_scoring, enable_pair_scoring, score_pairs
+from mrpo_scale.self_check import check_pair_scoring
+from mrpo_scale.sequence_logps import body_of, enable_pair_scoring, score_pairs
 from mrpo_scale.tokenization import PairTokens
 
 CPU = torch.device("cpu")

@@ -181,7 +181,7 @@ def figures_of(trainer: Any) -> dict[str, Any]:
     import transformers
     import trl
 
-    from mrpo_scale.device import peak_memory_gib
+    from mrpo_scale.base.device import peak_memory_gib
 
     steps = [
         {k: v for k, v in entry.items() if k in COMPARED} for entry in trainer.state.log_history if "loss" in entry
@@ -195,10 +195,10 @@ def figures_of(trainer: Any) -> dict[str, Any]:
 
 def prepare(flags: argparse.Namespace) -> dict[str, Any]:
     """Choose the pairs; write their rows for this project and their token ids for TRL."""
-    from mrpo_scale.config import MRPOConfig
+    from mrpo_scale.config.keys import MRPOConfig
     from mrpo_scale.data import load_rows
-    from mrpo_scale.inputs import prepare_sets
-    from mrpo_scale.models import plan_models
+    from mrpo_scale.data.inputs import prepare_sets
+    from mrpo_scale.models.plan import plan_models
 
     args = MRPOConfig(**common(flags, "prepare"), max_length=flags.max_length, max_bad_rows=1.0)
     plan = plan_models(flags.model, [], args, None)
@@ -239,9 +239,9 @@ def common(flags: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def our_trainer(flags: argparse.Namespace, scoring: str) -> Any:
-    from mrpo_scale.config import MRPOConfig
+    from mrpo_scale.config.keys import MRPOConfig
     from mrpo_scale.data import load_rows
-    from mrpo_scale.trainer import MRPOTrainer
+    from mrpo_scale.training.trainer import MRPOTrainer
 
     shutil.rmtree(flags.work / "mrpo_scale", ignore_errors=True)  # the last run's reference scores
     rows, _ = load_rows(str(flags.work / "rows.jsonl"))

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from mrpo_scale.references.cache import PartWriter, ReferenceStore
-from mrpo_scale.references.identity import ReferenceIdentity
+from mrpo_scale.references.store.cache import PartWriter, ReferenceStore
+from mrpo_scale.references.store.identity import ReferenceIdentity
 
 IDENTITY = ReferenceIdentity("benchmark", {"weights": {"model.safetensors": "0" * 64}})
 CHUNK = 65536

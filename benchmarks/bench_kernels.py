@@ -33,7 +33,7 @@ from kernel_report import figure, tables
 from mrpo_kernels import combine_references, sequence_logps
 from torch import Tensor
 
-from mrpo_scale.device import device_name
+from mrpo_scale.base.device import device_name
 
 GPU_CASES = [
     Case(16384, 4096, 128256, 512),

@@ -33,16 +33,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mrpo_scale.config import MRPOConfig
+from mrpo_scale.base.device import device_name
+from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data import load_rows
-from mrpo_scale.device import device_name
-from mrpo_scale.inputs import prepare_sets
-from mrpo_scale.models import plan_models
+from mrpo_scale.data.inputs import prepare_sets
+from mrpo_scale.data.window import PairExample, WeightedPairs
+from mrpo_scale.logps.pair_batch import PairBatch, attention_mask, collate_pairs
+from mrpo_scale.models.plan import plan_models
 from mrpo_scale.objective import Objective
-from mrpo_scale.pair_batch import PairBatch, attention_mask, collate_pairs
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.sharding import ShardedReference
-from mrpo_scale.window import PairExample, WeightedPairs
 
 REFERENCES, WHOLE, SAME, TRL = "references", "whole here", "same batches", "as in TRL"
 

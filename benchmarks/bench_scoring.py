@@ -24,12 +24,12 @@ import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrpo_scale.config import MRPOConfig
-from mrpo_scale.inputs import prepare_sets
-from mrpo_scale.models import plan_models
-from mrpo_scale.references import ahead
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.data.inputs import prepare_sets
+from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.models.plan import plan_models
+from mrpo_scale.references import precompute as ahead
 from mrpo_scale.references.scores import open_stores
-from mrpo_scale.tokenization import PairDataset
 
 
 def main() -> None:

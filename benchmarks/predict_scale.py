@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from mrpo_scale.gpus import GIB
+from mrpo_scale.base.gpus import GIB
+from mrpo_scale.models.source import ReferenceSource
 from mrpo_scale.planner.cluster import Cluster, make_cluster
 from mrpo_scale.planner.estimate import Estimate, estimate
+from mrpo_scale.planner.job import Job, PlannedModel
 from mrpo_scale.planner.model_size import ModelSize, model_size
-from mrpo_scale.planner.parts import Job, PlannedModel
 from mrpo_scale.planner.search import search
 from mrpo_scale.planner.show import as_json, assumptions
 from mrpo_scale.planner.workload import Workload
-from mrpo_scale.references.source import ReferenceSource
 
 ROOT = Path(__file__).parents[1]
 #: Policy, which is also the anchor, and the two references beside it.

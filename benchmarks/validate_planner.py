@@ -30,16 +30,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback
 
-from mrpo_scale.config import MRPOConfig
-from mrpo_scale.device import peak_memory_gib, reset_peak_memory
-from mrpo_scale.flops import work_of_batch
+from mrpo_scale.base.device import peak_memory_gib, reset_peak_memory
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.logps.flops import work_of_batch
 from mrpo_scale.planner.cluster import make_cluster
 from mrpo_scale.planner.estimate import estimate
+from mrpo_scale.planner.job import Job, PlannedModel, Setting
 from mrpo_scale.planner.model_size import model_size
-from mrpo_scale.planner.parts import Job, PlannedModel, Setting
 from mrpo_scale.planner.workload import Workload
 from mrpo_scale.planner.zero import read_zero
-from mrpo_scale.trainer import MRPOTrainer
+from mrpo_scale.training.trainer import MRPOTrainer
 from tests.tiny import WORDS, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -246,7 +246,7 @@ def _rank(folder: Path, sizes: list[str]) -> None:
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    from mrpo_scale.report import aligned_table
+    from mrpo_scale.base.tables import aligned_table
 
     header = ("policy", "placement", "checkpointing", "kind", "measured MiB", "predicted MiB", "predicted / measured")
     rows = []

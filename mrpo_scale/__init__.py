@@ -13,8 +13,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 __all__ = ["MRPOConfig", "MRPOTrainer", "Objective", "preference_loss"]
 
 _WHERE = {
-    "MRPOConfig": "mrpo_scale.config",
-    "MRPOTrainer": "mrpo_scale.trainer",
+    "MRPOConfig": "mrpo_scale.config.keys",
+    "MRPOTrainer": "mrpo_scale.training.trainer",
     "Objective": "mrpo_scale.objective",
     "preference_loss": "mrpo_scale.objective",
 }

@@ -32,12 +32,12 @@ Under a launcher: accelerate launch --config_file launch/accelerate/cpu_zero3.ya
 
 #: Command -> the function that runs it. Imports are slow (transformers, torch), so `mrpo` alone answers without them.
 COMMANDS = {
-    "train": "mrpo_scale.run:run",
+    "train": "mrpo_scale.commands.train:run",
     "check": "mrpo_scale.planner.command:check",
-    "score": "mrpo_scale.score:score",
-    "inspect": "mrpo_scale.inspection:inspect",
+    "score": "mrpo_scale.commands.score:score",
+    "inspect": "mrpo_scale.commands.inspect_references:inspect",
     "eval": "mrpo_scale.eval.run:run",
-    "report": "mrpo_scale.html_report:report",
+    "report": "mrpo_scale.reports.html_report:report",
     "compare": "mrpo_scale.compare.command:compare",
     "bench": "mrpo_scale.bench.command:bench",
 }
@@ -54,8 +54,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 def run_command(command: str, argv: Sequence[str] | None = None) -> None:
     """Run one of COMMANDS. Exits with 2 on a ConfigError, with 1 on a TrainingError, or with the status that it returns."""
     _log_to_stderr()
-    from mrpo_scale.errors import ConfigError, TrainingError
-    from mrpo_scale.untrusted import printable
+    from mrpo_scale.base.errors import ConfigError, TrainingError
+    from mrpo_scale.base.untrusted import printable
 
     words = list(sys.argv[1:] if argv is None else argv)
     if command in ("score", "inspect", "compare", "bench") and words and words[0] in ("-h", "--help"):

@@ -19,7 +19,7 @@ from mrpo_kernels import CombinedReferences, combine_logps
 from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTINGS, exponent_of
 from torch import Tensor
 
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError
 
 OBJECTIVES = ("mrpo", "dpo", "multi_dpo")
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")

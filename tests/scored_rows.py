@@ -4,8 +4,8 @@ import hashlib
 
 import numpy as np
 
-from mrpo_scale.references.cache import ReferenceStore
-from mrpo_scale.references.identity import ReferenceIdentity
+from mrpo_scale.references.store.cache import ReferenceStore
+from mrpo_scale.references.store.identity import ReferenceIdentity
 
 PARTS = {
     "weights": {"model.safetensors": "ab" * 32},

@@ -15,21 +15,21 @@ from typing import Any, NoReturn
 
 import torch
 
+from mrpo_scale.base.device import device_name, peak_flops
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.ranks import all_say, world_group
 from mrpo_scale.bench.arms import Arm, plan_arms, plan_steps
-from mrpo_scale.bench.made_up import parse_sizes, random_models, random_pairs
 from mrpo_scale.bench.results import summarise
 from mrpo_scale.bench.show import plot, tables
+from mrpo_scale.bench.synthetic import parse_sizes, random_models, random_pairs
 from mrpo_scale.bench.trainer import BenchTrainer
-from mrpo_scale.config import ModelSpec, MRPOConfig, ScriptArguments, parse_ref_models
-from mrpo_scale.device import device_name, peak_flops
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.inputs import read_rows
-from mrpo_scale.models import load_tokenizer
-from mrpo_scale.preflight import preflight
-from mrpo_scale.ranks import all_say, world_group
-from mrpo_scale.recipe import parse
-from mrpo_scale.run import release
-from mrpo_scale.toyworld import resolve
+from mrpo_scale.commands.train import release
+from mrpo_scale.config.keys import ModelSpec, MRPOConfig, ScriptArguments, parse_ref_models
+from mrpo_scale.config.recipe import parse
+from mrpo_scale.data.inputs import read_rows
+from mrpo_scale.data.toy_world import resolve
+from mrpo_scale.models.plan import load_tokenizer
+from mrpo_scale.training.preflight import preflight
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.bench.arms import Arm
 from mrpo_scale.bench.clock import PHASES
 from mrpo_scale.bench.trainer import Measured, Survey
-from mrpo_scale.errors import TrainingError
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mrpo_scale.base.tables import aligned_table, number, percent
 from mrpo_scale.bench.clock import PHASES
-from mrpo_scale.report import PALETTE, aligned_table, number, percent
+from mrpo_scale.reports.pictures import PALETTE
 
 _COLOURS = {phase: (*PALETTE, "#BBBBBB")[i] for i, phase in enumerate(PHASES)}
 _MARKERS = "osD^v"

@@ -19,21 +19,22 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
+from mrpo_scale.base.device import peak_memory_gib, reset_peak_memory
 from mrpo_scale.bench.arms import Arm, Step
 from mrpo_scale.bench.clock import PhaseClock
 from mrpo_scale.bench.communication import CollectiveCounter, busy_seconds, link_profiler
-from mrpo_scale.callbacks import ProgressLine
-from mrpo_scale.config import MRPOConfig
-from mrpo_scale.device import peak_memory_gib, reset_peak_memory
-from mrpo_scale.flops import NO_WORK, UnitCosts, Work, forward_flops, training_flops, unit_costs, work_of_batch
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.window import PairExample
+from mrpo_scale.logps.flops import NO_WORK, UnitCosts, Work, forward_flops, training_flops, unit_costs, work_of_batch
+from mrpo_scale.logps.micro_batches import MicroBatch
+from mrpo_scale.logps.pair_forward import body_of
 from mrpo_scale.objective import Objective
+from mrpo_scale.references.live import Reference
 from mrpo_scale.references.placement import Ranks
 from mrpo_scale.references.scores import ReferenceScores
-from mrpo_scale.references.scoring import Reference
-from mrpo_scale.sequence_logps import body_of
-from mrpo_scale.tokenization import PairDataset
-from mrpo_scale.trainer import MRPOTrainer, window_sampler
-from mrpo_scale.window import MicroBatch, PairExample
+from mrpo_scale.training.callbacks import ProgressLine
+from mrpo_scale.training.trainer import MRPOTrainer, window_sampler
 
 
 @dataclass

@@ -13,16 +13,16 @@ from typing import Any, NoReturn
 
 import yaml
 
+from mrpo_scale.base.errors import ConfigError, TrainingError
+from mrpo_scale.base.untrusted import refuse_links
+from mrpo_scale.commands.score import Recipe
 from mrpo_scale.compare.plan import Run, Shared, plan_arms, plan_runs
 from mrpo_scale.compare.processes import LOG, command, is_complete, mark, run_all, run_alone, tail
 from mrpo_scale.compare.results import compare_runs, read_run
 from mrpo_scale.compare.show import as_json, plot, table, verdict
-from mrpo_scale.errors import ConfigError, TrainingError
-from mrpo_scale.preflight import preflight
-from mrpo_scale.recipe import find_recipe, parse, read_recipe
+from mrpo_scale.config.recipe import find_recipe, parse, read_recipe
 from mrpo_scale.references.scores import count_missing, distinct_rows, open_stores
-from mrpo_scale.score import Recipe
-from mrpo_scale.untrusted import refuse_links
+from mrpo_scale.training.preflight import preflight
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mrpo_scale.config import ScriptArguments
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.keys import ScriptArguments
 
 OBJECTIVES = ("dpo", "mrpo", "multi_dpo")
 #: Keys that an objective does not use, so varying them would run the same thing twice (or be refused).

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.untrusted import read_json, refuse_links
 from mrpo_scale.compare.plan import Run
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.untrusted import read_json, refuse_links
 
 logger = logging.getLogger(__name__)
 

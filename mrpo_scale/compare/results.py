@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.compare.plan import Arm, Run
 from mrpo_scale.compare.processes import HELD_OUT
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.held_out import HeldOutScores
-from mrpo_scale.html_report import RUN_FACTS
-from mrpo_scale.models import ANCHOR
+from mrpo_scale.models.plan import ANCHOR
+from mrpo_scale.reports.html_report import RUN_FACTS
+from mrpo_scale.training.held_out import HeldOutScores
 
 RESAMPLES = 4000
 #: Of an interval. Where m runs are compared with one, each interval has 1 - 0.05/m (Bonferroni).

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mrpo_scale.base.tables import aligned
 from mrpo_scale.compare.results import ArmResult, Comparison, Difference
-from mrpo_scale.report import PALETTE, aligned
+from mrpo_scale.reports.pictures import PALETTE
 
 _LINES = ("-", "--", ":")  # when the palette is used up
 

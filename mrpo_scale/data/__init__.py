@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from mrpo_scale.config.data_keys import DatasetSpec, PairOptions, parse_datasets
 from mrpo_scale.data.layouts import LAYOUTS, AnyLayout, Layout, RankedLayout
 from mrpo_scale.data.loading import find_layout, load_rows
 from mrpo_scale.data.messages import merge_turns
-from mrpo_scale.data.mixing import DatasetSpec, parse_datasets
 from mrpo_scale.data.pair_table import as_pairs
-from mrpo_scale.data.pairs import BadRow, PairOptions, PreferencePair
+from mrpo_scale.data.pairs import BadRow, PreferencePair
 
 __all__ = [
     "LAYOUTS",

@@ -14,20 +14,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.untrusted import read_text
 from mrpo_scale.data.messages import Message
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.untrusted import read_text
 
-#: For models without a chat template.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ raise_exception('the plain template has no ' + message['role'] + ' turns') }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
 _MOST_SECONDS = 20.0  #: of computing for one conversation, which takes a millisecond
 
 

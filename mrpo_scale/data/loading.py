@@ -16,11 +16,11 @@ import datasets
 import numpy as np
 import yaml
 
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.data_keys import Entry, PairOptions, parse_datasets
 from mrpo_scale.data.layouts import LAYOUTS, AnyLayout
-from mrpo_scale.data.mixing import Entry, mix, parse_datasets
+from mrpo_scale.data.mixing import mix
 from mrpo_scale.data.pair_table import FEATURES, PairTable, group_numbers, pair_table
-from mrpo_scale.data.pairs import PairOptions
-from mrpo_scale.errors import ConfigError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 DEFAULT_TEST_SPLIT = "test"

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mrpo_scale.base.untrusted import parse_json
 from mrpo_scale.data.pairs import BadRow, PreferencePair
-from mrpo_scale.untrusted import parse_json
 
 Message = dict[str, Any]
 

@@ -13,11 +13,12 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mrpo_scale.data.chat_template import PLAIN_TEMPLATE, ChatTemplate
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.data_keys import PLAIN_TEMPLATE
+from mrpo_scale.data.chat_template import ChatTemplate
 from mrpo_scale.data.messages import Message, merge_turns
 from mrpo_scale.data.pairs import BadRow, PreferencePair
 from mrpo_scale.data.turns import SENTINEL, Turn, find_turn, shared_length
-from mrpo_scale.errors import ConfigError
 
 #: Raised whenever the same template and tokenizer would give other tokens.
 SCHEME = 2

@@ -18,9 +18,10 @@ from typing import Any
 import datasets
 import numpy as np
 
+from mrpo_scale.config.data_keys import PairOptions
 from mrpo_scale.data.layouts.base import AnyLayout, Layout, RankedLayout
 from mrpo_scale.data.messages import read_text
-from mrpo_scale.data.pairs import BadRow, PairOptions, PreferencePair
+from mrpo_scale.data.pairs import BadRow, PreferencePair
 from mrpo_scale.data.ranking import choose_pairs
 
 #: Raised whenever the same rows would give other pairs, so that no table of an older version is read.

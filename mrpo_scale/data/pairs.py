@@ -31,18 +31,3 @@ class PreferencePair:
     chosen: str
     rejected: str
     tools: list[Any] | None = None
-
-
-@dataclass(frozen=True)
-class PairOptions:
-    """How ranked or scored answers become pairs. All of it is part of the cache keys.
-
-    Args:
-        ranked_pairs: ``all`` (every two answers of a prompt), ``best_vs_random`` or ``best_vs_worst`` (one pair per prompt).
-        score_columns: the numbers whose sum ranks single answers (layout ``helpsteer``).
-        seed: of the random answer. Each prompt draws from its own stream, so neither order nor processes change it.
-    """
-
-    ranked_pairs: str = "all"
-    score_columns: tuple[str, ...] = ("helpfulness",)
-    seed: int = 42

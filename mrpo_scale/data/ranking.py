@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 from mrpo_scale.data.pairs import BadRow
 
-RANKED_PAIRS = ("all", "best_vs_random", "best_vs_worst")
-
 
 @dataclass(frozen=True)
 class Answer:

@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mrpo_scale.data.pairs import PreferencePair
+from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
 from mrpo_scale.eval.records import RecordFile, read_records
-from mrpo_scale.models import load_policy
-from mrpo_scale.tokenization import PairDataset
+from mrpo_scale.models.plan import load_policy
 
 logger = logging.getLogger(__name__)
 

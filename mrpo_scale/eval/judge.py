@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError
 
 Verdict = Literal["A", "B", "tie"]
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mrpo_scale.config import ModelSpec, parse_ref_models
+from mrpo_scale.base.ranks import from_first, world_group
+from mrpo_scale.config.keys import ModelSpec, parse_ref_models
+from mrpo_scale.data.tokenization import ModelText, TextReader
+from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.eval.config import EvalConfig
-from mrpo_scale.models import load_tokenizer, num_embeddings, pad_token_id, shared_view
-from mrpo_scale.ranks import from_first, world_group
-from mrpo_scale.references.source import ReferenceSource
-from mrpo_scale.references.tensor_check import check_model
-from mrpo_scale.template_date import first_recorded
-from mrpo_scale.tokenization import ModelText, TextReader
-from mrpo_scale.toyworld import resolve
+from mrpo_scale.lifecycle.template_date import first_recorded
+from mrpo_scale.models.plan import load_tokenizer, num_embeddings, pad_token_id, shared_view
+from mrpo_scale.models.source import ReferenceSource
+from mrpo_scale.models.tensor_check import check_model
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.tables import aligned_table, number, percent
+from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
-from mrpo_scale.references.scoring import cut_by_tokens, segment_lengths
+from mrpo_scale.references.live import cut_by_tokens, segment_lengths
 from mrpo_scale.references.sharding import ShardedReference
-from mrpo_scale.report import aligned_table, number, percent
-from mrpo_scale.tokenization import PairDataset
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.untrusted import parse_json
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.untrusted import parse_json
 
 
 class RecordFile:

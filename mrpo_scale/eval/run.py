@@ -15,9 +15,14 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 
-from mrpo_scale.config import check_world_size
+from mrpo_scale.base.heartbeat import heartbeat
+from mrpo_scale.base.untrusted import refuse_links
+from mrpo_scale.config.keys import check_world_size
+from mrpo_scale.config.recipe import parse_keys
 from mrpo_scale.data import find_layout, load_rows
 from mrpo_scale.data.pairs import PreferencePair
+from mrpo_scale.data.tokenization import ModelText, PairDataset, check_token_ids, prepare_pairs
+from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.generation import first_prompts, generate_responses
 from mrpo_scale.eval.judge import Judge
@@ -27,13 +32,8 @@ from mrpo_scale.eval.records import RecordFile
 from mrpo_scale.eval.tasks import find_tasks, run_tasks, tasks_table
 from mrpo_scale.eval.verdicts import Verdicts, confirm, estimate
 from mrpo_scale.eval.win_rate import Comparison, WinRate, win_rate, win_rate_table
-from mrpo_scale.heartbeat import heartbeat
-from mrpo_scale.recipe import parse_keys
+from mrpo_scale.lifecycle.template_date import write_record
 from mrpo_scale.references.placement import shard_group
-from mrpo_scale.template_date import write_record
-from mrpo_scale.tokenization import ModelText, PairDataset, check_token_ids, prepare_pairs
-from mrpo_scale.toyworld import resolve
-from mrpo_scale.untrusted import refuse_links
 
 logger = logging.getLogger(__name__)
 

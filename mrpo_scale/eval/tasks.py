@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.tables import aligned_table
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
-from mrpo_scale.report import aligned_table
 
 
 def find_tasks(args: EvalConfig) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.eval.judge import INSTRUCTIONS, CallRefusedError, Judge, StoppedError, Verdict, parse_verdict, question
 from mrpo_scale.eval.records import RecordFile
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mrpo_scale.base.tables import aligned_table, percent
 from mrpo_scale.eval.judge import Verdict
 from mrpo_scale.eval.verdicts import Call, Verdicts
-from mrpo_scale.report import aligned_table, percent
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5% point
 Side = Literal["ours", "theirs", "tie"]

@@ -14,7 +14,7 @@ and per (query, key) pair under a mask: the mask, which sdpa turns into b bytes 
 softmax, 4 H more in half precision, b H more under a softcap. With gradient checkpointing a layer keeps its input, b D, and one
 layer at a time has all of the above again.
 
-tests/unit/test_activations.py compares with what autograd saves, counted through ``saved_tensors_hooks``.
+tests/planner/test_activations.py compares with what autograd saves, counted through ``saved_tensors_hooks``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from mrpo_scale.flops import SKIPS_THE_MASKED, Work, decoder_layers, head_size
-from mrpo_scale.sequence_logps import body_of
-from mrpo_scale.span_attention import SPAN_ATTENTION
+from mrpo_scale.logps.flops import SKIPS_THE_MASKED, Work, decoder_layers, head_size
+from mrpo_scale.logps.pair_forward import body_of
+from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 
 _NORMS_IN_FLOAT32 = {"CohereLayerNorm": 3, "GemmaRMSNorm": 2, "Gemma2RMSNorm": 2, "Gemma3RMSNorm": 2, "Olmo2RMSNorm": 2}
 

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.gpus import GIB, GPU, find_gpu
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.gpus import GIB, GPU, find_gpu
 
 #: Network of an HGX or DGX node: one card of this speed for each GPU.
 DEFAULT_NETWORK = "400gbit"

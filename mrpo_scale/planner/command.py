@@ -11,13 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mrpo_scale.config import Hardware, MRPOConfig, ScriptArguments
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.gpus import GIB
+from mrpo_scale.config.keys import Hardware, MRPOConfig, ScriptArguments
+from mrpo_scale.config.recipe import parse
 from mrpo_scale.data import find_layout
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.gpus import GIB
-from mrpo_scale.inputs import TRAIN_SET, check_steps, evaluation_sets, prepare_sets, read_rows
-from mrpo_scale.models import RunPlan, plan_models
-from mrpo_scale.output_folder import check_output_folder
+from mrpo_scale.data.inputs import TRAIN_SET, check_steps, evaluation_sets, prepare_sets, read_rows
+from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.toy_world import resolve
+from mrpo_scale.lifecycle.output_folder import check_output_folder
+from mrpo_scale.lifecycle.template_date import decide_date
+from mrpo_scale.models.plan import RunPlan, plan_models
+from mrpo_scale.models.source import check_weight_files
+from mrpo_scale.models.tensor_check import check_model
 from mrpo_scale.planner.cluster import Cluster, make_cluster
 from mrpo_scale.planner.data import (
     ReadSet,
@@ -29,8 +35,8 @@ from mrpo_scale.planner.data import (
     view_names,
 )
 from mrpo_scale.planner.estimate import Estimate, estimate
+from mrpo_scale.planner.job import Job, PlannedModel, Setting
 from mrpo_scale.planner.model_size import assumed_fields, model_size
-from mrpo_scale.planner.parts import Job, PlannedModel, Setting
 from mrpo_scale.planner.search import TRIED, Found, search, smallest_that_fits
 from mrpo_scale.planner.show import (
     as_json,
@@ -43,13 +49,7 @@ from mrpo_scale.planner.show import (
 )
 from mrpo_scale.planner.workload import Workload
 from mrpo_scale.planner.zero import Zero, read_zero
-from mrpo_scale.preflight import check_best_metric, check_evaluation, preflight_problems
-from mrpo_scale.recipe import parse
-from mrpo_scale.references.source import check_weight_files
-from mrpo_scale.references.tensor_check import check_model
-from mrpo_scale.template_date import decide_date
-from mrpo_scale.tokenization import PairDataset
-from mrpo_scale.toyworld import resolve
+from mrpo_scale.training.preflight import check_best_metric, check_evaluation, preflight_problems
 
 HELP = """usage: mrpo check --config RECIPE [--key value ...] [--gpus N] [--gpu NAME] [--gpus_per_node N] [--network RATE]
                   [--ds_config NAME] [--output FOLDER]

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mrpo_scale.models import RunPlan
-from mrpo_scale.report import PALETTE, aligned, aligned_table
-from mrpo_scale.tokenization import ModelText, PairDataset
+from mrpo_scale.base.tables import aligned, aligned_table
+from mrpo_scale.data.tokenization import ModelText, PairDataset
+from mrpo_scale.models.plan import RunPlan
+from mrpo_scale.reports.pictures import PALETTE
 
 PARTS = ("prompt", "chosen", "rejected")
 BOUNDARY, CUT = "┃", "✂"

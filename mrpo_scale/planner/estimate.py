@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from mrpo_kernels.chunked_head import token_blocks, word_tiles
 
-from mrpo_scale.flops import TrainingFlops, Work, training_flops
+from mrpo_scale.logps.flops import TrainingFlops, Work, training_flops
 from mrpo_scale.planner.cluster import Cluster, Traffic
+from mrpo_scale.planner.job import MOVED_BACKWARD, MOVED_FORWARD, Job, Phase, Setting, seconds_of
 from mrpo_scale.planner.live import ScoredLive
 from mrpo_scale.planner.model_size import ModelSize
-from mrpo_scale.planner.parts import MOVED_BACKWARD, MOVED_FORWARD, Job, Phase, Setting, seconds_of
 from mrpo_scale.planner.workload import Share
 from mrpo_scale.planner.zero import Zero, policy_states, policy_traffic
 

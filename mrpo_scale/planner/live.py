@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from mrpo_scale.flops import forward_flops
+from mrpo_scale.logps.flops import forward_flops
 from mrpo_scale.planner.cluster import Cluster, Traffic
-from mrpo_scale.planner.parts import MOVED_FORWARD, Job, Phase, PlannedModel, Setting, seconds_of
+from mrpo_scale.planner.job import MOVED_FORWARD, Job, Phase, PlannedModel, Setting, seconds_of
 from mrpo_scale.references.placement import partition, spread
 
 

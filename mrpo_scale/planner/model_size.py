@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from mrpo_scale.flops import UnitCosts, decoder_layers, unit_costs
-from mrpo_scale.pair_batch import supports_shared_prompt
+from mrpo_scale.logps.flops import UnitCosts, decoder_layers, unit_costs
+from mrpo_scale.logps.pair_batch import supports_shared_prompt
+from mrpo_scale.logps.pair_forward import choose_end_to_end
+from mrpo_scale.models.source import ReferenceSource, check_config
+from mrpo_scale.models.stored import build_on_meta
 from mrpo_scale.planner.activations import Activations, activations_of
-from mrpo_scale.references.sharding import build_on_meta
-from mrpo_scale.references.source import ReferenceSource, check_config
-from mrpo_scale.sequence_logps import choose_end_to_end
 
 Shape = tuple[int, ...]
 
@@ -72,7 +72,7 @@ def model_size(
         device_type, compiled: where it runs, and whether through ``torch.compile``; they decide which attention it has.
 
     Raises:
-        ConfigError: what :func:`~mrpo_scale.references.source.check_config` refuses, or a config without a field that the estimate
+        ConfigError: what :func:`~mrpo_scale.models.source.check_config` refuses, or a config without a field that the estimate
             needs; names the field.
     """
     config = check_config(source)

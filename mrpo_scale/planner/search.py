@@ -9,7 +9,7 @@ from typing import Literal
 
 from mrpo_scale.planner.cluster import Cluster
 from mrpo_scale.planner.estimate import Estimate, estimate
-from mrpo_scale.planner.parts import Job, Setting
+from mrpo_scale.planner.job import Job, Setting
 from mrpo_scale.planner.zero import read_zero
 
 DS_CONFIGS = ("zero2", "zero3", "zero3_hpz", "zero3_offload")

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mrpo_scale.gpus import GIB
+from mrpo_scale.base.gpus import GIB
+from mrpo_scale.base.tables import aligned_table
 from mrpo_scale.planner.cluster import Cluster
 from mrpo_scale.planner.estimate import Estimate
-from mrpo_scale.planner.parts import Job, Setting
-from mrpo_scale.report import PALETTE, aligned_table
+from mrpo_scale.planner.job import Job, Setting
+from mrpo_scale.reports.pictures import PALETTE
 
 KINDS = {
     "parameters": "policy weights",

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mrpo_scale.flops import NO_WORK, Work, total_work, work_of_lengths
+from mrpo_scale.logps.flops import NO_WORK, Work, total_work, work_of_lengths
 from mrpo_scale.planner.model_size import ModelSize
-from mrpo_scale.references.scoring import cut_by_tokens
+from mrpo_scale.references.live import cut_by_tokens
 
 STEPS, RANKS = 4, 16  #: windows that are drawn for an estimate, and at most how many ranks of each
 
@@ -104,7 +104,7 @@ class Workload:
 
 
 def _segments(lengths_P3: np.ndarray, shared_prompt: bool) -> np.ndarray:
-    """As :func:`~mrpo_scale.pair_batch.segment_length`."""
+    """As :func:`~mrpo_scale.logps.pair_batch.segment_length`."""
     responses = lengths_P3[:, 1:]
     return lengths_P3[:, 0] + (responses.sum(1) if shared_prompt else responses.max(1))
 

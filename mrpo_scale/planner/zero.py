@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrpo_scale.ds_config import find_ds_config, read_ds_config
-from mrpo_scale.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.ds_config import find_ds_config, read_ds_config
 from mrpo_scale.planner.cluster import Cluster, Traffic
 from mrpo_scale.planner.model_size import ModelSize
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from mrpo_scale.config import MRPOConfig
-from mrpo_scale.errors import TrainingError
-from mrpo_scale.ranks import all_say, fail_together, world_group
+from mrpo_scale.base.errors import TrainingError
+from mrpo_scale.base.ranks import all_say, fail_together, world_group
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.models.source import ReferenceSource, local_folder, open_weights, weight_files
 from mrpo_scale.references.placement import find_nodes
-from mrpo_scale.references.source import ReferenceSource, local_folder, open_weights, weight_files
 
 _STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -15,8 +15,8 @@ from itertools import groupby
 
 import torch.distributed as dist
 
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.report import aligned
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.tables import aligned
 
 Ranks = tuple[int, ...]
 

@@ -20,15 +20,16 @@ from mrpo_kernels import CombinedReferences
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mrpo_scale.config import MRPOConfig
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.heartbeat import doing
-from mrpo_scale.models import RunPlan
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.heartbeat import doing
+from mrpo_scale.base.ranks import agree_on_most, all_say, fail_together, from_first, world_group
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.data.tokenization import ModelText, PairDataset
+from mrpo_scale.data.window import PairExample, TokenizedPairs
+from mrpo_scale.models.plan import RunPlan
+from mrpo_scale.models.source import ReferenceSource, local_folder, num_parameters
 from mrpo_scale.objective import Objective, combine
-from mrpo_scale.ranks import agree_on_most, all_say, fail_together, from_first, world_group
-from mrpo_scale.references.ahead import score_ahead
-from mrpo_scale.references.cache import PartWriter, ReferenceStore, StoredScores
-from mrpo_scale.references.identity import ReferenceIdentity, identify
+from mrpo_scale.references.live import PartitionScorer, Reference, SpreadScorer, load_reference
 from mrpo_scale.references.mapped import ranks_that_share
 from mrpo_scale.references.placement import (
     Placement,
@@ -39,10 +40,9 @@ from mrpo_scale.references.placement import (
     process_groups,
     spread,
 )
-from mrpo_scale.references.scoring import PartitionScorer, Reference, SpreadScorer, load_reference
-from mrpo_scale.references.source import ReferenceSource, local_folder, num_parameters
-from mrpo_scale.tokenization import ModelText, PairDataset
-from mrpo_scale.window import PairExample, TokenizedPairs
+from mrpo_scale.references.precompute import score_ahead
+from mrpo_scale.references.store.cache import PartWriter, ReferenceStore, StoredScores
+from mrpo_scale.references.store.identity import ReferenceIdentity, identify
 
 logger = logging.getLogger(__name__)
 

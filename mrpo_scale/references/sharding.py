@@ -7,47 +7,27 @@ layer at a time; afterwards every weight is a shard again, the embedding and the
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate.big_modeling import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-    rename_source_key,
-)
-from transformers.integrations import deepspeed as hf_deepspeed
+from transformers import PretrainedConfig, PreTrainedModel
 
-from mrpo_scale.device import map_blocks_from
-from mrpo_scale.errors import ConfigError, one_line
-from mrpo_scale.flops import decoder_layers
-from mrpo_scale.pair_batch import PairBatch, collate_pairs
-from mrpo_scale.ranks import fail_together
-from mrpo_scale.references.mapped import MappedFiles, can_be_mapped
-from mrpo_scale.references.source import (
-    ReferenceSource,
-    check_source,
-    check_weights,
-    local_folder,
-    open_weights,
-    some,
-)
-from mrpo_scale.self_check import check_pair_scoring
-from mrpo_scale.sequence_logps import (
+from mrpo_scale.base.device import map_blocks_from
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.ranks import fail_together
+from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.flops import decoder_layers
+from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs
+from mrpo_scale.logps.pair_forward import (
     FusedHead,
     choose_end_to_end,
     choose_shared_prompt,
@@ -55,10 +35,17 @@ from mrpo_scale.sequence_logps import (
     response_hidden,
     score_pairs,
 )
-from mrpo_scale.tokenization import PairTokens
-
-# Buffers that old checkpoints hold and that today's models compute; `PreTrainedModel` ignores the same two for every model.
-COMPUTED_BUFFERS = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+from mrpo_scale.logps.self_check import check_pair_scoring
+from mrpo_scale.models.source import (
+    ReferenceSource,
+    check_source,
+    check_weights,
+    local_folder,
+    open_weights,
+    some,
+)
+from mrpo_scale.models.stored import build_on_meta, locate_tensors
+from mrpo_scale.references.mapped import MappedFiles, can_be_mapped
 
 
 class ShardedReference:
@@ -70,7 +57,7 @@ class ShardedReference:
         group: the shard group of this rank; None or a group of one rank holds the whole model here. On a CPU that is no copy if
             all weights have the dtype of the files.
         device: of the weights and the computation.
-        shared_prompt: ``auto``, ``true`` or ``false``; see :func:`~mrpo_scale.sequence_logps.choose_shared_prompt`.
+        shared_prompt: ``auto``, ``true`` or ``false``; see :func:`~mrpo_scale.logps.pair_forward.choose_shared_prompt`.
         offload: keep the shards in host memory and stream each layer to the device for its forward. Needs a process group, of one
             rank at least.
 
@@ -206,48 +193,6 @@ class ShardedReference:
 
 
 @contextmanager
-def _zero3_unset() -> Iterator[None]:
-    """Hide transformers' ZeRO-3 config object: alive, it partitions every model that is built over the whole world."""
-    weak = hf_deepspeed._hf_deepspeed_config_weak_ref
-    alive = None if weak is None else weak()
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if alive is not None:
-            hf_deepspeed.set_hf_deepspeed_config(alive)
-
-
-def build_on_meta(source: ReferenceSource, config: PretrainedConfig) -> PreTrainedModel:
-    """The model with its parameters on meta and its buffers real, frozen and in eval mode."""
-    options: dict[str, Any] = {"dtype": source.dtype, "trust_remote_code": source.trust_remote_code}
-    if source.attn_implementation is not None:
-        options["attn_implementation"] = source.attn_implementation
-    # Not `to_empty` after a build on meta: it leaves the rotary buffers garbage, and nothing complains.
-    try:
-        with _zero3_unset(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, **options)
-    except (ImportError, ValueError) as error:  # an attention that is not installed, or that the model does not have
-        raise ConfigError(
-            f"{source.name}: {source.path} cannot be built here ({one_line(error)}); see `attn_implementation`."
-        ) from error
-    model.tie_weights()  # the move to meta has parted what the constructor tied
-    _keep_float32(model, source.dtype)
-    return model.requires_grad_(False).eval()
-
-
-def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the parameters on meta the dtypes that ``from_pretrained(dtype=dtype)`` gives them: some models keep some of theirs in
-    float32 (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``), a router's bias for instance."""
-    plan = model._get_dtype_plan(dtype)
-    kept, pattern_of, _ = build_glob_alternation(list(plan))
-    for name, parameter in model.named_parameters():
-        match = kept.search(name) if plan else None
-        if match is not None:
-            parameter.data = parameter.data.to(plan[pattern_of[str(match.lastgroup)]])
-
-
-@contextmanager
 def _gathers_off_the_heap(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
     """On a shard group of CPUs, let a gathered layer go back to the system when it is freed, as blocks that glibc maps do.
 
@@ -310,103 +255,6 @@ class _BroadcastGather:
         """``input_tensor`` lies in its place in ``output_tensor`` already."""
         for rank, part in enumerate(output_tensor.chunk(group.size())):
             dist.broadcast(part, group=group, group_src=rank)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    file: Path
-    key: str
-
-    def read(self, name: str) -> Tensor:
-        with open_weights(self.file, name) as tensors:
-            return tensors.get_tensor(self.key)
-
-
-def locate_tensors(
-    model: PreTrainedModel, files: list[Path], name: str
-) -> tuple[dict[str, _Stored], dict[str, list[str]]]:
-    """(:func:`stored_tensors`, :func:`match_names`) of files that hold the whole model.
-
-    Raises:
-        ConfigError: they do not: see :func:`match_names`; or a tensor has another shape.
-    """
-    stored = stored_tensors(model, files, name)
-    plan = match_names(model, stored, name)
-    state = model.state_dict()
-    for file in files:
-        with open_weights(file, name) as tensors:
-            for target in (target for target in plan if stored[target].file == file):
-                shape, found = list(state[target].shape), tensors.get_slice(stored[target].key).get_shape()
-                if found != shape:
-                    raise ConfigError(
-                        f"{name}: {target} is {found} in the checkpoint but {shape} by its config.json; the two do not belong "
-                        "together."
-                    )
-    return stored, plan
-
-
-def stored_tensors(model: PreTrainedModel, files: list[Path], name: str) -> dict[str, _Stored]:
-    """{name in the model: where it is on disk}. Checkpoints keep the names of their first days (GPT-NeoX: embed_out for
-    lm_head), which transformers' own table and rule translate."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict()
-    stored = {}
-    for file in files:
-        with open_weights(file, name) as tensors:
-            keys = sorted(tensors.keys())
-        for key in keys:
-            target, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-            if target not in state and key in state:
-                target, converter = key, None
-            if converter is not None:
-                raise ConfigError(
-                    f"{name}: {key} is stored in a layout that cannot be read in shards; choose another model."
-                )
-            stored[target] = _Stored(file, key)
-    return stored
-
-
-def match_names(model: PreTrainedModel, stored: Mapping[str, _Stored], name: str) -> dict[str, list[str]]:
-    """{a name that is on disk: all names that the model has for that tensor}, several if tied.
-
-    Raises:
-        ConfigError: a tensor is missing, or unknown to the model; or tied tensors differ on disk.
-    """
-    names_of: dict[int, list[str]] = defaultdict(list)
-    for tensor_name, tensor in model.state_dict(keep_vars=True).items():
-        names_of[id(tensor)].append(tensor_name)
-    plan: dict[str, list[str]] = {}
-    missing: list[str] = []
-    for names in names_of.values():
-        present = [n for n in names if n in stored]
-        if not present:
-            missing.append(names[0])
-            continue
-        plan[present[0]] = names
-        for other in present[1:]:
-            if not torch.equal(stored[present[0]].read(name), stored[other].read(name)):
-                raise ConfigError(
-                    f"{name}: its config ties {present[0]} to {other}, but the checkpoint holds two different tensors; say "
-                    "`tie_word_embeddings: false` in its config.json if they are meant to differ."
-                )
-    known = {n for names in names_of.values() for n in names}
-    ignorable = re.compile("|".join([*COMPUTED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]))
-    unknown = sorted(n for n in stored if n not in known and not ignorable.search(n))
-    if missing or unknown:
-        problems = [f"misses {some(missing)}"] * bool(missing) + [f"has unknown {some(unknown)}"] * bool(unknown)
-        # Written again by transformers, a folder that lacks a tensor has a random one and looks whole.
-        remedy = (
-            "Get the model again, or name the language model that it was made from."
-            if missing
-            else "A head or adapter of another task must go first: load it as a causal language model and write it again with "
-            "`save_pretrained`."
-        )
-        raise ConfigError(
-            f"{name}: the checkpoint {' and '.join(problems)}, so it is not a whole {type(model).__name__}. {remedy}"
-        )
-    return plan
 
 
 def _fill(

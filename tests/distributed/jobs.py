@@ -38,7 +38,7 @@ ENV = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a fork copies one thread
 }
 IMPORTS = [
-    *("mrpo_scale.run", "mrpo_scale.score", "mrpo_scale.inspection"),
+    *("mrpo_scale.commands.train", "mrpo_scale.commands.score", "mrpo_scale.commands.inspect_references"),
     *("deepspeed", "matplotlib.figure", "matplotlib.backends.backend_agg"),  # imported by functions of theirs
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "gpt_neox")),  # tests/tiny.py
 ]

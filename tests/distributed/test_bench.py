@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.bench.clock import PHASES
 from mrpo_scale.bench.command import bench
 from mrpo_scale.bench.show import gathered_mib
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.recipe import resource
+from mrpo_scale.config.recipe import resource
 from tests.distributed.jobs import Job
 from tests.tiny import pair_rows, write_models
 

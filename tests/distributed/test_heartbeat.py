@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mrpo_scale.errors import TrainingError
-from mrpo_scale.heartbeat import doing, heartbeat
-from mrpo_scale.preemption import EXIT_STATUS, Preempted
+from mrpo_scale.base.errors import EXIT_STATUS, Preempted, TrainingError
+from mrpo_scale.base.heartbeat import doing, heartbeat
 from tests.distributed.jobs import Job, Kill
 
 TIMEOUT = 3.0

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from mrpo_scale.window import WeightedPairs
+from mrpo_scale.data.window import WeightedPairs
 from tests.distributed.test_reference_scores import open_scores
 from tests.tiny import write_models
 

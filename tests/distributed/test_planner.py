@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.validate_planner import measure, worst_of_ranks, write_model
-from mrpo_scale.recipe import resource
+from mrpo_scale.config.recipe import resource
 
 # Odd sizes, so that ZeRO's and FSDP2's padding shows: weights with an odd side, vocabularies that two ranks do not divide.
 SIZES = {

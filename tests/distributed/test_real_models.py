@@ -17,14 +17,14 @@ import torch.distributed as dist
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrpo_scale.config import MRPOConfig
+from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data import find_layout, load_rows
-from mrpo_scale.models import plan_models
-from mrpo_scale.pair_batch import collate_pairs
+from mrpo_scale.data.tokenization import prepare_pairs
+from mrpo_scale.data.window import WindowSampler
+from mrpo_scale.logps.pair_batch import collate_pairs
+from mrpo_scale.models.plan import plan_models
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.references.sharding import ShardedReference
-from mrpo_scale.tokenization import prepare_pairs
-from mrpo_scale.window import WindowSampler
 from tests.distributed.pool import Pool
 
 ROOT = Path(__file__).parents[2]

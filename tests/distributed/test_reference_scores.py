@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from deepspeed import comm as deepspeed_comm
 
-from mrpo_scale.config import MRPOConfig
-from mrpo_scale.inputs import prepare_sets
-from mrpo_scale.models import plan_models
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.config.recipe import resource
+from mrpo_scale.data.inputs import prepare_sets
+from mrpo_scale.data.window import WeightedPairs
+from mrpo_scale.models.plan import plan_models
 from mrpo_scale.objective import Objective
-from mrpo_scale.recipe import resource
 from mrpo_scale.references.scores import ReferenceScores
-from mrpo_scale.window import WeightedPairs
 from tests.distributed.test_training import train
 from tests.tiny import pair_dataset, write_models
 

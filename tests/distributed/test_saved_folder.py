@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from mrpo_scale.config import MRPOConfig
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.recipe import resource
-from mrpo_scale.trainer import MRPOTrainer
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.config.recipe import resource
+from mrpo_scale.training.trainer import MRPOTrainer
 from tests.tiny import pair_dataset, write_models, write_wrapper
 
 

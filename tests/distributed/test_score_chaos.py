@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mrpo_scale.references import ahead
-from mrpo_scale.references.atomic import TEMPORARY
-from mrpo_scale.references.cache import PartWriter, ReferenceStore
-from mrpo_scale.references.identity import ReferenceIdentity
+from mrpo_scale.base.atomic_files import TEMPORARY
+from mrpo_scale.references import precompute as ahead
+from mrpo_scale.references.store.cache import PartWriter, ReferenceStore
+from mrpo_scale.references.store.identity import ReferenceIdentity
 from tests.distributed.jobs import Job, Kill
 from tests.tiny import pair_rows, write_models
 

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mrpo_scale.references import ahead, scores
-from mrpo_scale.references.cache import ReferenceStore, list_cache
-from mrpo_scale.references.identity import ReferenceIdentity
+from mrpo_scale.references import precompute as ahead
+from mrpo_scale.references import scores
+from mrpo_scale.references.store.cache import ReferenceStore, list_cache
+from mrpo_scale.references.store.identity import ReferenceIdentity
 from tests.distributed.jobs import ROOT, Job
 from tests.tiny import pair_rows, write_models
 from tests.tools import lacking

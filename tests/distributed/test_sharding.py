@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mrpo_scale.errors import ConfigError
-from mrpo_scale.pair_batch import collate_pairs
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.pair_batch import collate_pairs
+from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
+from mrpo_scale.logps.self_check import check_pair_scoring
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
-from mrpo_scale.self_check import check_pair_scoring
-from mrpo_scale.sequence_logps import enable_pair_scoring, score_pairs
-from mrpo_scale.tokenization import PairTokens
 from tests.distributed.pool import Pool, WorkerError
 from tests.tiny_types import tiny_model
 

@@ -5,11 +5,11 @@ import datetime
 import pytest
 import torch.distributed as dist
 
-from mrpo_scale import template_date
-from mrpo_scale.models import plan_models
+from mrpo_scale.lifecycle import template_date
+from mrpo_scale.models.plan import plan_models
 from tests.distributed.test_reference_scores import config
+from tests.lifecycle.test_template_date import DATED
 from tests.tiny import write_models
-from tests.unit.test_template_date import DATED
 
 BEFORE = datetime.date(2026, 11, 25)
 
@@ -20,6 +20,7 @@ def texts_of_rank(folders, output_dir):
     template_date._today = lambda: BEFORE + datetime.timedelta(days=dist.get_rank())
     try:
         args = config(output_dir)
+        template_date.decide_date(args)
         plan = plan_models(folders["llama"], [folders["qwen2"]], args, None)
         template_date.record_date(args, plan.dated, args.folder)
     finally:

@@ -12,8 +12,9 @@ from collections import Counter
 import pytest
 import torch
 
-from mrpo_scale import checkpoints
-from mrpo_scale.preemption import EXIT_STATUS, PREEMPTED, STOP
+from mrpo_scale.base.errors import EXIT_STATUS
+from mrpo_scale.lifecycle import checkpoints
+from mrpo_scale.lifecycle.preemption import PREEMPTED, STOP
 from tests.distributed.jobs import Job, Kill
 from tests.distributed.train_runs import (
     ROWS,

@@ -6,7 +6,7 @@ from itertools import groupby
 
 import pytest
 
-from mrpo_scale import checkpoints
+from mrpo_scale.lifecycle import checkpoints
 from tests.distributed.jobs import Job
 from tests.distributed.train_runs import ZERO3, final_log, read_lines, record, write_recipe
 

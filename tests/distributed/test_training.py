@@ -15,15 +15,14 @@ from deepspeed import comm as deepspeed_comm
 from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerCallback
 
-from mrpo_scale import checkpoints
-from mrpo_scale.config import MRPOConfig
-from mrpo_scale.errors import ConfigError, TrainingError
-from mrpo_scale.held_out import HeldOutScores
+from mrpo_scale.base.errors import ConfigError, Preempted, TrainingError
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.config.recipe import resource
+from mrpo_scale.lifecycle import checkpoints
 from mrpo_scale.objective import combine
-from mrpo_scale.preemption import Preempted
-from mrpo_scale.recipe import resource
 from mrpo_scale.references.placement import shard_group
-from mrpo_scale.trainer import MRPOTrainer
+from mrpo_scale.training.held_out import HeldOutScores
+from mrpo_scale.training.trainer import MRPOTrainer
 from tests.distributed.jobs import Job
 from tests.tiny import pair_dataset, pair_rows, write_models
 
@@ -198,11 +197,11 @@ def test_a_poisoned_row_is_named_in_one_process(folders, tmp_path):
 
 def pair_scoring_in_unequal_batches(folders):
     """Scoring when ranks need different numbers of forwards: rank 1 has one short pair, rank 0 several long ones."""
-    from mrpo_scale.pair_batch import collate_pairs
-    from mrpo_scale.references.scoring import Reference, SpreadScorer
+    from mrpo_scale.data.tokenization import PairTokens
+    from mrpo_scale.data.window import PairExample
+    from mrpo_scale.logps.pair_batch import collate_pairs
+    from mrpo_scale.references.live import Reference, SpreadScorer
     from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
-    from mrpo_scale.tokenization import PairTokens
-    from mrpo_scale.window import PairExample
 
     rank = dist.get_rank()
     device = torch.device("cpu")
@@ -230,12 +229,12 @@ def pair_scoring_in_unequal_batches(folders):
 
 def live_step_of_three(folders, shard_size):
     """One window scored by K=3: (calls of virtual_reference, gathers per reference, scores, scores one by one)."""
+    from mrpo_scale.data.tokenization import PairTokens
+    from mrpo_scale.data.window import PairExample
+    from mrpo_scale.logps.pair_batch import collate_pairs
     from mrpo_scale.objective import Objective
-    from mrpo_scale.pair_batch import collate_pairs
-    from mrpo_scale.references import scoring
+    from mrpo_scale.references import live as scoring
     from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
-    from mrpo_scale.tokenization import PairTokens
-    from mrpo_scale.window import PairExample
 
     calls = []
     fused = scoring.virtual_reference

@@ -113,7 +113,7 @@ def record(folder: str) -> Recorder:
     """Every micro-batch: its step, rows and loss; once per life: the state of the optimizer right before the first step."""
     from transformers import TrainerCallback
 
-    from mrpo_scale.trainer import MRPOTrainer
+    from mrpo_scale.training.trainer import MRPOTrainer
 
     recorder = Recorder(folder)
     compute_loss = MRPOTrainer.compute_loss
@@ -153,7 +153,7 @@ def record(folder: str) -> Recorder:
 
 def interrupt(folder: str, output_dir: str, how: str, step: int) -> None:
     """Record, and ask to stop once: `STOP` or SIGTERM while step ``step`` (from 0) runs, STOP amid the evaluation after it."""
-    from mrpo_scale.trainer import MRPOTrainer
+    from mrpo_scale.training.trainer import MRPOTrainer
 
     recorder = record(folder)
     measure, compute_loss, measured = MRPOTrainer.prediction_step, MRPOTrainer.compute_loss, []
@@ -221,7 +221,7 @@ def chaos(folder: str, die: tuple[int, int] | None = None) -> None:
         die: (rank, before which of its dealings with checkpoint files).
     """
     from mrpo_scale.references import scores
-    from mrpo_scale.trainer import MRPOTrainer
+    from mrpo_scale.training.trainer import MRPOTrainer
 
     recorder = record(folder)
     part_writer, compute_loss = scores.PartWriter, MRPOTrainer.compute_loss

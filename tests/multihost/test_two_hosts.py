@@ -9,7 +9,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from mrpo_scale.checkpoints import MARKER
+from mrpo_scale.lifecycle.checkpoints import MARKER
 from tests.distributed.jobs import ENV, Job
 from tests.multihost.hosts import ROOT, two_hosts, wait_until, why_not
 from tests.tiny import pair_rows, write_models

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mrpo_scale.cli import run_command
-from mrpo_scale.held_out import HeldOutScores
+from mrpo_scale.training.held_out import HeldOutScores
 from tests.safety.hostile import Trap, bounded
 
 
@@ -148,7 +148,7 @@ def test_reports_of_folders_that_others_made(case, place):
 
 
 def test_a_report_replaces_links_and_follows_none(place):
-    """A checkpoint folder without a number is none. What runs in the page: tests/unit/test_html_report.py."""
+    """A checkpoint folder without a number is none. What runs in the page: tests/reports/test_html_report.py."""
     folder, victim = theirs(place, LOG, {"name": "</script><script>alert(1)</script>"}), place.write("victim", "mine")
     place.write("theirs/checkpoint-evil/trainer_state.json", "{}")
     for name in ("report.html", "report.partial"):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mrpo_scale.recipe import read_recipe
+from mrpo_scale.config.recipe import read_recipe
 
 
 def laughs():

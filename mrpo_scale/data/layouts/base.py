@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from mrpo_scale.data.pairs import BadRow, PairOptions, PreferencePair
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.data_keys import PairOptions
+from mrpo_scale.data.pairs import BadRow, PreferencePair
 from mrpo_scale.data.ranking import Comparison
-from mrpo_scale.errors import ConfigError
 
 #: Where data sets keep the scores behind `chosen` and `rejected`: TRL and HuggingFaceH4 first, then argilla's spellings.
 SCORE_COLUMNS = (

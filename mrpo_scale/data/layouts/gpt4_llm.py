@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mrpo_scale.config.data_keys import PairOptions
 from mrpo_scale.data.layouts.base import RankedLayout, number
 from mrpo_scale.data.layouts.orca import join_input
 from mrpo_scale.data.messages import read_text
-from mrpo_scale.data.pairs import BadRow, PairOptions
+from mrpo_scale.data.pairs import BadRow
 from mrpo_scale.data.ranking import Answer, Comparison
 
 # The Alpaca prompt around an instruction: the chat templates of the models take its place.

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mrpo_scale.config.data_keys import PairOptions
 from mrpo_scale.data.layouts.base import RankedLayout, check_columns, number
 from mrpo_scale.data.messages import Message, read_text
-from mrpo_scale.data.pairs import BadRow, PairOptions
+from mrpo_scale.data.pairs import BadRow
 from mrpo_scale.data.ranking import Answer, Comparison
 
 # HelpSteer2 writes later turns into the prompt: "first\n<extra_id_1>Assistant\nanswer\n<extra_id_1>User\nsecond".

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mrpo_scale.config.data_keys import PairOptions
 from mrpo_scale.data.layouts.base import RankedLayout, number
 from mrpo_scale.data.layouts.hh_strings import read_transcript
 from mrpo_scale.data.messages import read_text
-from mrpo_scale.data.pairs import BadRow, PairOptions
+from mrpo_scale.data.pairs import BadRow
 from mrpo_scale.data.ranking import Answer, Comparison
 
 

@@ -1,0 +1,63 @@
+"""What the ranks of a run tell each other about themselves: whether one of them failed, and who has most to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mrpo_scale.base.errors import ConfigError, TrainingError
+
+T = TypeVar("T")
+
+
+def world_group() -> dist.ProcessGroup | None:
+    """The group of all ranks; None for a process that is alone. In this module None always means alone."""
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+@contextmanager
+def fail_together(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """An error on one rank of the group becomes an error on all: the others would wait for it in their next collective.
+
+    Raises:
+        ConfigError, TrainingError: on the ranks that had no error of their own, with that of the first that had.
+    """
+    try:
+        yield
+    except Exception as error:
+        all_say((isinstance(error, TrainingError), f"{type(error).__name__}: {' '.join(str(error).split())}"), group)
+        raise
+    for rank, report in enumerate(all_say(None, group)):
+        if report is not None:
+            where = "" if group is dist.group.WORLD else " of this shard group"
+            in_training, text = report
+            raise (TrainingError if in_training else ConfigError)(f"rank {rank}{where} failed: {text}")
+
+
+def all_say(mine: T, group: dist.ProcessGroup | None) -> list[T]:
+    """What each rank of the group says. Collective."""
+    everybody = [mine] * (1 if group is None else group.size())
+    if group is not None:
+        dist.all_gather_object(everybody, mine, group=group)
+    return everybody
+
+
+def from_first(mine: T, group: dist.ProcessGroup | None) -> T:
+    """What the first rank of the group says; the others' own is ignored. Collective."""
+    said = [mine]
+    if group is not None:
+        dist.broadcast_object_list(said, group=group, group_src=0)
+    return said[0]
+
+
+def agree_on_most(counts: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
+    """Element-wise maximum over the ranks of ``group``. Collective."""
+    if group is None:
+        return list(counts)
+    counts_N = torch.tensor(counts, device=device)
+    dist.all_reduce(counts_N, dist.ReduceOp.MAX, group=group)
+    return counts_N.tolist()

@@ -1,0 +1,1 @@
+"""`mrpo train`, `score`, `inspect`: from command-line words to a finished job."""

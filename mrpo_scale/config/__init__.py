@@ -1,0 +1,1 @@
+"""The keys of a run, recipes, and what a launcher may have done to them."""

@@ -1,0 +1,102 @@
+"""What the keys say about data, before any is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.untrusted import parse_json
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set as a recipe names it: its name, or a mapping of these keys."""
+
+    name: str
+    config: str | None = None
+    split: str | None = None
+    weight: float | None = None
+    layout: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What its rows are called in messages."""
+        parts = [part for part in (self.config, self.split) if part]
+        return f"{self.name} ({', '.join(parts)})" if parts else self.name
+
+
+#: One data set as typed.
+Entry = str | Mapping[str, Any] | DatasetSpec
+
+
+def parse_datasets(dataset_name: Entry | Sequence[Entry]) -> list[DatasetSpec]:
+    """``dataset_name`` as typed: a name, a mapping, a list of them, or mappings as JSON text (how the command line carries them).
+
+    Raises:
+        ConfigError: an unknown key, no name, a weight that is not above 0, or weights for some of the sets only.
+    """
+    entries = [dataset_name] if isinstance(dataset_name, (str, Mapping, DatasetSpec)) else list(dataset_name)
+    specs = [_parse(entry) for entry in entries]
+    without = [spec.name for spec in specs if spec.weight is None]
+    if len(specs) > 1 and 0 < len(without) < len(specs):
+        raise ConfigError(
+            f"`dataset_name`: `{without[0]}` has no `weight` but others have; give all of them one, or none."
+        )
+    return specs
+
+
+def _parse(entry: Entry) -> DatasetSpec:
+    if isinstance(entry, DatasetSpec):
+        return entry
+    values: Any = entry
+    if isinstance(entry, str):
+        try:
+            values = parse_json(entry) if entry.lstrip().startswith("{") else {"name": entry}
+        except ValueError as error:
+            raise ConfigError(f"`dataset_name: {entry}` is not a name nor a JSON mapping: {error}.") from None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"`dataset_name: {entry}` must be a name or a mapping, got {type(entry).__name__}.")
+    known = [field.name for field in fields(DatasetSpec)]
+    unknown = sorted(set(values) - set(known))
+    if unknown or not values.get("name"):
+        problem = f"unknown key `{unknown[0]}`" if unknown else "key `name` is missing"
+        raise ConfigError(f"`dataset_name: {dict(values)}`: {problem}; known keys are {', '.join(known)}.")
+    for key in known:
+        if key != "weight" and not isinstance(values.get(key), (str, type(None))):
+            raise ConfigError(f"`dataset_name: {dict(values)}`: `{key}: {values[key]!r}` must be text.")
+    weight = values.get("weight")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0):
+        raise ConfigError(f"`dataset_name: {dict(values)}`: `weight: {weight}` must be a number above 0.")
+    return DatasetSpec(**values)
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """How ranked or scored answers become pairs. All of it is part of the cache keys.
+
+    Args:
+        ranked_pairs: ``all`` (every two answers of a prompt), ``best_vs_random`` or ``best_vs_worst`` (one pair per prompt).
+        score_columns: the numbers whose sum ranks single answers (layout ``helpsteer``).
+        seed: of the random answer. Each prompt draws from its own stream, so neither order nor processes change it.
+    """
+
+    ranked_pairs: str = "all"
+    score_columns: tuple[str, ...] = ("helpfulness",)
+    seed: int = 42
+
+
+RANKED_PAIRS = ("all", "best_vs_random", "best_vs_worst")
+
+
+#: For models without a chat template.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + '\\n\\n' }}"
+    "{% else %}{{ raise_exception('the plain template has no ' + message['role'] + ' turns') }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)

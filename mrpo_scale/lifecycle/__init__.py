@@ -1,0 +1,1 @@
+"""Where a run starts, stops and goes on: checkpoints, resume, preemption."""

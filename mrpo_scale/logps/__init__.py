@@ -1,0 +1,1 @@
+"""(model, batch of pairs) to log-probs [P, 2]."""

@@ -1,0 +1,193 @@
+"""(model, batch of pairs) -> log-probs [P, 2]: one pass of the model's body over the pairs, then the fused head.
+
+A causal LM from transformers is given, in place, a forward that also takes ``pairs=PairBatch`` and returns log-probs instead of
+logits. In place, because wrapping the policy in another module would change its state-dict names; as its own forward, because
+ZeRO-3, FSDP2 and accelerate hang their gathers and hooks on exactly that call, and on the call of the module that owns the head's
+weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+from typing import Any, cast
+
+import torch
+from mrpo_kernels import LinearPreferenceLoss, linear_preference_loss, sequence_logps
+from mrpo_kernels.cpu_linear import CpuLinear, has_fast_products
+from mrpo_kernels.linear_preference_loss import LossOfPairs
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.logps.logit_transform import logit_transform
+from mrpo_scale.logps.pair_batch import (
+    SHARED_PROMPT_MODELS,
+    PairBatch,
+    attention_inputs,
+    supports_end_to_end,
+    supports_shared_prompt,
+)
+from mrpo_scale.logps.span_attention import SPAN_ATTENTION
+
+logger = logging.getLogger(__name__)
+
+
+class FusedHead(nn.Linear):
+    """A model's output head that, given labels, returns log-probs of whole responses. Without labels it is ``nn.Linear``."""
+
+    softcap: float | None
+    logit_scale: float
+    impl: str
+    tap: Any = None  #: what the self-check looks through while it runs
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        labels_T: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        loss_of_pairs: LossOfPairs | None = None,
+    ) -> Tensor | LinearPreferenceLoss:
+        if labels_T is None or cu_seqlens is None:
+            logits = super().forward(hidden)
+            return logits if self.tap is None else self.tap.plain(hidden, logits)
+        return self._score(hidden, labels_T, cu_seqlens, loss_of_pairs)
+
+    @torch.compiler.disable  # large products in chunks whose number depends on the batch: nothing to fuse, much to recompile
+    def _score(
+        self, hidden: Tensor, labels_T: Tensor, cu_seqlens: Tensor, loss_of_pairs: LossOfPairs | None
+    ) -> Tensor | LinearPreferenceLoss:
+        if self.tap is not None:
+            self.tap.scored(hidden)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if weight.dtype != hidden.dtype:  # under autocast the body is bf16 and the head's master weight float32
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        options: Any = {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        if loss_of_pairs is not None:
+            return linear_preference_loss(hidden, weight, labels_T, cu_seqlens, loss_of_pairs, **options)
+        return sequence_logps(hidden, weight, labels_T, cu_seqlens, impl=self.impl, **options)
+
+
+def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -> None:
+    """Give ``model``, in place, a forward that takes ``pairs=``; every other call is what it was.
+
+    Args:
+        name: how errors call the model.
+        impl: of the head: ``auto``, ``triton`` or ``torch``.
+
+    Raises:
+        ConfigError: the model has no plain linear output head, or no body of its own.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is FusedHead:
+        return
+    if type(head) is not nn.Linear:
+        raise ConfigError(
+            f"{name} ({type(model).__name__}): its output head is {type(head).__name__}, not a plain linear layer, "
+            "so its log-probs cannot be computed here; choose a causal language model with a linear head."
+        )
+    body_of(model)
+    head.__class__ = FusedHead
+    fused = cast(FusedHead, head)
+    fused.softcap, fused.logit_scale = logit_transform(model.config)
+    fused.impl = impl
+    if has_fast_products():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = CpuLinear
+    plain_forward = model.forward
+
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        pairs: PairBatch | None = None,
+        with_head: bool = True,
+        loss_of_pairs: LossOfPairs | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if pairs is None:
+            return plain_forward(*args, **kwargs)
+        hidden_TD = _response_hidden(self, pairs)
+        if not with_head:
+            return hidden_TD
+        scored = self.get_output_embeddings()(hidden_TD, pairs.labels_T, pairs.cu_seqlens, loss_of_pairs)
+        return scored.view(-1, 2) if loss_of_pairs is None else scored
+
+    model.forward = types.MethodType(forward, model)
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The module of a causal LM that makes hidden states of tokens, everything but the head.
+
+    Raises:
+        ConfigError: it cannot be told which of the model's modules that is.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    # A class may name a prefix that it does not have (Llama 4's text model): then its only part that is a model.
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    if len(parts) != 1:
+        raise ConfigError(
+            f"{type(model).__name__} has {len(parts)} parts that could be its body, not one, so its log-probs cannot be computed "
+            "here; choose another model."
+        )
+    return parts[0]
+
+
+def _response_hidden(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
+    hidden_BLD = body_of(model)(
+        input_ids=pairs.input_ids_BL,
+        position_ids=pairs.position_ids_BL,
+        use_cache=False,
+        **attention_inputs(pairs, model.config, model.dtype),
+    ).last_hidden_state
+    # Only the positions that predict a response token reach the head.
+    return hidden_BLD.flatten(0, 1).index_select(0, pairs.logit_index_T)
+
+
+def choose_shared_prompt(setting: str, config: PretrainedConfig, name: str) -> bool:
+    """Resolve ``shared_prompt: auto|true|false`` for one model and log the choice once.
+
+    Raises:
+        ConfigError: ``true`` for a model type or attention that cannot be masked per pair.
+    """
+    supported = supports_shared_prompt(config)
+    if setting == "true" and not supported:
+        raise ConfigError(
+            f"`shared_prompt: true` does not work for {name} ({config.model_type} under {config._attn_implementation} attention): "
+            f"it is tested for {', '.join(SHARED_PROMPT_MODELS)} under sdpa and eager. Use `shared_prompt: auto`."
+        )
+    shared = supported and setting != "false"
+    way = "one forward over prompt, chosen and rejected" if shared else "two sequences per pair"
+    logger.info("%s (%s, %s attention): %s", name, config.model_type, config._attn_implementation, way)
+    return shared
+
+
+def choose_end_to_end(model: PreTrainedModel, device: torch.device, *, compiled: bool = False) -> bool:
+    """Whether ``model``'s batches should be laid end to end: under flash-attention, and under sdpa on a CPU, where ``model`` is
+    given the attention that goes span by span. Not when it will be compiled, which lengths that change with every batch undo."""
+    config = model.config
+    if (
+        device.type == "cpu"
+        and config._attn_implementation == "sdpa"
+        and supports_shared_prompt(config)
+        and not compiled
+    ):
+        model.set_attn_implementation(SPAN_ATTENTION)
+    return supports_end_to_end(config)
+
+
+def score_pairs(model: nn.Module, pairs: PairBatch) -> Tensor:
+    """Log-probs [P, 2] (chosen, rejected) in float32. ``model`` may be wrapped (DeepSpeed, DDP, FSDP2)."""
+    return model(pairs=pairs)
+
+
+def preference_step(model: nn.Module, pairs: PairBatch, loss_of_pairs: LossOfPairs) -> LinearPreferenceLoss:
+    """(loss, policy_logps_P2) with the head's gradients made in the forward: see ``linear_preference_loss``."""
+    return LinearPreferenceLoss(*model(pairs=pairs, loss_of_pairs=loss_of_pairs))
+
+
+def response_hidden(model: nn.Module, pairs: PairBatch) -> Tensor:
+    """Hidden states [T, D] that predict the response tokens: the model's body without its head. ``model`` may be wrapped."""
+    return model(pairs=pairs, with_head=False)

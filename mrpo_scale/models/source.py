@@ -1,0 +1,256 @@
+"""Where a model comes from, and whatever can be known of it before its weights load."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mrpo_scale.base.errors import ConfigError, one_line
+from mrpo_scale.base.ranks import fail_together
+from mrpo_scale.base.untrusted import read_json
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ReferenceSource:
+    """Where a reference comes from. ``path`` is a local folder, or a hub id with an optional ``revision``."""
+
+    name: str
+    path: str
+    revision: str | None = None
+    dtype: torch.dtype = torch.float32
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+
+
+def check_source(source: ReferenceSource) -> PretrainedConfig:
+    """Whatever can be known of a model before its weight files are opened. Runs no code of the model's unless the user agreed.
+
+    Raises:
+        ConfigError: see :func:`check_config` and :func:`check_weight_files`.
+    """
+    config = check_config(source)
+    check_weight_files(source)
+    return config
+
+
+def check_weight_files(source: ReferenceSource) -> None:
+    """Raises ConfigError where a folder that nothing more comes to lacks a complete set of safetensors files. Opens none."""
+    folder = folder_at_hand(source)
+    if folder is not None:
+        weight_files(folder, source.name)
+
+
+def check_config(source: ReferenceSource) -> PretrainedConfig:
+    """The model's config, if it is one that can be used here; only config.json is read.
+
+    Raises:
+        ConfigError: no config, code outside transformers without consent, not a causal language model, quantized, or stored in a
+            layout that only ``from_pretrained`` can convert.
+    """
+    name = source.name
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
+    except (OSError, ValueError, RecursionError) as error:
+        remedy = (
+            "get the model again"
+            if Path(source.path).is_dir()
+            else (
+                "there is no such folder here, so it was looked for on the hub; correct `model_name_or_path` or `ref_models`, or "
+                "download the model where there is a network"
+            )
+        )
+        raise ConfigError(
+            f"{name}: no config.json could be read from `{source.path}` ({one_line(error)}): {remedy}."
+        ) from error
+    if not raw or not isinstance(raw, dict):
+        raise ConfigError(f"{name}: `{source.path}` holds no config.json; name a model folder or a hub id.")
+    model_type = raw.get("model_type")
+    own_code = "auto_map" in raw and source.trust_remote_code
+    if model_type not in CONFIG_MAPPING and not own_code:
+        raise ConfigError(
+            f"{name}: model type {model_type!r} is not part of transformers, so {source.path} needs code of its own. Read that "
+            "code, then set `trust_remote_code: true` for it, or choose another model."
+        )
+    if "quantization_config" in raw:
+        settings = raw["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise ConfigError(
+            f"{name}: {source.path} is quantized ({method}); name the unquantized model it was made from."
+        )
+    if not own_code and any(
+        isinstance(c, WeightConverter) for c in get_checkpoint_conversion_mapping(model_type) or []
+    ):
+        raise ConfigError(
+            f"{name}: model type {model_type!r} keeps its weights on disk in another layout than in memory, as mixtures of experts "
+            "do, and cannot be read in shards; choose a dense model."
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (StrictDataclassError, OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{name}: transformers cannot read config.json of `{source.path}`: {one_line(error)}; get the model again."
+        ) from error
+    own_kernel = str(config._attn_implementation or "")
+    if "/" in own_kernel and source.attn_implementation is None:
+        raise ConfigError(
+            f"{name}: config.json of `{source.path}` asks for attention code from the hub ({own_kernel}), which would run here; "
+            "set `attn_implementation` for this model, to sdpa or to that name if you trust it."
+        )
+    own_class = own_code and "AutoModelForCausalLM" in raw["auto_map"]
+    if not own_class and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
+    return config
+
+
+def check_weights(folder: Path, config: PretrainedConfig, name: str) -> list[Path]:
+    """The safetensors files of a model folder, whose headers are whole and hold enough for what config.json says. Otherwise a
+    config of two lines has any amount of memory allocated, or layers built for ever.
+
+    Raises:
+        ConfigError: see also :func:`weight_files`.
+    """
+    files = weight_files(folder, name)
+    tensors, elements = 0, 0
+    for file in files:
+        with open_weights(file, name) as stored:
+            shapes = [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118 (no mapping)
+        tensors += len(shapes)
+        elements += sum(math.prod(shape) for shape in shapes)
+    text_config = config.get_text_config()
+    said = (getattr(text_config, key, 0) for key in ("hidden_size", "vocab_size", "num_hidden_layers"))
+    hidden, vocabulary, layers = (
+        value if isinstance(value, int) else 0 for value in said
+    )  # code of its own may say lists
+    if hidden * vocabulary > elements or layers > tensors:
+        raise ConfigError(
+            f"{name}: config.json in {folder} speaks of {layers} layers, {hidden} features and {vocabulary} tokens, but its weight "
+            f"files hold {tensors} tensors of {elements} numbers in all; the two do not belong together, get the model again."
+        )
+    return files
+
+
+def folder_at_hand(source: ReferenceSource) -> Path | None:
+    """The folder whose files are final: a local one, or a hub snapshot when nothing more can be downloaded."""
+    if Path(source.path).is_dir():
+        return Path(source.path)
+    if is_offline_mode():
+        return snapshot(source, local_files_only=True)
+    return None
+
+
+def local_folder(source: ReferenceSource, group: dist.ProcessGroup | None) -> Path:
+    """The folder of the weights. A hub id is downloaded by one rank of each node, while the group waits. Collective."""
+    if Path(source.path).is_dir():
+        return Path(source.path)
+    downloads = group is None or group.rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
+    with fail_together(group):
+        if downloads:
+            snapshot(source, local_files_only=False)
+    with fail_together(group):
+        return snapshot(source, local_files_only=True)
+
+
+def snapshot(source: ReferenceSource, *, local_files_only: bool) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                source.path,
+                revision=source.revision,
+                allow_patterns=["*.safetensors", "*.json"],
+                ignore_patterns=["consolidated*", "*/*"],  # second copies of the weights for other programs
+                local_files_only=local_files_only,
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"{source.name}: `{source.path}` is neither a folder nor in the hub cache, and it cannot be downloaded now; download "
+            "it where there is a network, or give its folder."
+        ) from error
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a model folder, all there."""
+    if (folder / "adapter_config.json").is_file():
+        # Also beside whole weights: `from_pretrained` then loads another model, the one that the adapter's config names.
+        raise ConfigError(
+            f"{name}: {folder} holds a PEFT adapter (adapter_config.json), not a whole model alone; merge it "
+            "(`merge_and_unload`) and save the result."
+        )
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if (folder / _INDEX).is_file():
+        files = sorted({folder / file for file in _listed_files(folder / _INDEX, name)})
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise ConfigError(
+                f"{name}: {len(absent)} of {len(files)} weight files that {_INDEX} lists are missing in {folder}: "
+                f"{some(absent)}; copy or download the folder again."
+            )
+        return files
+    others = sorted(p.name for ext in ("bin", "pt", "pth", "ckpt", "h5", "gguf") for p in folder.glob(f"*.{ext}"))
+    raise ConfigError(
+        f"{name}: no safetensors in {folder}"
+        + (f" (found {some(others)})" if others else "")
+        + f"; write them once with AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)."
+    )
+
+
+def _listed_files(index: Path, name: str) -> set[str]:
+    """The file names in an index, which are names of files beside it and nothing else."""
+    remedy = "get the model again"
+    try:
+        listing = read_json(index)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {index} {error}; {remedy}.") from error
+    weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
+    listed = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not listed or not all(isinstance(file, str) for file in listed):
+        raise ConfigError(f"{name}: {index} has no `weight_map` of tensors to file names; {remedy}.")
+    outside = [file for file in listed if Path(file).name != file or "\0" in file]
+    if outside:
+        raise ConfigError(
+            f"{name}: {index} lists the weight file {outside[0]!r}, which is not the name of a file in its folder, so it is not "
+            "read; put the weights beside it and correct the entry."
+        )
+    return set(listed)
+
+
+def open_weights(file: Path, name: str) -> Any:
+    """An open safetensors file. Raises ConfigError where its header is not one, or not of a file of this size."""
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{name}: {file} is not a whole safetensors file ({one_line(error)}); copy it again."
+        ) from error
+
+
+def num_parameters(folder: Path, name: str) -> int:
+    """Elements of all tensors on disk, from the headers of the safetensors files."""
+    total = 0
+    for file in weight_files(folder, name):
+        with open_weights(file, name) as tensors:
+            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 (no mapping)
+    return total
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")

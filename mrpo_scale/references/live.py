@@ -1,0 +1,282 @@
+"""Score the pairs of a window with live references: examples -> ref_logps [references, P, 2], or what they combine to.
+
+:class:`SpreadScorer`: each rank scores its own pairs. One reference after the other runs its body over the window and leaves the
+hidden states of its response positions; then the output heads are gathered together and one ``virtual_reference`` call turns the
+hidden states of all of them into their virtual reference. :class:`PartitionScorer`: the ranks of a reference score everybody's
+pairs; row numbers go out and scores come back, nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from mrpo_kernels import CombinedReferences, sequence_logps, virtual_reference
+from torch import Tensor
+
+from mrpo_scale.base.ranks import agree_on_most, world_group
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.data.window import PairExample, TokenizedPairs
+from mrpo_scale.logps.pair_batch import PairBatch, segment_length
+from mrpo_scale.logps.pair_forward import FusedHead
+from mrpo_scale.models.plan import PlannedReference
+from mrpo_scale.objective import Objective, combine
+from mrpo_scale.references.placement import Placement
+from mrpo_scale.references.sharding import ShardedReference
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A loaded reference and how it reads pairs."""
+
+    name: str
+    model: ShardedReference
+    view: int  #: which of an example's token views is this model's
+    pad_token_id: int
+
+    def batch(self, pairs: Sequence[PairTokens]) -> PairBatch:
+        return self.model.batch(pairs, self.pad_token_id)
+
+    def batches(self, pairs: Sequence[PairTokens], tokens_per_forward: int) -> list[PairBatch]:
+        """``pairs``, in their order, as batches of at most ``tokens_per_forward`` padded tokens or of one pair."""
+        lengths = segment_lengths(pairs, self.model.shared_prompt)
+        parts = cut_by_tokens(lengths, self.model.shared_prompt, tokens_per_forward)
+        return [self.batch(pairs[part]) for part in parts]
+
+
+def load_reference(planned: PlannedReference, group: dist.ProcessGroup | None, args: MRPOConfig) -> Reference:
+    """A reference on this rank's shard group. Collective over the group. Raises as :class:`ShardedReference` does."""
+    model = ShardedReference(
+        planned.source, group, args.device, shared_prompt=args.shared_prompt, offload=args.ref_offload
+    )
+    return Reference(planned.name, model, planned.view, planned.pad_token_id)
+
+
+@dataclass(frozen=True)
+class _Scorable:
+    """A window as one reference's head takes it."""
+
+    hidden_TD: Tensor
+    head: FusedHead
+    labels_T: Tensor
+    cu_seqlens: Tensor
+
+
+class SpreadScorer:
+    """K references on this rank's shard group. Collective: every rank of the group calls each method equally often.
+
+    Args:
+        references: {k: reference}; those whose scores are all cached are left out.
+        tokens_per_forward: most padded tokens of one no-grad forward. A window within it takes one forward, so one gather of the
+            weights, per reference; a larger one takes as many as its size asks for.
+    """
+
+    def __init__(self, references: Mapping[int, Reference], *, tokens_per_forward: int, impl: str = "auto") -> None:
+        self.references = dict(references)
+        self.tokens_per_forward, self.impl = tokens_per_forward, impl
+        self._most_forwards = 1
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int]) -> Tensor:
+        """Raw log-probs [len(which), P, 2] float32 of this rank's P >= 0 examples, in their order, by the references ``which``."""
+        with self._scorable(examples, which) as (references, places_P):
+            logps_K = [
+                sequence_logps(
+                    *(r.hidden_TD, r.head.weight, r.labels_T, r.cu_seqlens),
+                    bias=r.head.bias,
+                    softcap=r.head.softcap,
+                    logit_scale=r.head.logit_scale,
+                    impl=self.impl,
+                )
+                for r in references
+            ]
+        return torch.stack(logps_K).view(len(which), -1, 2)[:, places_P]
+
+    @torch.no_grad()
+    def combined(
+        self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int], objective: Objective
+    ) -> CombinedReferences:
+        """The virtual reference of these examples in one call, by ``which``, all of a run's references. Else as :meth:`score`."""
+        with self._scorable(examples, which) as (references, places_P):
+            combined = virtual_reference(
+                [r.hidden_TD for r in references],
+                [r.head.weight for r in references],
+                [r.labels_T for r in references],
+                [r.cu_seqlens for r in references],
+                bias=[r.head.bias for r in references],
+                softcap=[r.head.softcap for r in references],
+                logit_scale=[r.head.logit_scale for r in references],
+                **objective.modes,
+                impl=self.impl,
+            )
+        return combined[places_P]
+
+    @contextmanager
+    def _scorable(
+        self, examples: Sequence[PairExample], which: Sequence[int]
+    ) -> Iterator[tuple[list[_Scorable], Tensor]]:
+        """Of each reference what its head takes, all heads gathered; and each example's place in them."""
+        references = [self.references[k] for k in which]
+        # One order for all references, so that pair p is the same pair in each; longest first, so that neighbours pad little. Of
+        # all texts, not of those read by ``which``: a resumed run may find one reference's scores in the cache and not another's,
+        # and must score that one's pairs beside the same neighbours.
+        order = sorted(range(len(examples)), key=lambda i: -sum(map(_length, examples[i].tokens)))
+        batches_K = [
+            r.batches([examples[i].tokens[r.view] for i in order], self.tokens_per_forward) for r in references
+        ]
+        hidden_K = [
+            _run_body(reference, batches, forwards)
+            for reference, batches, forwards in zip(
+                references, batches_K, self._forwards(references, batches_K), strict=True
+            )
+        ]
+        places_P = torch.tensor(order, device=hidden_K[0].device, dtype=torch.long).argsort()
+        with ExitStack() as gathered:
+            heads = [gathered.enter_context(r.model.gathered_head()) for r in references]
+            yield (
+                [
+                    _Scorable(hidden_TD, head, _joined_labels(batches, hidden_TD), _joined_seqlens(batches, hidden_TD))
+                    for hidden_TD, head, batches in zip(hidden_K, heads, batches_K, strict=True)
+                ],
+                places_P,
+            )
+
+    def _forwards(self, references: Sequence[Reference], batches_K: Sequence[list[PairBatch]]) -> list[int]:
+        """Forwards per reference that the busiest rank of the group needs; all ranks run that many."""
+        model = references[0].model
+        counts = agree_on_most([len(batches) for batches in batches_K], model.group, model.device)
+        if max(counts) > self._most_forwards:
+            self._most_forwards = max(counts)
+            logger.info(
+                "a window is larger than ref_tokens_per_forward: %d, so a reference takes %d forwards, each of which gathers it",
+                self.tokens_per_forward,
+                self._most_forwards,
+            )
+        return counts
+
+
+class PartitionScorer:
+    """References that lie on different ranks. Collective over the world.
+
+    Args:
+        held: {k: reference} of which this rank holds a part.
+    """
+
+    def __init__(
+        self,
+        held: Mapping[int, Reference],
+        placement: Placement,
+        device: torch.device,
+        *,
+        tokens_per_forward: int,
+        impl: str = "auto",
+    ) -> None:
+        self.references, self.placement, self.device = dict(held), placement, device
+        self.tokens_per_forward, self.impl = tokens_per_forward, impl
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int]) -> Tensor:
+        """As :meth:`SpreadScorer.score`; all ranks score rows of the same ``pairs``, from which the rows of others are read."""
+        own = np.array([example.row for example in examples], dtype=np.int64)
+        rows = self._everybodys_rows(own)
+        scores_KU2 = torch.zeros(len(which), len(rows), 2, device=self.device)
+        for i, k in enumerate(which):
+            if k in self.references:
+                ranks = self.placement.ranks(k)
+                lengths = pairs.lengths[rows, self.references[k].view].sum(-1)
+                # Dealt out longest first, so that every rank gets the like.
+                mine = np.argsort(-lengths, kind="stable")[ranks.index(self.rank) :: len(ranks)]
+                tokens = [pairs.tokens(int(row))[self.references[k].view] for row in rows[mine]]
+                for part, logps_P2 in score_in_step(self.references[k], tokens, self.tokens_per_forward):
+                    scores_KU2[i, mine[part]] = logps_P2
+        if dist.is_initialized():
+            dist.all_reduce(scores_KU2)  # one rank wrote each entry, the others add zeros: exact
+        return scores_KU2[:, np.searchsorted(rows, own)]
+
+    def combined(
+        self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int], objective: Objective
+    ) -> CombinedReferences:
+        """As :meth:`SpreadScorer.combined`, from log-probs."""
+        return combine(self.score(examples, pairs, which), objective, self.impl)
+
+    def _everybodys_rows(self, own: np.ndarray) -> np.ndarray:
+        """Row numbers of all ranks' examples, each once, ascending. Ranks may have different numbers of examples."""
+        if not dist.is_initialized():
+            return np.unique(own)
+        (most,) = agree_on_most([len(own)], world_group(), self.device)
+        padded = torch.full((most,), -1, dtype=torch.long, device=self.device)
+        padded[: len(own)] = torch.from_numpy(own)
+        everybody = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+        dist.all_gather(everybody, padded)
+        rows = np.unique(torch.cat(everybody).cpu().numpy())
+        return rows[rows >= 0]
+
+
+@torch.no_grad()
+def score_in_step(
+    reference: Reference, pairs: Sequence[PairTokens], tokens_per_forward: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Forward by forward: which of the n >= 0 pairs, and their log-probs [.., 2]. Longest first, to pad little.
+
+    Collective over the reference's shard group: as many forwards as its busiest rank needs.
+    """
+    model = reference.model
+    parts = cut_by_tokens(segment_lengths(pairs, model.shared_prompt), model.shared_prompt, tokens_per_forward)
+    (forwards,) = agree_on_most([len(parts)], model.group, model.device)
+    for part in [*parts, *[None] * (forwards - len(parts))]:
+        logps_P2 = model.score(None if part is None else reference.batch(pairs[part]))
+        if part is not None:
+            yield part, logps_P2
+
+
+def _run_body(reference: Reference, batches: Sequence[PairBatch], forwards: int) -> Tensor:
+    """Hidden states [T, D] of the window's response positions, pair after pair."""
+    # A rank that is through with its own rows still takes part in the gathers of its group.
+    padded = [*batches, *[None] * (max(forwards, 1) - len(batches))]
+    return torch.cat([reference.model.response_hidden(batch) for batch in padded])
+
+
+def _length(pair: PairTokens) -> int:
+    return segment_length(pair, shared_prompt=True)
+
+
+def segment_lengths(pairs: Sequence[PairTokens], shared_prompt: bool) -> list[int]:
+    """:func:`~mrpo_scale.logps.pair_batch.segment_length` of each."""
+    return [segment_length(pair, shared_prompt) for pair in pairs]
+
+
+def cut_by_tokens(lengths: Sequence[int], shared_prompt: bool, tokens_per_forward: int) -> list[slice]:
+    """Consecutive parts of pairs of these segment lengths, each of at most ``tokens_per_forward`` padded tokens or of one pair."""
+    if not lengths:
+        return []
+    starts, tokens, widest = [0], 0, 0
+    for i, length in enumerate(lengths):
+        widest = max(widest, length)
+        # Shared-prompt pairs are packed, so they cost their own length; separate rows are padded to the widest.
+        size = tokens + length if shared_prompt else 2 * widest * (i + 1 - starts[-1])
+        if size > tokens_per_forward and i > starts[-1]:
+            starts.append(i)
+            tokens, widest = 0, length
+        tokens += length
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+
+
+def _joined_labels(batches: Sequence[PairBatch], hidden_TD: Tensor) -> Tensor:
+    """[T] labels of all responses, batch after batch."""
+    return torch.cat([torch.zeros(0, dtype=torch.long, device=hidden_TD.device), *(b.labels_T for b in batches)])
+
+
+def _joined_seqlens(batches: Sequence[PairBatch], hidden_TD: Tensor) -> Tensor:
+    """[2P+1] boundaries of all responses, batch after batch."""
+    start = torch.zeros(1, dtype=torch.int32, device=hidden_TD.device)
+    lengths = torch.cat([start, *(batch.cu_seqlens.diff() for batch in batches)])
+    return lengths.cumsum(0).to(torch.int32)

@@ -1,0 +1,1 @@
+"""The score cache on disk: what a reference is, its part files, and who may read them."""

@@ -1,0 +1,51 @@
+"""What MRPOTrainer is called with: arguments as TRL has them, and values that only look like ours, in one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mrpo_scale.base.errors import refuse
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.training.preflight import check_evaluation, preflight
+
+#: Arguments of TRL's DPOTrainer that have no counterpart, and what to do instead. None, their default, asks for nothing.
+TRL_ARGUMENTS = {
+    "ref_model": "name the references in `ref_models`, a list; the policy's own starting weights are one already",
+    "peft_config": "this project finetunes all weights, leave it out",
+    "quantization_config": "this project finetunes all weights, leave it out",
+    "tokenizer": "its name is `processing_class`",
+}
+
+
+def check_arguments(
+    model: Any, ref_models: Any, args: Any, eval_dataset: Any, kwargs: dict[str, Any]
+) -> tuple[Sequence[str | Mapping[str, Any]], MRPOConfig]:
+    """The references and the configuration, checked before anything loads. TRL's arguments that ask for nothing leave ``kwargs``.
+
+    Raises:
+        ConfigError: all that cannot be used, each with its remedy; then what preflight.py finds.
+    """
+    problems = [
+        f"`{key}` is an argument of TRL's: {remedy}"
+        for key, remedy in TRL_ARGUMENTS.items()
+        if kwargs.pop(key, None) is not None
+    ]
+    if args is None:
+        args = MRPOConfig()
+    elif not isinstance(args, MRPOConfig):
+        problems.append(
+            f"`args` is a {type(args).__name__}; make an MRPOConfig, which takes the keys of transformers' TrainingArguments and "
+            "most of TRL's DPOConfig (docs/from_trl.md)"
+        )
+    if isinstance(ref_models, (str, Mapping)):
+        ref_models = [ref_models]
+    elif ref_models is not None and not isinstance(ref_models, Sequence):
+        problems.append(f"`ref_models` is a {type(ref_models).__name__}; give a list of names")
+    if hasattr(model, "peft_config"):
+        problems.append("`model` has a PEFT adapter: call its merge_and_unload() first, all weights are finetuned here")
+    refuse(problems)
+    own_optimizer = any(kwargs.get("optimizers") or ()) or kwargs.get("optimizer_cls_and_kwargs") is not None
+    preflight(args, ref_models or (), own_optimizer=own_optimizer)
+    check_evaluation(args, eval_dataset)
+    return ref_models or (), args

@@ -1,0 +1,85 @@
+"""Every causal type of the installed transformers: right, or refused in one line; as policy without dropout and as reference."""
+
+import logging
+from collections import Counter
+
+import torch
+
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.pair_batch import collate_pairs
+from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring, score_pairs
+from mrpo_scale.logps.self_check import check_pair_scoring
+from mrpo_scale.models.plan import disable_dropout
+from tests.tiny_types import causal_types, tiny_model
+
+CPU = torch.device("cpu")
+DROPOUT = 0.1
+
+
+def random_pairs(lengths):
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(count):
+        return torch.randint(10, 90, (count,), generator=generator).tolist()
+
+    return [PairTokens(ids(a), ids(b), ids(c)) for a, b, c in lengths]
+
+
+# Prompts and responses longer and shorter than the tiny models' windows, and rows that are mostly padding.
+PAIRS = random_pairs([(23, 17, 25), (3, 5, 2), (30, 1, 6), (12, 12, 13)])
+
+
+@torch.no_grad()
+def plain_logps(model):
+    """[P, 2] of ordinary forwards of single texts without padding."""
+    values = []
+    for pair in PAIRS:
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            text = torch.tensor([pair.prompt_ids + response])
+            logps_LV = model(input_ids=text, use_cache=False).logits[0].double().log_softmax(-1)
+            rows = torch.arange(len(response)) + len(pair.prompt_ids) - 1
+            values.append(logps_LV[rows, torch.tensor(response)].sum())
+    return torch.stack(values).view(-1, 2)
+
+
+def relative(got_P2, expected_P2):
+    return ((got_P2.double() - expected_P2) / expected_P2).abs().max().item()
+
+
+@torch.no_grad()
+def tried(model, name):
+    """(outcome, what is said of it) of one model."""
+    expected_P2 = plain_logps(model)
+    try:
+        enable_pair_scoring(model, name)
+        layout = {"shared_prompt": choose_shared_prompt("auto", model.config, name)}
+        layout["end_to_end"] = choose_end_to_end(model, CPU)
+        disable_dropout(model)
+        check_pair_scoring(model, name, **layout, device=CPU, train_equals_eval=True)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return "refused", str(error).partition("): ")[2][:110]
+    pairs = collate_pairs(PAIRS, **layout)
+    evaluated_P2 = score_pairs(model.eval(), pairs)
+    trained_P2 = score_pairs(model.train(), pairs)
+    off, train_off = relative(evaluated_P2, expected_P2), relative(trained_P2, evaluated_P2.double())
+    outcome = "exact" if off < 1e-5 and train_off <= 1e-5 else "wrong"
+    return outcome, f"reference {off:.0e}, train mode {train_off:.0e}"
+
+
+def test_every_type_is_exact_or_refused():
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    outcomes = {}
+    for name in causal_types():
+        try:
+            model = tiny_model(name, dropout=DROPOUT)
+        except RuntimeError as error:
+            outcomes[name] = "not built", str(error)[:110]
+        else:
+            outcomes[name] = tried(model, name)
+        print(name, *outcomes[name], sep="\t")
+    counts = Counter(outcome for outcome, _ in outcomes.values())
+    print(dict(counts))
+    assert not [name for name, (outcome, _) in outcomes.items() if outcome == "wrong"]
+    assert counts["exact"] >= 120 and counts["exact"] + counts["refused"] >= 150, counts

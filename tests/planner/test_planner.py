@@ -1,0 +1,227 @@
+"""The planner's arithmetic by hand: traffic over links, shards, what fits, what is cheapest."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.predict_scale import size_of
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.models.source import ReferenceSource
+from mrpo_scale.planner.cluster import Traffic, make_cluster
+from mrpo_scale.planner.estimate import estimate
+from mrpo_scale.planner.job import Job, PlannedModel, Setting
+from mrpo_scale.planner.model_size import assumed_fields, model_size
+from mrpo_scale.planner.search import search, settings, shard_sizes, smallest_that_fits
+from mrpo_scale.planner.workload import Workload
+from mrpo_scale.planner.zero import policy_states, policy_traffic, read_zero
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 171,  # two ranks do not divide it
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1001,
+}
+
+
+def source(folder, config, name="policy"):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return ReferenceSource(name, str(folder), dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return model_size(source(tmp_path_factory.mktemp("small"), LLAMA), itemsize=2)
+
+
+@pytest.fixture(scope="module")
+def big():
+    return size_of("llama-3.1-8b")
+
+
+def job_of(policy, references=1, window=64):
+    lengths = np.tile(np.array([[[200, 150, 250]]]), (50, 1, 1))
+    return Job(
+        policy, tuple(PlannedModel(policy, 0) for _ in range(references)), Workload(lengths), window, 65536, False
+    )
+
+
+def test_sizes_are_those_of_the_model(small):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA))
+    assert small.parameters == sum(p.numel() for p in model.parameters())
+    assert small.head == 1001 * 64 and not small.tied and small.shared_prompt
+    # Every parameter but those with an odd first side divides by two: down_proj [64, 171] does, gate and up [171, 64] do not.
+    assert small.fsdp_shard(2) == (small.parameters + 2 * 3 * 64 + 2 * 64) // 2
+    assert small.zero_shard(2) == small.parameters / 2, "flattened, all of them are even"
+    assert small.zero_shard(3) > small.parameters / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("llama-3.1-405b", 405_853_388_800),
+        ("mistral-7b-v0.3", 7_248_023_552),
+        ("mistral-large-2407", 122_610_069_504),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-72b", 72_706_203_648),
+    ],
+)
+def test_parameters_are_what_the_models_pages_say(name, parameters):
+    """The stand-ins of benchmarks/predict_scale.py, each a config.json and nothing else."""
+    assert size_of(name).parameters == parameters
+
+
+def test_a_gather_by_hand():
+    """16 GPUs in two nodes: 15/16 of the bytes arrive at each, half of all over the 8 cards of its node together."""
+    cluster = make_cluster("h100-80gb", 16, 8, "400gbit")
+    traffic = cluster.gather(1600, 16, calls=3)
+    assert traffic == Traffic(1500 - 100, 100, 3 * 7, 3 * 1)
+    assert cluster.gather(1600, 1) == Traffic()
+    inside = cluster.gather(1600, 8)
+    assert (inside.node_bytes, inside.network_bytes) == (1400, 0)
+    # 450e9 and 50e9 bytes/s, three quarters of them.
+    assert cluster.seconds(Traffic(450e9, 0, 0, 0)) == pytest.approx(4 / 3)
+    assert cluster.seconds(Traffic(450e9, 100e9, 0, 1e6)) == pytest.approx(8 / 3 + 5)
+
+
+@pytest.mark.parametrize(("network", "rate"), [("400gbit", 50e9), ("3200gbit/node", 50e9), ("100 Gbps", 12.5e9)])
+def test_networks(network, rate):
+    assert make_cluster("h100-80gb", 16, 8, network).network == rate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("h300", 8, 8, None), "h300.*known ones are a100-40gb.*h100-80gb.*mi300x"),
+        (("h100-80gb", 0, None, None), "--gpus 0"),
+        (("h100-80gb", 12, 8, None), "multiple of `--gpus_per_node 8`"),
+        (("h100-80gb", 8, 8, "fast"), "--network fast"),
+    ],
+)
+def test_machines_that_make_no_cluster(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        make_cluster(*arguments)
+
+
+def test_states_of_zero_by_hand(small):
+    """16 bytes a parameter: bf16 weights and gradients, and 12 of the optimizer; ZeRO-2 keeps the weights whole."""
+    cluster = make_cluster("h100-80gb", 2, 2, None)
+    three, two = (policy_states(small, read_zero(name), cluster) for name in ("zero3", "zero2"))
+    shard, bucket = small.zero_shard(2), 2 * 64 * 64
+    whole = sum(
+        math.prod(s) for s in small.shapes if math.prod(s) <= 640
+    )  # norms: persistent under ten times the hidden size
+    assert three.device == {
+        "parameters": 2 * shard + 2 * whole,
+        "gradients": 2 * shard + bucket,
+        "optimizer": 12 * shard,
+    }
+    assert two.device == {
+        "parameters": 2 * small.parameters,
+        "gradients": 2 * shard + 2 * bucket,
+        "optimizer": 12 * shard,
+    }
+    offloaded = policy_states(small, read_zero("zero3_offload"), cluster)
+    assert offloaded.device == {"parameters": 2 * whole, "gradients": bucket}
+    assert offloaded.host["optimizer"] == 12 * shard
+
+
+def test_hpz_keeps_the_second_gather_in_the_node(big):
+    cluster = make_cluster("h100-80gb", 64, 8, None)
+    plain, hpz = (policy_traffic(big, read_zero(name), cluster) for name in ("zero3", "zero3_hpz"))
+    total = 2 * big.parameters
+    assert plain[0].network_bytes == hpz[0].network_bytes == pytest.approx(total * 7 / 8 / 8)
+    assert plain[1].network_bytes == pytest.approx(2 * hpz[1].network_bytes), "gather and scatter against scatter"
+    extra = policy_states(big, read_zero("zero3_hpz"), cluster).device["parameters"]
+    assert extra - policy_states(big, read_zero("zero3"), cluster).device["parameters"] == 2 * big.zero_shard(8)
+
+
+def test_references_by_placement(big):
+    """Three copies of the policy on 8 GPUs: all three in eighths, or 3, 3 and 2 ranks, of which a rank of the two holds a half."""
+    cluster, job = make_cluster("h100-80gb", 8, 8, None), job_of(big, 3)
+    setting = Setting(1, True, read_zero("zero3"))
+    held = [
+        estimate(job, replace(setting, placement=kind), cluster).held["references"] for kind in ("spread", "partition")
+    ]
+    assert held[0] == pytest.approx(3 * 2 * big.parameters / 8, rel=1e-3)
+    assert held[1] == pytest.approx(2 * big.parameters / 2, rel=1e-3)
+    cached = estimate(job, replace(setting, live=False), cluster)
+    assert "references" not in cached.held and cached.reference_flops == 0
+    offloaded = estimate(job, replace(setting, offload=True), cluster)
+    assert "references" not in offloaded.held and offloaded.host["references"] == held[0]
+
+
+def test_overhead_and_its_floor(big):
+    """References as large as the policy: K=3 live adds two more no-grad forwards to DPO's one."""
+    cluster, job = make_cluster("h100-80gb", 8, 8, None), job_of(big, 3)
+    setting = Setting(1, False, read_zero("zero3"))
+    dpo, mrpo = (estimate(job, replace(setting, only_anchor=only), cluster) for only in (True, False))
+    assert mrpo.reference_flops == 3 * dpo.reference_flops and mrpo.policy_flops == dpo.policy_flops
+    assert 1.4 < mrpo.flops / dpo.flops < 1.5 and mrpo.seconds > dpo.seconds
+    assert mrpo.useful_flops == pytest.approx(6 * big.parameters * 64 * 600, rel=0.1)
+
+
+def test_the_cheapest_that_fits(big):
+    """On 8 H100s an 8B policy and three 8B references fit; the winner is no slower than any setting that fits."""
+    cluster, job = make_cluster("h100-80gb", 8, 8, None), job_of(big, 3)
+    found = search(job, cluster)
+    everything = [estimate(job, setting, cluster) for setting in settings(job, cluster)]
+    fitting = [e for e in everything if e.fits]
+    assert found.tried == len(everything) > 100 and found.fitting == len(fitting)
+    assert found.best is not None and found.best.fits
+    assert found.best.seconds <= 1.01 * min(e.seconds for e in fitting)
+    assert not any(s.zero.name == "zero3_hpz" for s in settings(job, cluster)), "there is one node"
+
+
+def test_nothing_fits_until_there_are_more(big):
+    cluster, job = make_cluster("rtx4090", 1, 1, None), job_of(big, 3, window=8)
+    found = search(job, cluster, live=False)
+    assert found.best is None or found.best.setting.zero.offload_optimizer
+    grown = smallest_that_fits(job, make_cluster("rtx4090", 1, 1, None))
+    assert grown is not None and grown[0].gpus > 1 and grown[1].best is not None
+
+
+def test_shard_sizes():
+    assert shard_sizes(make_cluster("h100-80gb", 32, 8, None)) == [1, 2, 4, 8, 16, 32]
+    assert shard_sizes(make_cluster("h100-80gb", 1, 1, None)) == [1]
+
+
+def test_a_config_that_cannot_be_estimated_names_the_field(tmp_path):
+    mamba = source(
+        tmp_path / "mamba", {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 64}
+    )
+    with pytest.raises(ConfigError, match="`num_attention_heads`"):
+        model_size(mamba, itemsize=2)
+
+
+def test_defaults_that_a_config_leaves_to_transformers_are_named(tmp_path):
+    lacking = {key: value for key, value in LLAMA.items() if key != "intermediate_size"}
+    assert assumed_fields(source(tmp_path / "a", lacking)) == ["intermediate_size: 11008"]
+    assert assumed_fields(source(tmp_path / "b", LLAMA)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"zero_optimization": {"stage": 1}}', "stage: 1"),
+        ("{}", "zero_optimization.stage"),
+        ("no", "DeepSpeed config, is not JSON"),
+    ],
+)
+def test_ds_configs_that_cannot_be_read(tmp_path, text, message):
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_zero(str(tmp_path / "ds.json"))
+    with pytest.raises(ConfigError, match="zero3_hpz"):
+        read_zero("zero9")

@@ -45,10 +45,10 @@ COMMANDS = {
 
 def train_main(argv: Sequence[str] | None = None) -> None:
     """`mrpo train`; without a recipe and a model, the quickstart."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not _has_recipe(words) and not _names_a_model(words):
-        words = ["--config", "quickstart", *words]
-    run_command("train", words)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not _has_recipe(argv) and not _names_a_model(argv):
+        argv = ["--config", "quickstart", *argv]
+    run_command("train", argv)
 
 
 def run_command(command: str, argv: Sequence[str] | None = None) -> None:
@@ -57,13 +57,13 @@ def run_command(command: str, argv: Sequence[str] | None = None) -> None:
     from mrpo_scale.base.errors import ConfigError, TrainingError
     from mrpo_scale.base.untrusted import printable
 
-    words = list(sys.argv[1:] if argv is None else argv)
-    if command in ("score", "inspect", "compare", "bench") and words and words[0] in ("-h", "--help"):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if command in ("score", "inspect", "compare", "bench") and argv and argv[0] in ("-h", "--help"):
         print(USAGE)
         return
     module, _, function = COMMANDS[command].partition(":")
     try:
-        status = getattr(importlib.import_module(module), function)(words)
+        status = getattr(importlib.import_module(module), function)(argv)
     except (ConfigError, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":
             # One line of a mistake; of a failed run perhaps the last lines of its log. Either may quote a file of anybody's.
@@ -76,12 +76,12 @@ def run_command(command: str, argv: Sequence[str] | None = None) -> None:
         sys.exit(status)
 
 
-def _has_recipe(words: Sequence[str]) -> bool:
-    return any(word == "--config" or word.startswith("--config=") for word in words)
+def _has_recipe(argv: Sequence[str]) -> bool:
+    return any(word == "--config" or word.startswith("--config=") for word in argv)
 
 
-def _names_a_model(words: Sequence[str]) -> bool:
-    return any(w.startswith("--model_name_or_path") or w in ("-h", "--help") for w in words)
+def _names_a_model(argv: Sequence[str]) -> bool:
+    return any(w.startswith("--model_name_or_path") or w in ("-h", "--help") for w in argv)
 
 
 def _log_to_stderr() -> None:

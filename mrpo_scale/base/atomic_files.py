@@ -18,7 +18,7 @@ _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
 
-def write_whole(folder: Path, name: Callable[[], str], data: bytes | bytearray, *, replace: bool = False) -> Path:
+def atomic_write(folder: Path, name: Callable[[], str], data: bytes | bytearray, *, replace: bool = False) -> Path:
     """Write ``folder / name()``: to a temporary name, flushed to the disk, then renamed.
 
     Args:

@@ -38,7 +38,7 @@ _running: Heartbeat | None = None
 _begun = 0
 
 
-def doing(what: str) -> None:
+def set_activity(what: str) -> None:
     """Say what this rank begins to do now: the others name it should it stop there. Free of cost."""
     global _doing
     _doing = what
@@ -122,7 +122,7 @@ class Heartbeat:
 
     def finish(self) -> None:
         """Leave without being missed. Rank 0 goes last: the others watch it, and the store may live in its process."""
-        doing("waiting for the other ranks to end")
+        set_activity("waiting for the other ranks to end")
         try:
             self._say_ended(float("inf") if self.rank == 0 else 0.0)
         except dist.DistError as error:
@@ -140,12 +140,12 @@ class Heartbeat:
                     file=sys.stderr,
                     flush=True,
                 )
-            doing(f"{_doing} (a connection broke)")
+            set_activity(f"{_doing} (a connection broke)")
             time.sleep(self.timeout + 3 * self.beat)
         verdict = Verdict(
             (self.rank,), True, f"rank {self.rank} on {self.host} failed while {_doing}: {_one_line(error)}"
         )
-        doing(f"ending with {_one_line(error)}")
+        set_activity(f"ending with {_one_line(error)}")
         self._leaving.set()  # from now on only the death of the store can end this process early
         try:
             self._main_store.compare_set("verdict", "", json.dumps(asdict(verdict)))

@@ -29,16 +29,18 @@ def fail_together(group: dist.ProcessGroup | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        all_say((isinstance(error, TrainingError), f"{type(error).__name__}: {' '.join(str(error).split())}"), group)
+        all_gather_object(
+            (isinstance(error, TrainingError), f"{type(error).__name__}: {' '.join(str(error).split())}"), group
+        )
         raise
-    for rank, report in enumerate(all_say(None, group)):
+    for rank, report in enumerate(all_gather_object(None, group)):
         if report is not None:
             where = "" if group is dist.group.WORLD else " of this shard group"
             in_training, text = report
             raise (TrainingError if in_training else ConfigError)(f"rank {rank}{where} failed: {text}")
 
 
-def all_say(mine: T, group: dist.ProcessGroup | None) -> list[T]:
+def all_gather_object(mine: T, group: dist.ProcessGroup | None) -> list[T]:
     """What each rank of the group says. Collective."""
     everybody = [mine] * (1 if group is None else group.size())
     if group is not None:
@@ -46,7 +48,7 @@ def all_say(mine: T, group: dist.ProcessGroup | None) -> list[T]:
     return everybody
 
 
-def from_first(mine: T, group: dist.ProcessGroup | None) -> T:
+def broadcast_from_rank0(mine: T, group: dist.ProcessGroup | None) -> T:
     """What the first rank of the group says; the others' own is ignored. Collective."""
     said = [mine]
     if group is not None:
@@ -54,7 +56,7 @@ def from_first(mine: T, group: dist.ProcessGroup | None) -> T:
     return said[0]
 
 
-def agree_on_most(counts: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
+def all_reduce_max(counts: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
     """Element-wise maximum over the ranks of ``group``. Collective."""
     if group is None:
         return list(counts)

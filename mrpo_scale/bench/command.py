@@ -17,7 +17,7 @@ import torch
 
 from mrpo_scale.base.device import device_name, peak_flops
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.base.ranks import all_say, world_group
+from mrpo_scale.base.ranks import all_gather_object, world_group
 from mrpo_scale.bench.arms import Arm, plan_arms, plan_steps
 from mrpo_scale.bench.results import summarise
 from mrpo_scale.bench.show import plot, tables
@@ -53,13 +53,13 @@ class _Flags(argparse.ArgumentParser):
         raise ConfigError(f"mrpo bench: {message}.")
 
 
-def bench(words: Sequence[str]) -> None:
+def bench(argv: Sequence[str]) -> None:
     """Run the command. Collective over the world.
 
     Raises:
         ConfigError, TrainingError: see errors.py.
     """
-    flags, rest = _flags().parse_known_args(list(words))
+    flags, rest = _flags().parse_known_args(list(argv))
     _check(flags)
     script, config = parse([*rest, *(f"--{key}={value}" for key, value in _STEPS_ALONE.items())])
     arms = plan_arms(flags.references, flags.scoring, flags.placement or [config.ref_placement])
@@ -86,7 +86,7 @@ def bench(words: Sequence[str]) -> None:
         plan_steps=partial(_steps, arms, flags.steps, config.seed),
     )
     trainer.train()
-    everybody = all_say((trainer.measured, trainer.surveys), world_group())
+    everybody = all_gather_object((trainer.measured, trainer.surveys), world_group())
     if config.process_index == 0:
         figures = summarise(arms, everybody, peak_flops(config.device))
         _report(_result(trainer, rest, figures, flags), config.folder)
@@ -148,7 +148,7 @@ def _adapt(config: MRPOConfig, arms: Sequence[Arm], flags: argparse.Namespace) -
 
 
 def _result(
-    trainer: BenchTrainer, words: Sequence[str], arms: list[dict[str, Any]], flags: argparse.Namespace
+    trainer: BenchTrainer, argv: Sequence[str], arms: list[dict[str, Any]], flags: argparse.Namespace
 ) -> dict[str, Any]:
     args = trainer.args
     packages = ("mrpo-scale", "torch", "transformers", "accelerate", "deepspeed")
@@ -161,8 +161,8 @@ def _result(
             "cores": os.cpu_count(),
         },
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "recipe": _recipe_name(words),
-        "words": list(words),
+        "recipe": _recipe_name(argv),
+        "words": list(argv),
         "random_weights": flags.random_weights,
         "random_pairs": flags.random_pairs,
         "models": {
@@ -193,8 +193,8 @@ def _result(
     }
 
 
-def _recipe_name(words: Sequence[str]) -> str:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+def _recipe_name(argv: Sequence[str]) -> str:
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word == "--config" or word.startswith("--config="):
             return Path(word.partition("=")[2] or following).stem
     return "command line"

@@ -29,10 +29,10 @@ from mrpo_scale.models.stored import build_on_meta
 _FILE_BYTES = 4 << 30
 
 
-def parse_sizes(words: Sequence[str]) -> dict[str, Any]:
+def parse_sizes(argv: Sequence[str]) -> dict[str, Any]:
     """``hidden_size=2048`` and the like, as ``{key: value}``."""
     sizes = {}
-    for word in words:
+    for word in argv:
         key, equals, value = word.partition("=")
         try:
             sizes[key] = json.loads(value)
@@ -76,13 +76,13 @@ def random_pairs(tokenizer: PreTrainedTokenizerBase, count: int, most: Sequence[
     """Rows whose prompts and responses have between half and all of about ``most`` = (prompt, response) tokens."""
     rng = random.Random(seed)
 
-    def words(n: int) -> str:
+    def argv(n: int) -> str:
         return " ".join("".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(n))
 
-    per_word = len(tokenizer.encode(words(500), add_special_tokens=False)) / 500
+    per_word = len(tokenizer.encode(argv(500), add_special_tokens=False)) / 500
 
     def text(tokens: int) -> str:
-        return words(max(1, round(rng.uniform(0.5, 1.0) * tokens / per_word)))
+        return argv(max(1, round(rng.uniform(0.5, 1.0) * tokens / per_word)))
 
     def turn(role: str, tokens: int) -> list[dict[str, str]]:
         return [{"role": role, "content": text(tokens)}]

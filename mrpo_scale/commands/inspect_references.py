@@ -76,7 +76,7 @@ def worth_of_references(
     return found
 
 
-def inspect(words: Sequence[str]) -> None:
+def inspect(argv: Sequence[str]) -> None:
     """Run the command: a table on the screen, ``inspect.json`` and ``inspect.png`` in ``--output``.
 
     Raises:
@@ -84,7 +84,7 @@ def inspect(words: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="mrpo inspect", add_help=False, allow_abbrev=False)
     parser.add_argument("--output", type=Path)
-    flags, rest = parser.parse_known_args(list(words))
+    flags, rest = parser.parse_known_args(list(argv))
     recipe = Recipe.open(rest)
     if recipe.config.process_index != 0:
         return

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.base.heartbeat import doing, heartbeat
+from mrpo_scale.base.heartbeat import heartbeat, set_activity
 from mrpo_scale.base.tables import aligned
 from mrpo_scale.base.untrusted import printable
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
@@ -37,13 +37,13 @@ class Recipe:
     pair_sets: dict[str, PairDataset]
 
     @classmethod
-    def open(cls, words: Sequence[str]) -> Recipe:
+    def open(cls, argv: Sequence[str]) -> Recipe:
         """Read and check what the words of a command line name. Collective over the world.
 
         Raises:
             ConfigError: as training with them would, or no ``ref_cache_dir``.
         """
-        return cls.read(*parse(words))
+        return cls.read(*parse(argv))
 
     @classmethod
     def read(cls, script: ScriptArguments, config: MRPOConfig) -> Recipe:
@@ -52,7 +52,7 @@ class Recipe:
             raise ConfigError(
                 "`ref_cache_dir` is missing; name the folder of the scores in the recipe or as --ref_cache_dir."
             )
-        doing("reading the data")
+        set_activity("reading the data")
         train, held_out = read_rows(script, config)
         config.anchor = resolve(config.anchor) if config.anchor else None
         references = [resolve(reference) for reference in script.ref_models]
@@ -64,13 +64,13 @@ class Recipe:
         return cls(script, config, plan, prepare_sets(plan, config, train, held_out))
 
 
-def score(words: Sequence[str]) -> int:
+def score(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status: 1 where ``--verify`` found a bad part.
 
     Raises:
         ConfigError, TrainingError: see errors.py.
     """
-    flags, rest = _flags().parse_known_args(list(words))
+    flags, rest = _flags().parse_known_args(list(argv))
     script, config = parse(rest)
     if not (flags.list or flags.verify):
         preflight(config, script.ref_models, trains=False)

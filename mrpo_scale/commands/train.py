@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 
 from mrpo_scale.base.device import peak_memory_gib, reset_peak_memory
 from mrpo_scale.base.errors import Preempted
-from mrpo_scale.base.heartbeat import doing, heartbeat
-from mrpo_scale.base.ranks import from_first, world_group
+from mrpo_scale.base.heartbeat import heartbeat, set_activity
+from mrpo_scale.base.ranks import broadcast_from_rank0, world_group
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.data.inputs import read_rows
@@ -33,7 +33,7 @@ from mrpo_scale.training.trainer import MRPOTrainer
 logger = logging.getLogger(__name__)
 
 
-def run(words: Sequence[str]) -> list[RunSummary]:
+def run(argv: Sequence[str]) -> list[RunSummary]:
     """Train what the command line asks for and print the comparison; returns the table's rows (on every rank).
 
     Each baseline is the same recipe with another ``objective``, in ``<output_dir>/<objective>``.
@@ -44,29 +44,29 @@ def run(words: Sequence[str]) -> list[RunSummary]:
         ConfigError, TrainingError: see errors.py.
         Preempted: see preemption.py.
     """
-    script, config = parse(words)
+    script, config = parse(argv)
     # Before the data is read, and before the baselines, which take as long as the run.
     preflight(config, script.ref_models)
     check_output_folder(config, script.model_name_or_path, script.ref_models)
     with heartbeat(config.heartbeat_timeout):
-        if from_first(already_told(config.folder), world_group()):
+        if broadcast_from_rank0(already_told(config.folder), world_group()):
             raise Preempted(f"{config.folder / PREEMPTED}: this job was told to stop, so its ranks do not start again")
-        return _train_all(words, script, config)
+        return _train_all(argv, script, config)
 
 
-def _train_all(words: Sequence[str], script: ScriptArguments, config: MRPOConfig) -> list[RunSummary]:
+def _train_all(argv: Sequence[str], script: ScriptArguments, config: MRPOConfig) -> list[RunSummary]:
     rows: list[RunSummary] = []
     histories: dict[str, list[dict[str, Any]]] = {}
     # One date for all: they read the same text, on whatever day each of them begins.
     date = decide_date(config, [config.folder / baseline for baseline in script.baselines]).isoformat()
     for baseline in script.baselines:
         folder = str(config.folder / baseline)
-        baseline_script, baseline_config = parse([*words, "--objective", baseline, "--output_dir", folder])
+        baseline_script, baseline_config = parse([*argv, "--objective", baseline, "--output_dir", folder])
         baseline_config.template_date = date
         trained = _train(baseline_script, baseline_config, rows, config.folder)
         _keep(trained, rows, histories)
     if script.baselines:
-        script, config = parse(words)  # a fresh DeepSpeed configuration for the second engine of this process
+        script, config = parse(argv)  # a fresh DeepSpeed configuration for the second engine of this process
         config.template_date = date
     _keep(_train(script, config, rows, config.folder), rows, histories)
     if config.process_index == 0:
@@ -97,7 +97,7 @@ def _train(
     finished = _finished(script, config, main)
     if finished is not None:
         return finished
-    doing("reading the data")
+    set_activity("reading the data")
     train_rows, eval_rows = read_rows(script, config)
     config.anchor = resolve(config.anchor) if config.anchor else None
     reset_peak_memory()
@@ -128,7 +128,7 @@ def _train(
 def _finished(
     script: ScriptArguments, config: MRPOConfig, main: Path
 ) -> tuple[list[RunSummary], list[dict[str, Any]]] | None:
-    """What this run, or the one that it is part of, left when it ended in an earlier life, and a line that says so.
+    """What this run, or the one that it is part of, left when it ended in a previous attempt, and a line that says so.
 
     Without checkpoints (`save_strategy: no`) there is nothing to go on from, and a run that is started again is trained again.
     """
@@ -140,7 +140,7 @@ def _finished(
                 "%s holds a finished run without checkpoints: it is trained again and replaced", config.folder
             )
             found = None
-    found = from_first(found, world_group())
+    found = broadcast_from_rank0(found, world_group())
     if found is not None:
         logger.info(
             "%s: this run is finished, nothing is trained. For another one name another `output_dir`, or set "

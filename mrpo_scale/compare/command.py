@@ -47,23 +47,23 @@ class _Plan:
 
     @property
     def commands(self) -> list[list[str]]:
-        return [command("train", run.words, self.launch) for run in self.runs]
+        return [command("train", run.argv, self.launch) for run in self.runs]
 
     @property
     def score_command(self) -> list[str]:
         return command("score", self.score_words, self.launch)
 
 
-def compare(words: Sequence[str]) -> int:
+def compare(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status: 1 where a run failed.
 
     Raises:
         ConfigError: before anything runs, if any of the runs could not be what it is called.
         TrainingError: the scoring failed.
     """
-    flags, rest = _flags().parse_known_args(list(words))
+    flags, rest = _flags().parse_known_args(list(argv))
     plan = _plan(flags, rest)
-    todo = [(run, words) for run, words in zip(plan.runs, plan.commands, strict=True) if not is_complete(run)]
+    todo = [(run, argv) for run, argv in zip(plan.runs, plan.commands, strict=True) if not is_complete(run)]
     print(f"{len(plan.runs)} runs in {plan.folder}, {len(plan.runs) - len(todo)} of them complete", flush=True)
     if flags.dry_run:
         _print_plan(plan, {run.folder for run, _ in todo})
@@ -96,16 +96,16 @@ def _flags() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(flags: argparse.Namespace, words: list[str]) -> _Plan:
+def _plan(flags: argparse.Namespace, argv: list[str]) -> _Plan:
     for key in ("seeds", "jobs"):
         if getattr(flags, key) < 1:
             raise ConfigError(f"`--{key} {getattr(flags, key)}` must be at least 1.")
     for key, remedy in _OURS.items():
-        if any(word == f"--{key}" or word.startswith(f"--{key}=") for word in words):
+        if any(word == f"--{key}" or word.startswith(f"--{key}=") for word in argv):
             raise ConfigError(f"`--{key}`: a comparison decides it for each run; use `{remedy}`.")
     values = read_recipe(find_recipe(flags.config)) if flags.config else {}
     values.pop("baselines", None)
-    script, config = parse([*(["--config", flags.config] if flags.config else []), *words])
+    script, config = parse([*(["--config", flags.config] if flags.config else []), *argv])
     if config.hub_token:
         raise ConfigError(
             "`hub_token`: a comparison keeps the words of its runs in files, and the token with them; leave it out, and "
@@ -114,7 +114,7 @@ def _plan(flags: argparse.Namespace, words: list[str]) -> _Plan:
     folder = flags.output or config.folder / "compare"
     refuse_links(folder, "--output")
     if config.weights_fraction is None and any("validation" in word for word in (*flags.objectives, *flags.vary)):
-        words = [*words, "--weights_split=0.5"]  # for all runs alike, or their held-out pairs would differ
+        argv = [*argv, "--weights_split=0.5"]  # for all runs alike, or their held-out pairs would differ
 
     folder.mkdir(parents=True, exist_ok=True)
     # A copy, so that a recipe that is edited meanwhile does not change the runs that are still to come.
@@ -122,17 +122,17 @@ def _plan(flags: argparse.Namespace, words: list[str]) -> _Plan:
     paths = [f"--config={folder / 'recipe.yaml'}"]
     if not config.ref_cache_dir:
         paths.append(f"--ref_cache_dir={folder / 'ref_cache'}")
-    score_words = [*paths, *words, f"--output_dir={folder}"]
+    score_words = [*paths, *argv, f"--output_dir={folder}"]
     recipe = Recipe.open(score_words)
     if "eval" not in recipe.pair_sets:
         raise ConfigError("a comparison needs held-out pairs; name a test split, or set `held_out`.")
     references = list(zip(recipe.plan.names, [None, *script.ref_models], strict=True))
     arms = plan_arms(flags.objectives, flags.vary, references)
-    shared = Shared(values, tuple(words), tuple(paths), flags.launch)
+    shared = Shared(values, tuple(argv), tuple(paths), flags.launch)
     runs = plan_runs(arms, shared, range(config.seed, config.seed + flags.seeds), folder)
     for run in runs[: len(arms)]:
         try:
-            own_script, own_config = parse(run.words)
+            own_script, own_config = parse(run.argv)
             if not flags.report:
                 preflight(own_config, own_script.ref_models)
         except ConfigError as error:
@@ -157,17 +157,17 @@ def _score(plan: _Plan) -> None:
 
 def _print_plan(plan: _Plan, todo: set[Path]) -> None:
     print(f"once, where scores are missing:\n  {shlex.join(plan.score_command)}")
-    for run, words in zip(plan.runs, plan.commands, strict=True):
-        print(f"{run.name}: {'to run' if run.folder in todo else 'complete'}\n  {shlex.join(words)}")
+    for run, argv in zip(plan.runs, plan.commands, strict=True):
+        print(f"{run.name}: {'to run' if run.folder in todo else 'complete'}\n  {shlex.join(argv)}")
     print("Each run keeps its trained model in its folder.")
 
 
 def _write_array(plan: _Plan, todo: Sequence[tuple[Run, list[str]]]) -> None:
     """`runs.txt`, one run a line, and the two sbatch lines that work through it."""
     lines = []
-    for run, words in todo:
-        mark(run, words)
-        lines.append(f"{shlex.join(words)} > {shlex.quote(str(run.folder / LOG))} 2>&1")
+    for run, argv in todo:
+        mark(run, argv)
+        lines.append(f"{shlex.join(argv)} > {shlex.quote(str(run.folder / LOG))} 2>&1")
     file = plan.folder / "runs.txt"
     file.write_text("".join(f"{line}\n" for line in lines))
     if not todo:

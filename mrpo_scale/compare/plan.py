@@ -38,7 +38,7 @@ class Arm:
 
     name: str  #: ``dpo on gemma3``, ``mrpo epsilon_max=0.1``
     objective: str
-    words: tuple[str, ...]  #: what it adds to the recipe's command line
+    argv: tuple[str, ...]  #: what it adds to the recipe's command line
     varied: dict[str, str] = field(default_factory=dict)
     reference: str | None = None  #: of DPO: the single reference it runs on
 
@@ -52,7 +52,7 @@ class Shared:
     """What all runs of a comparison have in common."""
 
     recipe: dict[str, Any]  #: what the file of ``--config`` says
-    words: tuple[str, ...]  #: the user's own, after ``--config``
+    argv: tuple[str, ...]  #: the user's own, after ``--config``
     paths: tuple[str, ...]  #: words that say where things are, and change no result
     launch: str  #: the launcher, which decides the number of ranks and so the pairs of a step
 
@@ -64,7 +64,7 @@ class Run:
     arm: Arm
     seed: int
     folder: Path
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
     settings: dict[str, Any]  #: what its result depends on; a finished run with others is not this one
 
     @property
@@ -106,7 +106,7 @@ def plan_runs(arms: Sequence[Arm], shared: Shared, seeds: Sequence[int], root: P
     runs = []
     for seed in seeds:
         for arm in arms:
-            own = [*shared.words, *arm.words, f"--data_seed={seed}"]
+            own = [*shared.argv, *arm.argv, f"--data_seed={seed}"]
             folder = root / arm.folder / f"seed-{seed}"
             settings = {"recipe": shared.recipe, "launch": shared.launch, "words": own}
             runs.append(Run(arm, seed, folder, (*shared.paths, *own, f"--output_dir={folder}"), settings))
@@ -122,16 +122,16 @@ def _arm(
     anchor: str | None = None,
 ) -> Arm:
     both = {**settings, **point}
-    words = [f"--objective={objective}"]
+    argv = [f"--objective={objective}"]
     if objective == "multi_dpo":
-        words.append("--aggregate=harmonic")  # the recipe's has no meaning there
+        argv.append("--aggregate=harmonic")  # the recipe's has no meaning there
     if anchor is not None:
-        words.append(f"--anchor={anchor}")
+        argv.append(f"--anchor={anchor}")
     for key, value in both.items():
         parts = value.split()
-        words += [f"--{key}={value}"] if len(parts) == 1 else [f"--{key}", *parts]
+        argv += [f"--{key}={value}"] if len(parts) == 1 else [f"--{key}", *parts]
     label = " ".join([name, *(f"{key}={value}" for key, value in both.items())])
-    return Arm(label, objective, tuple(words), both, reference)
+    return Arm(label, objective, tuple(argv), both, reference)
 
 
 def _points(values: dict[str, list[str]], objective: str, settings: dict[str, str]) -> list[dict[str, str]]:

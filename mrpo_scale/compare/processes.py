@@ -32,9 +32,9 @@ _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
 
 
-def command(verb: str, words: Sequence[str], launch: str) -> list[str]:
+def command(verb: str, argv: Sequence[str], launch: str) -> list[str]:
     """``python -m mrpo_scale.cli VERB ...``, under the launcher if there is one."""
-    return [*(shlex.split(launch) or [sys.executable]), "-m", "mrpo_scale.cli", verb, *words]
+    return [*(shlex.split(launch) or [sys.executable]), "-m", "mrpo_scale.cli", verb, *argv]
 
 
 def is_complete(run: Run) -> bool:
@@ -57,11 +57,11 @@ def is_complete(run: Run) -> bool:
     return True
 
 
-def mark(run: Run, words: Sequence[str]) -> None:
+def mark(run: Run, argv: Sequence[str]) -> None:
     """Say in the run's folder what is about to run there."""
     refuse_links(run.folder, "--output")
     run.folder.mkdir(parents=True, exist_ok=True)
-    marker = {"arm": run.arm.name, "seed": run.seed, "settings": run.settings, "command": shlex.join(words)}
+    marker = {"arm": run.arm.name, "seed": run.seed, "settings": run.settings, "command": shlex.join(argv)}
     (run.folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 
@@ -91,9 +91,9 @@ def run_all(
     with _ended_together(running):
         while queue or running:
             while queue and len(running) < jobs:
-                number, run, words = queue.popleft()
-                mark(run, words)
-                running.append(_Process(number, run, start(words, run.folder / LOG)))
+                number, run, argv = queue.popleft()
+                mark(run, argv)
+                running.append(_Process(number, run, start(argv, run.folder / LOG)))
             time.sleep(_POLL_SECONDS)
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
@@ -104,18 +104,18 @@ def run_all(
     return failed
 
 
-def run_alone(words: Sequence[str], log: Path) -> int:
+def run_alone(argv: Sequence[str], log: Path) -> int:
     """One process to its end; returns its exit status."""
     running: list[_Process] = []
     with _ended_together(running):
-        process = start(words, log)
+        process = start(argv, log)
         running.append(_Process(0, None, process))  # type: ignore[arg-type]
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
     return process.returncode
 
 
-def start(words: Sequence[str], log: Path) -> subprocess.Popen:
+def start(argv: Sequence[str], log: Path) -> subprocess.Popen:
     """Start a process in a session of its own. Its log is locked as long as it or a child of it lives, also if we are killed."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as stream:
@@ -126,9 +126,9 @@ def start(words: Sequence[str], log: Path) -> subprocess.Popen:
                 f"a process that an earlier `mrpo compare` started still writes {log}; wait for it, or end it."
             ) from None
         stream.truncate(0)
-        stream.write(f"$ {shlex.join(words)}\n".encode())
+        stream.write(f"$ {shlex.join(argv)}\n".encode())
         stream.flush()
-        return subprocess.Popen(words, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(argv, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def tail(log: Path) -> str:

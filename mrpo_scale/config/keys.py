@@ -215,7 +215,9 @@ class MRPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self.typed = typed(self)  # before anything is filled in: what a model card can say of the run
+        self.non_default_keys = non_default_keys(
+            self
+        )  # before anything is filled in: what a model card can say of the run
         self._normalise()
         refuse(list(self._mistakes()))
         self.aggregate = str(self.build_objective().aggregate)  # one spelling: -1 and harmonic are the same run
@@ -511,7 +513,7 @@ def check_world_size(world_size: int) -> None:
 _REWRITTEN = {"debug": None, "include_num_input_tokens_seen": False}
 
 
-def typed(arguments: Any) -> dict[str, Any]:
+def non_default_keys(arguments: Any) -> dict[str, Any]:
     """{key: value} of a dataclass where it differs from the default, tokens left out."""
     values = {}
     for f in fields(arguments):

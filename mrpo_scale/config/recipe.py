@@ -112,13 +112,13 @@ def parse(argv: Sequence[str], config: type[MRPOConfig] = MRPOConfig) -> tuple[S
     """
     # MRPOConfig has __post_init__ checks that need every value, so it is built once, by the parser.
     parser = _Parser([ScriptArguments, config], allow_abbrev=False, prog="mrpo train")  # type: ignore[list-item]
-    words = list(argv)
+    argv = list(argv)
     recipe: Path | None = None
-    for i, word in enumerate(words):
+    for i, word in enumerate(argv):
         if word == "--config" or word.startswith("--config="):
-            value = word.removeprefix("--config=") if "=" in word else "".join(words[i + 1 : i + 2])
+            value = word.removeprefix("--config=") if "=" in word else "".join(argv[i + 1 : i + 2])
             recipe = find_recipe(value)
-            del words[i : i + (1 if "=" in word else 2)]
+            del argv[i : i + (1 if "=" in word else 2)]
             break
     given, problems = take_trl_keys(read_recipe(recipe)) if recipe else ({}, [])
     from_recipe = []
@@ -128,25 +128,25 @@ def parse(argv: Sequence[str], config: type[MRPOConfig] = MRPOConfig) -> tuple[S
         except ConfigError as error:
             problems.append(str(error))
     problems = [f"{recipe}: {problem}" if i == 0 else problem for i, problem in enumerate(problems)]
-    if not {"-h", "--help"} & set(words):
-        problems += _unknown_words(parser, words)
+    if not {"-h", "--help"} & set(argv):
+        problems += _unknown_words(parser, argv)
     refuse(problems)
-    words = [*from_recipe, *words]
-    if recipe and "--output_dir" not in words and not any(w.startswith("--output_dir=") for w in words):
-        words += ["--output_dir", str(Path("runs") / recipe.stem)]
-    parsed = parser.parse_args_into_dataclasses(words)
+    argv = [*from_recipe, *argv]
+    if recipe and "--output_dir" not in argv and not any(w.startswith("--output_dir=") for w in argv):
+        argv += ["--output_dir", str(Path("runs") / recipe.stem)]
+    parsed = parser.parse_args_into_dataclasses(argv)
     return parsed[0], parsed[1]
 
 
-def parse_keys(keys: type[T], words: Sequence[str], prog: str) -> T:
+def parse_keys(keys: type[T], argv: Sequence[str], prog: str) -> T:
     """Words of a command line without a recipe, to a checked dataclass.
 
     Raises:
         ConfigError: unknown keys, wrong type, contradiction.
     """
     parser = _Parser([keys], allow_abbrev=False, prog=prog)  # type: ignore[list-item]
-    refuse(_unknown_words(parser, words))  # before the dataclass makes its own complaints
-    return parser.parse_args_into_dataclasses(list(words))[0]
+    refuse(_unknown_words(parser, argv))  # before the dataclass makes its own complaints
+    return parser.parse_args_into_dataclasses(list(argv))[0]
 
 
 def _recipe_words(parser: _Parser, key: str, value: Any) -> list[str]:
@@ -170,9 +170,9 @@ def _recipe_words(parser: _Parser, key: str, value: Any) -> list[str]:
         # A key that is a word or a list of words, of which the command line can only say the first: `report_to`.
         parser.set_defaults(**{key: value})
         return []
-    words = _as_words({key: value})
-    parser.parse_known_args(words)
-    return words
+    argv = _as_words({key: value})
+    parser.parse_known_args(argv)
+    return argv
 
 
 def may_be_empty() -> set[str]:
@@ -183,21 +183,21 @@ def may_be_empty() -> set[str]:
     return {"dtype"} | optional | {field.name for field in kinds if field.default is None}
 
 
-def _unknown_words(parser: _Parser, words: Sequence[str]) -> list[str]:
-    _, rest = parser.parse_known_args(list(words))
+def _unknown_words(parser: _Parser, argv: Sequence[str]) -> list[str]:
+    _, rest = parser.parse_known_args(list(argv))
     keys = [word for word in rest if word.startswith("--")] or rest[:1]
     return [_unknown(key.lstrip("-").split("=")[0], parser) for key in keys]
 
 
 def _as_words(values: dict[str, Any]) -> list[str]:
     """Values as the command line would carry them: mappings as JSON, scalars joined by ``=`` so that -1e-3 is no option."""
-    words: list[str] = []
+    argv: list[str] = []
     for key, value in values.items():
         if isinstance(value, list) and value:
-            words += [f"--{key}", *(_as_word(item) for item in value)]
+            argv += [f"--{key}", *(_as_word(item) for item in value)]
         elif value is not None and value != []:
-            words.append(f"--{key}={_as_word(value)}")
-    return words
+            argv.append(f"--{key}={_as_word(value)}")
+    return argv
 
 
 def _as_word(value: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mrpo_scale.base.ranks import from_first, world_group
+from mrpo_scale.base.ranks import broadcast_from_rank0, world_group
 from mrpo_scale.config.keys import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.data.toy_world import resolve
@@ -65,7 +65,7 @@ def plan_models(args: EvalConfig, device: torch.device) -> tuple[list[EvalModel]
         ConfigError: a model that is missing, has no safetensors, wants remote code, or has no fast tokenizer.
     """
     if args.template_date is None:
-        args.template_date = from_first(first_recorded([Path(args.output_dir)]), world_group())
+        args.template_date = broadcast_from_rank0(first_recorded([Path(args.output_dir)]), world_group())
     specs = parse_ref_models(list(args.model), "model")
     reference = parse_ref_models([args.reference], "reference") if args.reference else []
     texts: list[ModelText] = []

@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 PATIENCE = timedelta(days=2)
 
 
-def run(words: Sequence[str]) -> dict[str, Any]:
+def run(argv: Sequence[str]) -> dict[str, Any]:
     """Evaluate what the command line asks for, print the tables and return the results (the win rate on rank 0 only).
 
     Raises:
         ConfigError: see errors.py.
     """
-    args = parse_keys(EvalConfig, words, "mrpo eval")
+    args = parse_keys(EvalConfig, argv, "mrpo eval")
     refuse_links(Path(args.output_dir), "output_dir")
     judge = _judge(args) if args.judge_model else None
     state = _join_processes()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mrpo_scale.base.atomic_files import TEMPORARY, sync_folder, write_whole
+from mrpo_scale.base.atomic_files import TEMPORARY, atomic_write, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def write_marker(folder: Path, *, step: int, world_size: int, fingerprint: dict[
         "fingerprint": fingerprint,
         "files": {path.relative_to(folder).as_posix(): _describe(path) for path in _files(folder)},
     }
-    write_whole(folder, lambda: MARKER, (json.dumps(marker, indent=1) + "\n").encode())
+    atomic_write(folder, lambda: MARKER, (json.dumps(marker, indent=1) + "\n").encode())
 
 
 def _lacking(files: Collection[str], world_size: int) -> str | None:

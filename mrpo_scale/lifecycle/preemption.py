@@ -1,4 +1,4 @@
-"""Ending a run early on purpose: finish the step, save, say so, leave. The next life goes on where this one stopped.
+"""Ending a run early on purpose: finish the step, save, say so, leave. The restart goes on where this one stopped.
 
 A file, because a launcher passes on few signals and turns every exit status into 1: `touch OUTPUT_DIR/STOP` works from a batch
 script's trap, from Kubernetes' preStop hook and by hand. SIGTERM, which launchers do pass on, and `max_hours` do the same.
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from mrpo_scale.base.atomic_files import write_whole
+from mrpo_scale.base.atomic_files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class StopRequests:
         folder: where STOP is looked for and PREEMPTED is written: the ``output_dir`` of the command line.
         max_hours: since this process started.
 
-    A run removes the STOP that it obeys. One that is older than the process was meant for an earlier life, which was killed before
-    it could, and is removed too, so the batch script need not tidy up. PREEMPTED goes when the next life starts training.
+    A run removes the STOP that it obeys. One that is older than the process was meant for a previous attempt, which was killed
+    before it could, and is removed too, so the batch script need not tidy up. PREEMPTED goes when the restart begins to train.
     """
 
     def __init__(self, folder: Path, max_hours: float | None, device: torch.device) -> None:
@@ -92,7 +92,7 @@ class StopRequests:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "launcher": _launcher(),
         }
-        write_whole(self.folder, lambda: PREEMPTED, (json.dumps(content, indent=1) + "\n").encode(), replace=True)
+        atomic_write(self.folder, lambda: PREEMPTED, (json.dumps(content, indent=1) + "\n").encode(), replace=True)
         (self.folder / STOP).unlink(missing_ok=True)
 
     def _asked(self) -> int:
@@ -110,7 +110,7 @@ class StopWhenAsked(TrainerCallback):
     """After every optimizer step: save and end if asked to.
 
     Attributes:
-        evaluation_put_off: an evaluation was due at the last step; the next life begins with it, since it may take longer than the
+        evaluation_put_off: an evaluation was due at the last step; the restart begins with it, since it may take longer than the
             time that is left.
     """
 
@@ -138,7 +138,7 @@ class StopWhenAsked(TrainerCallback):
 
 
 def already_told(folder: Path) -> bool:
-    """Whether the launcher that started this rank 0 was told to stop in an earlier life of its ranks: it must not go on."""
+    """Whether the launcher that started this rank 0 was told to stop in a previous attempt of its ranks: it must not go on."""
     try:
         told = json.loads((folder / PREEMPTED).read_text())
     except (OSError, ValueError):

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mrpo_scale.base.errors import ConfigError, Preempted, TrainingError
-from mrpo_scale.base.ranks import fail_together, from_first, world_group
+from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.window import WindowSampler
 from mrpo_scale.lifecycle import checkpoints
@@ -123,7 +123,7 @@ class ResumableTrainer(Trainer):
         with fail_together(world_group()):
             if self.args.process_index == 0:
                 chosen = choose(self.args.folder, wanted)
-        return from_first(chosen, world_group())
+        return broadcast_from_rank0(chosen, world_group())
 
     def _refuse_another_run(self, checkpoint: Checkpoint) -> None:
         assert self._fingerprint is not None
@@ -193,7 +193,7 @@ class ResumableTrainer(Trainer):
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         if skip_scheduler and self._resumed is not None:
-            return {}  # `eval_on_start` is of the start, which was in an earlier life
+            return {}  # `eval_on_start` is of the start, which was in a previous attempt
         try:
             return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except _StopEvaluatingError:
@@ -225,7 +225,7 @@ class ResumableTrainer(Trainer):
         return super()._finalize_training(*args, **kwargs)
 
     def _leave(self, checkpoint: Path | None) -> NoReturn:
-        """Say that the run stopped early, and where the next life goes on. Collective over the world."""
+        """Say that the run stopped early, and where the restart goes on. Collective over the world."""
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         with fail_together(world_group()):
             if self.args.process_index == 0:
@@ -238,7 +238,7 @@ class ResumableTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if (
             "train_loss" in logs
-        ):  # the Trainer's is over the steps of this life, and after the last log of this rank's pairs
+        ):  # the Trainer's is over the steps of this attempt, and after the last log of this rank's pairs
             total = torch.tensor([self._total_loss_scalar], device=self.args.device)
             logs["train_loss"] = self.accelerator.gather(total).mean().item() / max(self.state.global_step, 1)
         super().log(logs, start_time)
@@ -252,7 +252,7 @@ class ResumableTrainer(Trainer):
         with self._or_say_what_to_do(folder):
             self._by_one_rank(
                 folder, first_of_host=False, do=checkpoints.remove
-            )  # of an earlier life, maybe of other ranks
+            )  # of a previous attempt, maybe of other ranks
             self.before_checkpoint()
             limit, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer would rotate too early
             only_model = self.args.save_only_model
@@ -323,7 +323,7 @@ class ResumableTrainer(Trainer):
 
 
 class _StopEvaluatingError(Exception):
-    """The run is to stop; the evaluation is made again in the next life."""
+    """The run is to stop; the evaluation is made again in the restart."""
 
 
 class _Continue(TrainerCallback):

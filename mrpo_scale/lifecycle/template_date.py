@@ -12,9 +12,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrpo_scale.base.atomic_files import write_whole
+from mrpo_scale.base.atomic_files import atomic_write
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.base.ranks import fail_together, from_first, world_group
+from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, world_group
 from mrpo_scale.base.untrusted import read_json
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.lifecycle.checkpoints import IncompleteError, find_complete, read_checkpoint
@@ -44,7 +44,7 @@ def decide_date(args: MRPOConfig, baselines: Sequence[Path] = ()) -> datetime.da
             if args.process_index == 0:
                 begun = [args.folder, *baselines] if _goes_on(args) else []
                 found = _date_of_checkpoint(args) or first_recorded([*begun, args.ref_cache_folder])
-        args.template_date = from_first(found, world_group())
+        args.template_date = broadcast_from_rank0(found, world_group())
     return datetime.date.fromisoformat(str(args.template_date))
 
 
@@ -83,7 +83,7 @@ def record_date(args: MRPOConfig, names: Sequence[str], run: Path | None = None)
 
 def _record(args: MRPOConfig, names: Sequence[str], run: Path | None) -> None:
     if not names:
-        if TEMPLATE_DATE in args.typed:
+        if TEMPLATE_DATE in args.non_default_keys:
             logger.warning(
                 "`template_date: %s` has no effect: no model's chat template prints a date", args.template_date
             )
@@ -138,7 +138,7 @@ def write_record(folder: Path, date: str, *, replace: bool) -> None:
     """Record the date in a folder; without ``replace`` it keeps the one that it has. Raises ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder, lambda: RECORD, (json.dumps({TEMPLATE_DATE: date}) + "\n").encode(), replace=replace)
+        atomic_write(folder, lambda: RECORD, (json.dumps({TEMPLATE_DATE: date}) + "\n").encode(), replace=replace)
     except FileExistsError:
         return  # a cache keeps the date that it was begun with
     except OSError as error:

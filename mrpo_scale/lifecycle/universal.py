@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from mrpo_scale.base.atomic_files import TEMPORARY, write_whole
+from mrpo_scale.base.atomic_files import TEMPORARY, atomic_write
 from mrpo_scale.base.errors import TrainingError
-from mrpo_scale.base.ranks import fail_together, from_first, world_group
+from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, world_group
 from mrpo_scale.data.inputs import without_ranks
 from mrpo_scale.lifecycle.checkpoints import Checkpoint
 
@@ -40,7 +40,7 @@ def as_universal(checkpoint: Checkpoint) -> None:
     Raises:
         TrainingError: the conversion failed.
     """
-    if from_first((checkpoint.folder / _LATEST).is_file(), world_group()):
+    if broadcast_from_rank0((checkpoint.folder / _LATEST).is_file(), world_group()):
         return
     logger.info(
         "converting %s of %d ranks for another number; the copy is %s",
@@ -56,7 +56,7 @@ def as_universal(checkpoint: Checkpoint) -> None:
     status: int | None = None
     while status is None:
         time.sleep(_POLL_SECONDS)
-        status = from_first(converter.poll() if converter else None, world_group())
+        status = broadcast_from_rank0(converter.poll() if converter else None, world_group())
     if status:
         raise TrainingError(
             f"{checkpoint.folder} could not be converted from {checkpoint.world_size} ranks (status {status}; DeepSpeed's message "
@@ -67,7 +67,7 @@ def as_universal(checkpoint: Checkpoint) -> None:
             final = checkpoint.folder / f"{tag}_universal"
             shutil.rmtree(final, ignore_errors=True)
             (output / final.name).rename(final)
-            write_whole(checkpoint.folder, lambda: _LATEST, final.name.encode(), replace=True)
+            atomic_write(checkpoint.folder, lambda: _LATEST, final.name.encode(), replace=True)
             shutil.rmtree(output)
 
 

@@ -68,16 +68,16 @@ Ends with exit code 2 where the run would not start, and says all the reasons th
 """
 
 
-def check(words: Sequence[str]) -> int:
+def check(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status: 2 where the run would not start.
 
     Raises:
         ConfigError: a command line or recipe that cannot be read, or machines that make no cluster.
     """
-    if words and words[0] in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help"):
         print(HELP)
         return 0
-    flags, rest = _flags().parse_known_args(list(words))
+    flags, rest = _flags().parse_known_args(list(argv))
     cluster = make_cluster(flags.gpu, flags.gpus, flags.gpus_per_node, flags.network)
     script, config = parse(rest, ConfigElsewhere)
     if config.process_index != 0:
@@ -136,7 +136,7 @@ class _Check:
         self.found: dict[str, Any] = {}
         # What this machine is says nothing of the one that trains.
         self.gpu = cluster.name != "cpu"
-        half = config.fp16 or config.typed.get("bf16", self.gpu)
+        half = config.fp16 or config.non_default_keys.get("bf16", self.gpu)
         config.bf16 = bool(half and not config.fp16)
 
     def run(self) -> None:

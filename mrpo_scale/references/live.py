@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mrpo_kernels import CombinedReferences, sequence_logps, virtual_reference
 from torch import Tensor
 
-from mrpo_scale.base.ranks import agree_on_most, world_group
+from mrpo_scale.base.ranks import all_reduce_max, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.data.window import PairExample, TokenizedPairs
@@ -152,7 +152,7 @@ class SpreadScorer:
     def _forwards(self, references: Sequence[Reference], batches_K: Sequence[list[PairBatch]]) -> list[int]:
         """Forwards per reference that the busiest rank of the group needs; all ranks run that many."""
         model = references[0].model
-        counts = agree_on_most([len(batches) for batches in batches_K], model.group, model.device)
+        counts = all_reduce_max([len(batches) for batches in batches_K], model.group, model.device)
         if max(counts) > self._most_forwards:
             self._most_forwards = max(counts)
             logger.info(
@@ -212,7 +212,7 @@ class PartitionScorer:
         """Row numbers of all ranks' examples, each once, ascending. Ranks may have different numbers of examples."""
         if not dist.is_initialized():
             return np.unique(own)
-        (most,) = agree_on_most([len(own)], world_group(), self.device)
+        (most,) = all_reduce_max([len(own)], world_group(), self.device)
         padded = torch.full((most,), -1, dtype=torch.long, device=self.device)
         padded[: len(own)] = torch.from_numpy(own)
         everybody = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
@@ -231,7 +231,7 @@ def score_in_step(
     """
     model = reference.model
     parts = cut_by_tokens(segment_lengths(pairs, model.shared_prompt), model.shared_prompt, tokens_per_forward)
-    (forwards,) = agree_on_most([len(parts)], model.group, model.device)
+    (forwards,) = all_reduce_max([len(parts)], model.group, model.device)
     for part in [*parts, *[None] * (forwards - len(parts))]:
         logps_P2 = model.score(None if part is None else reference.batch(pairs[part]))
         if part is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mrpo_scale.base.errors import TrainingError
-from mrpo_scale.base.ranks import all_say, fail_together, world_group
+from mrpo_scale.base.ranks import all_gather_object, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.models.source import ReferenceSource, local_folder, open_weights, weight_files
 from mrpo_scale.references.placement import find_nodes
@@ -33,7 +33,7 @@ def ranks_that_share(sources: Sequence[ReferenceSource], args: MRPOConfig) -> li
             can_be_mapped(source, weight_files(folder, source.name))
             for source, folder in zip(sources, folders, strict=True)
         )
-    if not all(all_say(mapped, world_group())):
+    if not all(all_gather_object(mapped, world_group())):
         return nodes
     return [[rank] for node in nodes for rank in node]
 

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import TrainingError
-from mrpo_scale.base.heartbeat import doing
-from mrpo_scale.base.ranks import fail_together, from_first, world_group
+from mrpo_scale.base.heartbeat import set_activity
+from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.tokenization import PairDataset, PairTokens
 from mrpo_scale.models.plan import RunPlan
@@ -94,7 +94,7 @@ def score_ahead(
     for k in which:
         ranks = placement.group_of(k, args.process_index)
         assert ranks is not None
-        doing(f"scoring all pairs with {plan.names[k]}")
+        set_activity(f"scoring all pairs with {plan.names[k]}")
         reference = load_reference(plan.references[k], groups.get(ranks), args)
         fill(reference, stores[k], pair_sets, args)
         del reference
@@ -109,8 +109,8 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
     rank, world_size = args.process_index, args.world_size
     chunks = rows.chunks(FORWARDS_PER_CHUNK * args.ref_tokens_per_forward * world_size)
     # Another job's order is another one, so that the two rarely work on the same rows.
-    random.Random(from_first(time.time_ns(), world_group())).shuffle(chunks)
-    missing_N = from_first(store.missing(rows.key_N), world_group())
+    random.Random(broadcast_from_rank0(time.time_ns(), world_group())).shuffle(chunks)
+    missing_N = broadcast_from_rank0(store.missing(rows.key_N), world_group())
     missing = int(missing_N.sum())
     started, scored, done, repeats = time.perf_counter(), 0, 0, store.repeats
     with (
@@ -154,4 +154,4 @@ def _still_missing(store: ReferenceStore, keys: np.ndarray) -> np.ndarray:
     if not dist.is_initialized() or dist.get_rank() == 0:
         store.refresh()
         mask = store.missing(keys)
-    return from_first(mask, world_group())
+    return broadcast_from_rank0(mask, world_group())

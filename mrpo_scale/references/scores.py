@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.base.heartbeat import doing
-from mrpo_scale.base.ranks import agree_on_most, all_say, fail_together, from_first, world_group
+from mrpo_scale.base.heartbeat import set_activity
+from mrpo_scale.base.ranks import all_gather_object, all_reduce_max, broadcast_from_rank0, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.tokenization import ModelText, PairDataset
 from mrpo_scale.data.window import PairExample, TokenizedPairs
@@ -173,7 +173,7 @@ class ReferenceScores:
         stored = [store.lookup(pairs.row_keys[rows]) for store in self.stores]
         incomplete = [int(not stored[k].found_N.all()) for k in self.live]
         if self.live:
-            incomplete = agree_on_most(incomplete, world_group(), self.device)
+            incomplete = all_reduce_max(incomplete, world_group(), self.device)
         return _Window(
             examples, pairs, rows, stored, [k for k, some in zip(self.live, incomplete, strict=True) if some]
         )
@@ -220,13 +220,13 @@ class ReferenceScores:
             self.live, desc="Loading references", disable=args.disable_tqdm or args.local_process_index != 0
         )
         for k in progress:
-            doing(f"loading reference {self.names[k]}")
+            set_activity(f"loading reference {self.names[k]}")
             ranks = placement.group_of(k, args.process_index)
             if ranks is not None:
                 if (k, ranks) not in pool:
                     pool[k, ranks] = load_reference(plan.references[k], groups.get(ranks), args)
                 self.references[k] = pool[k, ranks]
-        everybody = [entry for some in all_say(self._shares(), world_group()) for entry in some.items()]
+        everybody = [entry for some in all_gather_object(self._shares(), world_group()) for entry in some.items()]
         shares = dict(sorted(everybody, key=lambda entry: entry[1].bytes_per_rank))  # the rank that holds most is shown
         forwards = {}
         for k in self.live:
@@ -297,7 +297,7 @@ def identify_models(
             mine = [
                 identify(source, folder, text, memo_dir) for (source, text), folder in zip(models, folders, strict=True)
             ]
-    everybody = all_say(mine, world_group())
+    everybody = all_gather_object(mine, world_group())
     first = everybody[0]
     assert first is not None
     for rank, identities in enumerate(everybody):
@@ -312,7 +312,7 @@ def identify_models(
 
 def count_missing(stores: Sequence[ReferenceStore], keys: np.ndarray, device: torch.device) -> list[int]:
     """Rows of ``keys`` that each store has no score for, as the rank that sees least of them counts. Collective."""
-    return agree_on_most([int(store.missing(keys).sum()) for store in stores], world_group(), device)
+    return all_reduce_max([int(store.missing(keys).sum()) for store in stores], world_group(), device)
 
 
 def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MRPOConfig) -> None:
@@ -321,7 +321,7 @@ def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MR
     Raises:
         ConfigError: no row came for ``ref_follow_timeout`` minutes.
     """
-    doing("waiting for scores")
+    set_activity("waiting for scores")
     total = len(keys) * len(stores)
     have, last_news = -1, time.monotonic()
     with tqdm(
@@ -337,7 +337,7 @@ def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MR
                 bar.update(have - bar.n)
             if not any(missing):
                 return
-            if from_first(time.monotonic() - last_news > 60 * args.ref_follow_timeout, world_group()):
+            if broadcast_from_rank0(time.monotonic() - last_news > 60 * args.ref_follow_timeout, world_group()):
                 lacking = ", ".join(f"{store.identity.name} {n}" for store, n in zip(stores, missing, strict=True) if n)
                 raise ConfigError(
                     f"`ref_scoring: follow`: no new score came into {args.ref_cache_folder} for {args.ref_follow_timeout:g} "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from mrpo_scale.config.keys import MRPOConfig, ScriptArguments, parse_ref_models, typed
+from mrpo_scale.config.keys import MRPOConfig, ScriptArguments, non_default_keys, parse_ref_models
 from mrpo_scale.reports.html_curves import Run
 from mrpo_scale.reports.html_report import RUN_FACTS, write_report
 from mrpo_scale.reports.model_card import ModelCard
@@ -128,7 +128,7 @@ def _weights(trainer: MRPOTrainer) -> str:
 
 def recipe_of(script: ScriptArguments | None, args: MRPOConfig) -> dict[str, Any]:
     """The keys of a run that are not defaults, without those that say where."""
-    keys = {**(typed(script) if script else {}), **args.typed}
+    keys = {**(non_default_keys(script) if script else {}), **args.non_default_keys}
     if keys.get("ref_models"):
         keys["ref_models"] = [_as_typed(entry) for entry in keys["ref_models"]]
     return {key: value for key, value in keys.items() if key not in _PLACES}
@@ -153,4 +153,4 @@ def finished_run(script: ScriptArguments, args: MRPOConfig) -> tuple[list[RunSum
 
 def _as_typed(entry: str) -> str | dict[str, Any]:
     """A reference as a recipe writes it; the command line carries mappings as JSON."""
-    return typed(parse_ref_models([entry])[0]) if entry.lstrip().startswith("{") else entry
+    return non_default_keys(parse_ref_models([entry])[0]) if entry.lstrip().startswith("{") else entry

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mrpo_scale.base.atomic_files import write_whole
+from mrpo_scale.base.atomic_files import atomic_write
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.tables import number, percent
 from mrpo_scale.base.untrusted import read_json
@@ -108,7 +108,7 @@ def _check_facts(facts: Mapping[str, Any], file: Path) -> None:
             )
 
 
-def report(words: Sequence[str]) -> None:
+def report(argv: Sequence[str]) -> None:
     """`mrpo report FOLDER [FOLDER ...] [--output FILE]`: the report of one run again, or several runs side by side.
 
     Raises:
@@ -117,7 +117,7 @@ def report(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="mrpo report", allow_abbrev=False)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--output", type=Path)
-    flags = parser.parse_args(list(words))
+    flags = parser.parse_args(list(argv))
     alone = flags.folders[0] / "report.html" if len(flags.folders) == 1 else Path("report.html")
     path = flags.output or alone
     write_report([read_run(folder) for folder in flags.folders], path)
@@ -148,7 +148,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         script_digest=digest,
     )
     # Readers of a run that still goes on never see half a page.
-    write_whole(path.parent, lambda: path.name, html.encode(), replace=True)
+    atomic_write(path.parent, lambda: path.name, html.encode(), replace=True)
 
 
 # ---- words and numbers -----------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ from transformers.trainer_utils import (
 
 from mrpo_scale.base.device import map_blocks_from, peak_flops
 from mrpo_scale.base.errors import ConfigError, TrainingError
-from mrpo_scale.base.heartbeat import doing, heartbeat
-from mrpo_scale.base.ranks import all_say, fail_together, world_group
+from mrpo_scale.base.heartbeat import heartbeat, set_activity
+from mrpo_scale.base.ranks import all_gather_object, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.data.inputs import (
     EVAL_SET,
@@ -130,7 +130,7 @@ class MRPOTrainer(ResumableTrainer):
         train_dataset, eval_dataset = as_datasets(train_dataset, eval_dataset)
         ref_models, args = check_arguments(model, ref_models, args, eval_dataset, kwargs)
         check_trainer_arguments(kwargs)
-        doing("preparing the pairs")
+        set_activity("preparing the pairs")
         check_output_folder(args, model, ref_models)
         decide_date(args)  # the same for all models and ranks
         self.plan = plan_models(model, ref_models, args, processing_class)
@@ -161,7 +161,7 @@ class MRPOTrainer(ResumableTrainer):
         # Before the policy: what is scored ahead of training has the memory to itself.
         self.scores = self._open_scores(args)
         self.preference_objective = with_validation_weights(args, self.scores, self.pair_sets)
-        doing("loading the policy")
+        set_activity("loading the policy")
         policy = load_policy(self.plan.policy) if isinstance(model, str) else model
         self._source_use_cache = getattr(policy.config, "use_cache", None)  # of a wrapper the text config has it
         check_optimizer(kwargs, policy)
@@ -234,7 +234,7 @@ class MRPOTrainer(ResumableTrainer):
     ) -> tuple[list[MicroBatch], Tensor]:
         """This rank's share of the next window, its virtual reference formed, and the number of pairs in the whole window."""
         self._check_policy(self.model_wrapped)
-        doing(f"scoring the pairs of step {self.state.global_step + 1} with the references")
+        set_activity(f"scoring the pairs of step {self.state.global_step + 1} with the references")
         self.clock.start()
         examples = [example for _ in range(num_batches) for example in next(epoch_iterator)]
         references = self.scores.score(examples, self.pair_sets[TRAIN_SET], self.preference_objective)
@@ -286,7 +286,7 @@ class MRPOTrainer(ResumableTrainer):
             TrainingError: on every rank, when any rank's loss is not finite; nothing is stepped or saved.
         """
         assert num_items_in_batch is not None
-        doing(f"computing step {self.state.global_step + 1}")
+        set_activity(f"computing step {self.state.global_step + 1}")
         share_P = inputs.weight_P / num_items_in_batch * self.accelerator.num_processes
         references, objective = inputs.references, self.preference_objective
         if self.args.gradients_in_forward:
@@ -379,7 +379,7 @@ class MRPOTrainer(ResumableTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the policy as its source was: key names, ties, dtypes, config, tokenizer. Checkpoints, which have a folder of
         their own, keep the dtype that training resumes in."""
-        doing(f"saving {output_dir or self.args.output_dir}")
+        set_activity(f"saving {output_dir or self.args.output_dir}")
         self._save_as_source = not _internal_call or output_dir is None
         super().save_model(output_dir, _internal_call)
 
@@ -522,7 +522,7 @@ class MRPOTrainer(ResumableTrainer):
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; the held-out pairs are scored by the references before the first one and the scores kept."""
-        doing(f"evaluating after step {self.state.global_step}")
+        set_activity(f"evaluating after step {self.state.global_step}")
         prefix = kwargs.get("metric_key_prefix", "eval")
         # A loader draws a number; training must not notice how often it was evaluated.
         with torch.random.fork_rng(devices=()):
@@ -568,7 +568,7 @@ class MRPOTrainer(ResumableTrainer):
 
     def _joined_held_out(self) -> HeldOutScores:
         """What every model says of every held-out pair. Collective."""
-        everybody = [rows for some in all_say(self._eval_rows, world_group()) for rows in some]
+        everybody = [rows for some in all_gather_object(self._eval_rows, world_group()) for rows in some]
         self._eval_rows = []
         return HeldOutScores.joined(everybody)
 

@@ -43,8 +43,8 @@ def test_dpo_on_each_reference_is_always_there_and_varied_by_what_it_uses():
         "multi_dpo epsilon_max=0 beta=0.1",
         "multi_dpo epsilon_max=0.1 beta=0.1",
     ]
-    assert arms[1].words == ("--objective=dpo", '--anchor={"model": "B"}', "--beta=0.1")
-    assert "--aggregate=harmonic" in arms[4].words, "multi_dpo refuses any other"
+    assert arms[1].argv == ("--objective=dpo", '--anchor={"model": "B"}', "--beta=0.1")
+    assert "--aggregate=harmonic" in arms[4].argv, "multi_dpo refuses any other"
     assert (arms[0].reference, arms[2].reference) == ("anchor", None)
 
 
@@ -57,7 +57,7 @@ def test_an_objective_with_settings_of_its_own():
         "mrpo ref_weights=uniform",
         "mrpo ref_weights=confidence",
     ]
-    assert arms[2].words == ("--objective=mrpo", "--aggregate=geometric", "--ref_weights", "0.2", "0.8")
+    assert arms[2].argv == ("--objective=mrpo", "--aggregate=geometric", "--ref_weights", "0.2", "0.8")
     assert arms[2].folder == "mrpo_aggregate=geometric_ref_weights=0.2_0.8"
 
 
@@ -88,7 +88,7 @@ def test_every_command_of_the_papers_page_can_be_planned(line):
     script, _ = parse(["--config", flags.config, "--bf16", "false"])
     references = [("anchor", None), *((f"B{k}", model) for k, model in enumerate(script.ref_models))]
     for arm in plan_arms(flags.objectives, flags.vary, references):
-        parse(["--config", flags.config, "--bf16", "false", *arm.words])
+        parse(["--config", flags.config, "--bf16", "false", *arm.argv])
 
 
 def test_keys_that_may_not_differ_exist():
@@ -105,7 +105,7 @@ def test_runs_differ_in_arm_and_seed_and_paths_are_no_settings(tmp_path):
         ("mrpo", 7),
         ("dpo on anchor", 8),
     ]
-    assert runs[2].words == (
+    assert runs[2].argv == (
         *("--config=r.yaml", "--max_steps", "3", "--objective=mrpo", "--data_seed=7"),
         f"--output_dir={tmp_path}/mrpo/seed-7",
     )

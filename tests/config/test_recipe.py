@@ -126,9 +126,11 @@ def test_what_was_typed_is_what_the_recipe_says(recipe):
     """Of a card's recipe: neither defaults that the parser or __post_init__ rewrites, nor a token."""
     _, config = parse(["--config", recipe(TRL_RECIPE), "--hub_token", "hf_secret", "--use_cpu", "true"])
     said = yaml.safe_load(TRL_RECIPE)
-    assert config.typed.keys() <= {*said, "output_dir", "use_cpu"}
-    assert config.typed["beta"] == 0.05 and config.typed["report_to"] == "none"
-    assert "loss_type" not in config.typed and "gradient_checkpointing" not in config.typed, "as the defaults are"
+    assert config.non_default_keys.keys() <= {*said, "output_dir", "use_cpu"}
+    assert config.non_default_keys["beta"] == 0.05 and config.non_default_keys["report_to"] == "none"
+    assert "loss_type" not in config.non_default_keys and "gradient_checkpointing" not in config.non_default_keys, (
+        "as the defaults are"
+    )
 
 
 def test_an_empty_key_means_none_where_none_means_something(recipe):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mrpo_scale.base.errors import EXIT_STATUS, Preempted, TrainingError
-from mrpo_scale.base.heartbeat import doing, heartbeat
+from mrpo_scale.base.heartbeat import heartbeat, set_activity
 from tests.distributed.jobs import Job, Kill
 
 TIMEOUT = 3.0
@@ -45,11 +45,11 @@ def message(ended):
 def one_hangs(folder, others):
     """Rank 1 tells that it is where it will be killed; the others wait for it in an all-reduce, or are busy and do not notice."""
     if dist.get_rank() == 1:
-        doing("saving checkpoint-40")
+        set_activity("saving checkpoint-40")
         time.sleep(2 * TIMEOUT / 6)  # a beat tells the others
         (folder / "now").touch()
         time.sleep(HANG)
-    doing("computing step 41")
+    set_activity("computing step 41")
     if others == "busy":
         time.sleep(HANG)
     try:
@@ -61,7 +61,7 @@ def one_hangs(folder, others):
 
 
 def first_stops(folder):
-    doing("computing step 7")
+    set_activity("computing step 7")
     time.sleep(2 * TIMEOUT / 6)
     if dist.get_rank() == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -69,7 +69,7 @@ def first_stops(folder):
 
 
 def one_raises(folder, which):
-    doing("computing step 3")
+    set_activity("computing step 3")
     if dist.get_rank() == which:
         raise ValueError("a shape\nthat does not fit")
     dist.all_reduce(torch.zeros(1))

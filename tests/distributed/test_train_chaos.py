@@ -111,7 +111,7 @@ def test_asked_to_stop_it_saves_and_goes_on(jobs, words, undisturbed, tmp_path):
     lives.append(tmp_path / "logs-last")
     lives[-1].mkdir()
     (out / STOP).touch()
-    os.utime(out / STOP, (1e9, 1e9))  # of an earlier life: it stops nobody
+    os.utime(out / STOP, (1e9, 1e9))  # of a previous attempt: it stops nobody
     (ended,) = jobs.run(Job(line(words, tmp_path), 2, chaos, (str(lives[-1]),), ZERO3), timeout=400)
     assert [rank.status for rank in ended] == [0, 0], ended[0].err
     assert not (out / STOP).exists() and not (out / PREEMPTED).exists()

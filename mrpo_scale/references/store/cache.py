@@ -17,7 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
-from mrpo_scale.base.atomic_files import remove_abandoned, write_whole
+from mrpo_scale.base.atomic_files import atomic_write, remove_abandoned
 from mrpo_scale.base.errors import ConfigError, TrainingError
 from mrpo_scale.references.store.identity import ReferenceIdentity, canonical_json
 from mrpo_scale.references.store.listing import (
@@ -151,7 +151,7 @@ class ReferenceStore:
             if not self._check_description():
                 self._describe()
             remove_abandoned(self.folder, older_than=_DAY)
-            probe = write_whole(self.folder, lambda: f".tmp-probe-{secrets.token_hex(8)}", bytes(1 << 16))
+            probe = atomic_write(self.folder, lambda: f".tmp-probe-{secrets.token_hex(8)}", bytes(1 << 16))
             probe.unlink()
         except OSError as error:
             raise ConfigError(
@@ -183,7 +183,7 @@ class ReferenceStore:
         rows = sorted_rows([rows])
         data = encode_part(rows, self.identity.key)
         try:
-            path = write_whole(self.folder, lambda: next_part_name(self.folder), data)
+            path = atomic_write(self.folder, lambda: next_part_name(self.folder), data)
         except OSError as error:
             raise TrainingError(
                 f"`ref_cache_dir`: no part could be written to {self.folder} ({error.strerror}). The cache is readable as it "
@@ -250,7 +250,7 @@ class ReferenceStore:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
-            write_whole(self.folder, lambda: DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+            atomic_write(self.folder, lambda: DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
         except FileExistsError:
             self._check_description()  # another job was first
 

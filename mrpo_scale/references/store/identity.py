@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from mrpo_scale.base.atomic_files import write_whole
+from mrpo_scale.base.atomic_files import atomic_write
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.untrusted import read_json
 
@@ -191,7 +191,7 @@ def _remember(state: dict[str, Any], digest: str, memo_dir: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         data = canonical_json(_record(state, digest))
-        write_whole(folder, lambda: _memo_name(state), data, replace=True)
+        atomic_write(folder, lambda: _memo_name(state), data, replace=True)
     except OSError as error:
         logger.info("%s cannot be written (%s): the next run hashes %s again", folder, error, state["path"])
 

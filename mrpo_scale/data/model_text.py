@@ -22,6 +22,7 @@ from mrpo_scale.data.turns import SENTINEL, Turn, find_turn, shared_length
 
 #: Raised whenever the same template and tokenizer would give other tokens.
 SCHEME = 2
+_REMEMBERED = 16  #: texts whose tokens are kept: those of one pair are asked for several times
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class ModelText:
         self._template = ChatTemplate(
             tokenizer, plain_template if self.is_plain else chat_template, name=name, date=date
         )
+        self._encoded: dict[str, list[int]] = {}
         self._bos_ids = self._find_bos()
         self._added_prompt, self._opening, self._ending = self._find_turn_ends()
         eos = tokenizer.eos_token_id
@@ -108,11 +110,11 @@ class ModelText:
 
     def prompt_ids(self, pair: PreferencePair) -> list[int]:
         """Tokens of :meth:`render_prompt`; raw strings and the plain template get the BOS that the tokenizer adds, never an EOS."""
-        return self._with_bos(self._encode(self.render_prompt(pair)), isinstance(pair.prompt, str))
+        return list(self._with_bos(self._encode(self.render_prompt(pair)), isinstance(pair.prompt, str)))
 
     def response_ids(self, text: str, *, raw: bool, cut: bool) -> list[int]:
         """Tokens of a response: its end of turn included unless ``cut``; ``raw`` responses, without a template, end with eos."""
-        return self._ended(text, raw=raw, cut=cut)
+        return list(self._ended(text, raw=raw, cut=cut))
 
     def read(self, pair: PreferencePair) -> Reading:
         """Both responses after the prompt, as the template renders the two whole conversations.
@@ -291,7 +293,13 @@ class ModelText:
         return self._template.render(messages, tools, generation_prompt=generation_prompt)
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        if text not in self._encoded:
+            if len(self._encoded) >= _REMEMBERED:
+                self._encoded.clear()
+            self._encoded[text] = (
+                self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+            )
+        return self._encoded[text]
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         """Start and end, in characters of ``text``, of each of its tokens."""

@@ -97,8 +97,10 @@ def _record(args: MRPOConfig, names: Sequence[str], run: Path | None) -> None:
     cache = args.ref_cache_folder
     if cache is None:
         return
-    write_record(cache, str(args.template_date), replace=False)
-    if (of_cache := recorded_date(cache)) != args.template_date:
+    if recorded_date(cache) is None:  # one that has a date may be there to read only
+        write_record(cache, str(args.template_date), replace=False)
+    of_cache = recorded_date(cache)
+    if of_cache is not None and of_cache != args.template_date:
         logger.warning(
             "`ref_cache_dir`: %s was begun with `template_date: %s`; this run has %s, so no score of that date is read for %s. Set "
             "`template_date: %s` to read them.",
@@ -113,6 +115,8 @@ def recorded_date(folder: Path) -> str | None:
         ConfigError: the file cannot be read.
     """
     path = folder / RECORD
+    if not folder.is_dir():
+        return None
     try:
         found = read_json(path, _MOST_BYTES)
         return datetime.date.fromisoformat(found[TEMPLATE_DATE]).isoformat()

@@ -91,7 +91,9 @@ def test_a_cache_keeps_its_date_and_says_so(folders, tmp_path, clock, caplog):
     plan(folders, config(tmp_path / "scored", **cache))
     assert not (tmp_path / "scored").exists(), "a job that only scores begins no run"
     clock(DAYS[1])
+    before = (tmp_path / "cache").stat().st_mtime_ns
     plan(folders, config(tmp_path / "run", **cache), run=tmp_path / "run")
+    assert (tmp_path / "cache").stat().st_mtime_ns == before, "a cache that is there to read only is not written"
     assert template_date.recorded_date(tmp_path / "run") == "2026-11-25"
     with caplog.at_level(logging.WARNING, "mrpo_scale"):
         plan(folders, config(tmp_path / "other", template_date="2026-11-27", **cache), run=tmp_path / "other")

@@ -110,9 +110,9 @@ class SourceFiles:
             (folder / name).write_bytes(content)
         if self.left_out:
             logger.info(
-                "%d tensors that the causal language model does not have, such as a vision tower's, were not trained and are in %s "
-                "as they were in %s",
-                *(sum(map(len, self.left_out.values())), folder, next(iter(self.left_out)).parent),
+                "%d tensors of %s that its causal language model does not have, such as a vision tower's, were not trained and are in "
+                "%s as they were",
+                *(sum(map(len, self.left_out.values())), next(iter(self.left_out)).parent, folder),
             )
 
 

@@ -110,8 +110,8 @@ class SourceFiles:
             (folder / name).write_bytes(content)
         if self.left_out:
             logger.info(
-                "%d tensors of %s that its causal language model does not have, such as a vision tower's, were not trained and are in "
-                "%s as they were",
+                "%d tensors of %s that its causal language model does not have, such as a vision tower's, were not trained and are "
+                "in %s as they were",
                 *(sum(map(len, self.left_out.values())), next(iter(self.left_out)).parent, folder),
             )
 

@@ -25,6 +25,44 @@ def test_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
+FILE = re.compile(
+    r"(?<![\w/.-])((?:mrpo_scale|kernels|launch|benchmarks|tests|docs|recipes)/[\w./-]*\w\.(?:py|md|yaml|json))\b"
+)
+MODULE = re.compile(r"(?<![\w.])mrpo_scale((?:\.[a-z_]+)+)")
+NO_FILES = {
+    "mrpo_scale/a/b.py",
+    "benchmarks/results/against-trl.json",
+}  # an example, and what a command is told to write
+PACKAGED = ("recipes", "ds_configs", "launch")  # folders of the clone that lie in the package once it is installed
+
+
+def is_module(dotted):
+    """Whether ``.a.b.c`` is a module of the package, or a name within one."""
+    folder = ROOT / "mrpo_scale"
+    for part in dotted[1:].split("."):
+        if (folder / part).is_dir():
+            folder /= part
+        else:
+            return (folder / f"{part}.py").is_file() or folder != ROOT / "mrpo_scale"
+    return True
+
+
+def mentioning():
+    """Pages, and every file of code, whose docstrings and comments speak of other files."""
+    folders = ("mrpo_scale", "kernels", "launch", "benchmarks", "tests")
+    return [*PAGES, *(file for folder in folders for file in sorted(ROOT.glob(f"{folder}/**/*.py")))]
+
+
+@pytest.mark.parametrize("file", mentioning(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_modules_that_are_spoken_of_exist(file):
+    """A file that moves is found by whoever reads of it."""
+    text = file.read_text()
+    for path in set(FILE.findall(text)) - NO_FILES:
+        assert (ROOT / path).is_file() or (ROOT / "mrpo_scale" / path).is_file(), path
+    for dotted in set(MODULE.findall(text)):
+        assert is_module(dotted) or dotted[1:].startswith(PACKAGED), f"mrpo_scale{dotted}"
+
+
 def test_decisions_are_numbered_once_and_without_gaps():
     numbers = re.findall(r"^- \*\*(\d+)\. ", (ROOT / "docs" / "decisions.md").read_text(), re.MULTILINE)
     assert len(numbers) >= 64

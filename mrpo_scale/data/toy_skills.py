@@ -1,6 +1,6 @@
 """The skills of the toy world: questions with an exact answer, and one systematic misconception about each.
 
-To add one: a function here, a line in ``SKILLS`` and a reliability for every model in toyworld.py; then raise ``WORLD_VERSION``.
+To add one: a function here, a line in ``SKILLS`` and a reliability for every model in toy_world.py; then raise ``WORLD_VERSION``.
 """
 
 from __future__ import annotations

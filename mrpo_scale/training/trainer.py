@@ -100,7 +100,7 @@ class MRPOTrainer(ResumableTrainer):
 
     Args:
         model: hub id, folder, or a loaded causal LM.
-        ref_models: references 1..K-1, as names or mappings (see ``ref_models`` in config.py). None: plain DPO.
+        ref_models: references 1..K-1, as names or mappings (see ``ref_models`` in config/keys.py). None: plain DPO.
         args: an :class:`MRPOConfig`; default ``MRPOConfig()``.
         train_dataset, eval_dataset: rows of any supported layout, as a Dataset or a list of dicts; ``eval_dataset`` may be a
             mapping of names to sets, ``train_dataset`` a DatasetDict with ``train`` and, to evaluate on, ``test``.

@@ -28,8 +28,8 @@ SHAPES = [
     (128, 256, 32, 8),
 ]
 CANDIDATES = [
-    Tile(block_t, block_v, block_d, num_warps=warps, num_stages=stages, descriptors=descriptors)
-    for (block_t, block_v, block_d, warps), stages, descriptors in itertools.product(SHAPES, (3, 4), (False, True))
+    Tile(block_t, block_v, block_d, num_warps=warps, num_stages=stages)
+    for (block_t, block_v, block_d, warps), stages in itertools.product(SHAPES, (3, 4))
 ]
 HEADS: dict[str, dict[str, float]] = {"plain": {}, "softcap": {"softcap": 30.0}}
 
@@ -39,7 +39,7 @@ def sweep(cases: list[Case], timed: Callable[[Callable[[], object]], float], rou
     major = torch.cuda.get_device_capability()[0]
     shipped = partials.TILES[max(key for key in partials.TILES if key <= major)]
     others = [*CANDIDATES, *(replace(shipped, group_t=group_t) for group_t in (4, 16))]
-    candidates = [shipped, *(tile for tile in others if tile != shipped and (major >= 9 or not tile.descriptors))]
+    candidates = [shipped, *(tile for tile in others if tile != shipped)]
     rows: list[dict[str, Any]] = [
         {"head": head, "tile": vars(tile), "shipped": tile == shipped, "ms": {}}
         for head in HEADS
@@ -82,7 +82,7 @@ def table(rows: list[dict[str, Any]], cases: list[Case]) -> str:
     for row in rows:
         tile = row["tile"]
         name = f"{tile['block_t']}x{tile['block_v']}x{tile['block_d']}, {tile['num_warps']} warps, {tile['num_stages']} stages"
-        name += f", group {tile['group_t']}" + ", descriptors" * tile["descriptors"] + ", shipped" * row["shipped"]
+        name += f", group {tile['group_t']}" + ", shipped" * row["shipped"]
         times = [
             f"{row['ms'][case.name]:.2f} ms, {case.gemm_flops / row['ms'][case.name] / 1e9:.0f} TFLOP/s"
             if case.name in row["ms"]

@@ -239,10 +239,11 @@ def combine(
     weights = list(WEIGHTINGS).index(ref_weights) if isinstance(ref_weights, str) else FIXED
     if num_pairs:
         # Without partials their pointers are never read: any tensor does.
-        table, *arrays = partials[3:4] + partials[:3] if partials else (floats,) * 4
+        given = partials or Partials(floats, floats, floats, table=floats, floats=floats, heads=())
         with torch.cuda.device_of(raw_KP2):
             virtual_reference_kernel[(num_pairs,)](
-                table, floats, *arrays, raw_KP2, virtual_P2, weights_KP, epsilon_P2, clipped_KP2,
+                given.table, floats, given.max_N, given.sum_N, given.label_logit_T, raw_KP2,
+                virtual_P2, weights_KP, epsilon_P2, clipped_KP2,
                 num_refs, num_pairs, float(epsilon_max), list(CLIPS).index(clip), weights, exponent_of(aggregate),
                 FROM_LOGPS=partials is None, BLOCK_K=MAX_REFERENCES, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
                 num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,

@@ -81,10 +81,9 @@ def linear_preference_loss(
     check_inputs(hidden_TD, head_weight_VD, labels_T, cu_seqlens, bias, softcap)
     if len(cu_seqlens) % 2 == 0:
         raise ValueError(f"cu_seqlens has {len(cu_seqlens) - 1} responses; expected two for each pair")
-    head = OutputHead(head_weight_VD, bias, softcap, logit_scale)
     wants_gradients = torch.is_grad_enabled()
     loss, policy_logps_P2 = _LinearPreferenceLoss.apply(
-        hidden_TD, head_weight_VD, bias, labels_T, cu_seqlens, loss_of_pairs, head[2:], wants_gradients
+        hidden_TD, head_weight_VD, bias, labels_T, cu_seqlens, loss_of_pairs, softcap, logit_scale, wants_gradients
     )
     return LinearPreferenceLoss(loss, policy_logps_P2)
 
@@ -99,12 +98,15 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         labels_T: Tensor,
         cu_seqlens: Tensor,
         loss_of_pairs: LossOfPairs,
-        transform: tuple[float | None, float],
+        softcap: float | None,
+        logit_scale: float,
         wants_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         needs = [wants_gradients and need for need in ctx.needs_input_grad[:3]]
         dtype = accumulation_dtype(hidden_TD.dtype)
-        batch = _Batch(hidden_TD, OutputHead(weight_VD, bias_V, *transform), labels_T, cu_seqlens, loss_of_pairs)
+        batch = _Batch(
+            hidden_TD, OutputHead(weight_VD, bias_V, softcap, logit_scale), labels_T, cu_seqlens, loss_of_pairs
+        )
         fresh = torch.zeros if not len(labels_T) else torch.empty
         totals = HeadGradients(
             torch.empty_like(hidden_TD, dtype=operand_dtype(hidden_TD)) if needs[0] else None,
@@ -129,7 +131,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
             None if total is None else _scaled(total, d_loss, dtype, one)
             for total, dtype in zip(totals, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def _scaled(total: Tensor, d_loss: Tensor, dtype: torch.dtype, one: bool) -> Tensor:

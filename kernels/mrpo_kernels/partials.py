@@ -35,12 +35,8 @@ from mrpo_kernels.backend import is_aligned
 
 @dataclass(frozen=True)
 class Tile:
-    """A configuration of the partials kernel; tests compile each shipped one and read its registers and spills.
-
-    ``descriptors`` loads tiles through the tensor memory accelerator (sm_90 and up) instead of asynchronous copies of 16 bytes.
-    No shipped tile does yet: it is not measured, and with bias or softcap it spills. ``max_registers`` of a thread: None leaves it
-    to the assembler, which does better with the large tiles.
-    """
+    """A configuration of the partials kernel; tests compile each and read its registers and spills. ``max_registers`` of a thread:
+    None leaves it to the assembler, which does better with the large tiles."""
 
     block_t: int
     block_v: int
@@ -48,7 +44,6 @@ class Tile:
     num_warps: int
     num_stages: int
     group_t: int = 8
-    descriptors: bool = False
     max_registers: int | None = None
 
 
@@ -170,8 +165,7 @@ def _num_biases(row_ptr):
 def partials_kernel(
     table_ptr, floats_ptr, max_ptr, sum_ptr, label_logit_ptr, num_heads,
     DTYPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_T: tl.constexpr,
-    EVEN_D: tl.constexpr, ALIGNED: tl.constexpr, HAS_TRANSFORM: tl.constexpr, UPCAST: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    EVEN_D: tl.constexpr, ALIGNED: tl.constexpr, HAS_TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     for k in range(num_heads):
@@ -189,11 +183,6 @@ def partials_kernel(
         # Program p takes the tiles whose number, counted over all heads, is p modulo the grid's size.
         first = (program + programs - tl.load(row_ptr + FIRST_TILE).to(tl.int32) % programs) % programs
         partial_offset = tl.load(row_ptr + FIRST_PARTIAL)
-        if DESCRIPTORS:
-            hidden_shape = [tl.maximum(num_tokens, 1).to(tl.int32), width.to(tl.int32)]
-            weight_shape = [vocabulary.to(tl.int32), width.to(tl.int32)]
-            hidden_desc = tl.make_tensor_descriptor(hidden_ptr, hidden_shape, [hidden_stride, 1], [BLOCK_T, BLOCK_D])
-            weight_desc = tl.make_tensor_descriptor(weight_ptr, weight_shape, [weight_stride, 1], [BLOCK_V, BLOCK_D])
         for tile in range(first, tiles_t * tiles_v, programs):
             group = tile // (GROUP_T * tiles_v)
             group_size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
@@ -206,14 +195,8 @@ def partials_kernel(
             weight_ptrs = weight_ptr + tl.minimum(words, vocabulary - 1)[:, None] * weight_stride + cols[None, :]
             logits = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
             for d in range(0, width, BLOCK_D):
-                if DESCRIPTORS:
-                    hidden = hidden_desc.load([tile_t * BLOCK_T, tl.cast(d, tl.int32)])
-                    weight = weight_desc.load([tile_v * BLOCK_V, tl.cast(d, tl.int32)])
-                else:
-                    hidden = _load_rows(hidden_ptrs + d, cols + d, width, EVEN_D)
-                    weight = _load_rows(weight_ptrs + d, cols + d, width, EVEN_D)
-                if UPCAST:  # the interpreter's tl.dot is wrong in bfloat16
-                    hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
+                hidden = _load_rows(hidden_ptrs + d, cols + d, width, EVEN_D)
+                weight = _load_rows(weight_ptrs + d, cols + d, width, EVEN_D)
                 logits = tl.dot(hidden, weight.T, logits, input_precision="ieee")
             if HAS_TRANSFORM:
                 logits += tl.load(bias_ptr + words, mask=words < _num_biases(row_ptr), other=0.0)[None, :]
@@ -276,10 +259,13 @@ INTERPRETED = not isinstance(partials_kernel, triton.runtime.JITFunction)
 def vocabulary_partials(heads: Sequence[Head], ref_weights: Sequence[float] | None = None) -> Partials:
     """Launch 1 over all heads (no launch if no head has a token). ``ref_weights`` only travel in the float table."""
     heads = [_prepared(head) for head in heads]
-    device, dtype = heads[0].hidden_TD.device, heads[0].hidden_TD.dtype
-    aligned = dtype != torch.float32 and all(
+    device = heads[0].hidden_TD.device
+    aligned = heads[0].hidden_TD.dtype != torch.float32 and all(
         is_aligned(matrix) for head in heads for matrix in (head.hidden_TD, head.weight_VD)
     )
+    if INTERPRETED:  # whose product of bfloat16 matrices is wrong; float32 holds the same numbers
+        heads = [head._replace(hidden_TD=head.hidden_TD.float(), weight_VD=head.weight_VD.float()) for head in heads]
+    dtype = heads[0].hidden_TD.dtype
     tile = _tile(device, aligned)
     rows: list[list[int]] = []
     tiles = tokens = partials = 0
@@ -301,17 +287,13 @@ def vocabulary_partials(heads: Sequence[Head], ref_weights: Sequence[float] | No
         tuple(heads),
     )
     if tiles:
-        if (
-            tile.descriptors
-        ):  # they live in scratch memory; set for each launch, because an autograd thread has its own context
-            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
         with torch.cuda.device_of(out.max_N):
             partials_kernel[(min(_num_programs(device), tiles),)](
                 out.table, out.floats, out.max_N, out.sum_N, out.label_logit_T, len(heads),
                 DTYPE=_triton_dtype(dtype), BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP_T=tile.group_t,
                 EVEN_D=aligned and all(head.hidden_TD.shape[1] % tile.block_d == 0 for head in heads), ALIGNED=aligned,
                 HAS_TRANSFORM=any(head.bias_V is not None or head.softcap for head in heads),
-                UPCAST=INTERPRETED, DESCRIPTORS=tile.descriptors, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
                 maxnreg=tile.max_registers,
             )  # fmt: skip
     return out

@@ -6,7 +6,6 @@ option that could make a difference to them, and must reach that list and nothin
 is compiled, for every architecture that takes bfloat16 products. The results stay in Triton's cache.
 """
 
-import dataclasses
 import itertools
 import os
 import re
@@ -187,18 +186,6 @@ def test_the_launchers_reach_the_list_and_nothing_beyond_it(architecture):
 
 def test_every_tile_is_compiled():
     assert {sm // 10 for sm in ARCHITECTURES} == partials.TILES.keys()
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("architecture", [90, 100])
-def test_tiles_loaded_by_descriptors_do_not_spill(architecture, tmp_path, monkeypatch):
-    """No shipped tile takes the option yet; with bias or softcap it spills, so a tile that does needs another shape there."""
-    tile = dataclasses.replace(partials.TILES[architecture // 10], descriptors=True)
-    monkeypatch.setitem(partials.TILES, architecture // 10, tile)
-    (variant,) = launched(architecture, lambda: partials.vocabulary_partials([head()] * 2))
-    kernel = variant.compiled()
-    assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
-    assert not usage(kernel, tmp_path)[1]
 
 
 def test_loads_are_asynchronous_and_wide():

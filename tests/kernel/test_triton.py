@@ -4,7 +4,6 @@ Runs on a GPU, or on the CPU in the interpreter (see conftest.py), whose tiles a
 programs: every size below crosses each of them, and the finishing kernel's 32 tokens x 32 vocabulary tiles where it matters.
 """
 
-import dataclasses
 import functools
 import importlib
 import math
@@ -100,17 +99,6 @@ def test_broken_inputs_are_nan_not_numbers():
     ends = torch.tensor([-3, 2, 9, 7, 20, 1 << 20], device=DEVICE)
     got = triton_logps(hidden_TD, weight_VD, labels_T, ends, bias=bias_V)
     assert got.isnan().tolist() == [True, False, True, False, True]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9, reason="needs sm_90")
-def test_tiles_loaded_by_descriptors(dtype, monkeypatch):
-    """The tile option that no shipped tile takes yet: the same products in the same order."""
-    *arguments, bias_V, labels_T, cu_seqlens = inputs(dtype)
-    expected = triton_logps(*arguments, labels_T, cu_seqlens, bias=bias_V)
-    tile = partials._tile(torch.device(DEVICE, 0), True)
-    monkeypatch.setattr(partials, "_tile", lambda *_: dataclasses.replace(tile, descriptors=True))
-    assert torch.equal(triton_logps(*arguments, labels_T, cu_seqlens, bias=bias_V), expected)
 
 
 # K = 3 references of unequal T, D, V, some with bias, softcap or scale; two pairs; the second reference has an empty response.

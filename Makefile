@@ -21,8 +21,10 @@ quickstart: install
 check: lint
 	$(BIN)/python -m pytest -q -m "not processes and not slow" --numprocesses $${CHECK_WORKERS:-2} --dist worksteal
 
+# First what starts no process, on two workers; then what has ranks of its own, in order.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not processes" --numprocesses $${TEST_WORKERS:-2} --dist worksteal
+	$(BIN)/python -m pytest -m processes
 
 # Scoring jobs killed 50 times, a training run 25 times, hosts lost, and what takes minutes under the real launcher. MRPO_CHAOS_SEED=n chooses other moments.
 chaos: install

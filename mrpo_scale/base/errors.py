@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class ConfigError(ValueError):
@@ -22,6 +22,17 @@ def refuse(problems: Sequence[str]) -> None:
     if problems:
         line = "; ".join(problem.rstrip(".") for problem in problems)
         raise ConfigError(line if line.endswith("?") else f"{line}.")
+
+
+def unknown_value(key: str, value: object, allowed: Collection[str]) -> str:
+    """What is wrong with a key whose value is none of its words."""
+    return f"`{key}: {value}` is not known; choose one of {', '.join(allowed)}"
+
+
+def check_one_of(key: str, value: object, allowed: Collection[str]) -> None:
+    """Raises ConfigError where the value is none of the allowed words."""
+    if value not in allowed:
+        raise ConfigError(f"{unknown_value(key, value, allowed)}.")
 
 
 def one_line(error: Exception) -> str:

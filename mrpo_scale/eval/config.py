@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.checks import iso_date
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE
-from mrpo_scale.config.keys import DTYPES, iso_date
+from mrpo_scale.config.model_spec import DTYPES
 from mrpo_scale.eval.judge import check_url
 
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"

@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mrpo_scale.base.ranks import broadcast_from_rank0, world_group
-from mrpo_scale.config.keys import ModelSpec, parse_ref_models
+from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.eval.config import EvalConfig

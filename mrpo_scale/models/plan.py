@@ -27,7 +27,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.config.keys import ModelSpec, MRPOConfig, parse_ref_models
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.models.saving import unvalidated_generation_config
 from mrpo_scale.models.source import ReferenceSource, check_config, check_source, snapshot

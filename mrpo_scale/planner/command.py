@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.gpus import GIB
-from mrpo_scale.config.keys import Hardware, MRPOConfig, ScriptArguments
+from mrpo_scale.config.hardware import Hardware, missing_hardware
+from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.data import find_layout
 from mrpo_scale.data.inputs import TRAIN_SET, check_steps, evaluation_sets, prepare_sets, read_rows
@@ -145,7 +146,7 @@ class _Check:
                 old.unlink()
         rows = sets = plan = None
         gpu = self.gpu and not self.config.use_cpu
-        self.errors += self.config.missing_hardware(Hardware(gpu, bf16=gpu, tf32=gpu))
+        self.errors += missing_hardware(self.config, self.config.head_impl, Hardware(gpu, bf16=gpu, tf32=gpu))
         decide_date(self.config)  # as the run would, in its own folder
         with self._collected():
             self.errors += preflight_problems(self.config, self.script.ref_models)

@@ -36,8 +36,8 @@ from mrpo_scale.config.fields import (
 )
 from mrpo_scale.config.hardware import Hardware, missing_hardware
 from mrpo_scale.config.launcher import (
+    check_build_locks,
     check_restarts,
-    clear_stale_build_locks,
     is_launched,
     launch_alone,
     let_weights_be_saved,
@@ -234,11 +234,12 @@ class MRPOConfig(TrainingArguments):
         self._join()
 
     def _join(self) -> None:
-        """Become a rank of the job. Here and not in the commands, because a Python script under a launcher starts here too, and an
-        attempt that can only wait for dead ranks waits in this place."""
+        """Become a rank of the job, as TrainingArguments does when it is made. What would make the ranks wait for ever is refused
+        here; :func:`prepare_launch` mends it, before."""
         refuse(list(missing_hardware(self, self.head_impl, Hardware.of_this_machine(self.use_cpu))))
         check_restarts()
-        clear_stale_build_locks()
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            check_build_locks()
         if self.deepspeed and not is_launched():
             launch_alone(str(self.deepspeed))
         self._fill_in()

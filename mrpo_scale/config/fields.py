@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
-from functools import cache
 from typing import Annotated, Any, Final, TypeVar, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -75,7 +74,6 @@ INHERITED: dict[str, tuple[Any, ...]] = {
 }
 
 
-@cache
 def marks_of(keys: type) -> dict[str, tuple[Any, ...]]:
     """{key: its marks} of a dataclass of keys; of inherited keys those of ``INHERITED``."""
     hints = get_type_hints(keys, include_extras=True)

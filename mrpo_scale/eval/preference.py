@@ -63,7 +63,7 @@ def score_model(
     Raises:
         ConfigError: see :class:`ShardedReference`; or a log-prob that is not finite.
     """
-    tokens = [pairs.tokens(row)[model.view] for row in range(count)]
+    tokens = [pairs.tokens(row)[model.tokenization] for row in range(count)]
     lengths_N2 = torch.tensor([[len(t.chosen_ids), len(t.rejected_ids)] for t in tokens], dtype=torch.float64)
     loaded = ShardedReference(model.source, group, device, shared_prompt=args.shared_prompt)
     lengths = segment_lengths(tokens, loaded.shared_prompt)

@@ -11,8 +11,8 @@ from mrpo_scale.config.keys import MRPOConfig, keys_of_role
 from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.lifecycle.template_date import TEMPLATE_DATE
 from mrpo_scale.models.plan import RunPlan
-from mrpo_scale.references.scores import identify_models
 from mrpo_scale.references.store.identity import ReferenceIdentity
+from mrpo_scale.references.stores import identify_models
 
 WINDOW = "pairs per optimizer step"
 _ABSENT = "(not set)"
@@ -26,7 +26,7 @@ def fingerprint(plan: RunPlan, args: MRPOConfig, pair_sets: Mapping[str, PairDat
         ConfigError: a model's files cannot be read, or differ between hosts.
     """
     stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
-    models = [(plan.policy, plan.texts[0]), *((r.source, plan.texts[r.view]) for r in plan.references)]
+    models = [(plan.policy, plan.texts[0]), *((r.source, plan.texts[r.tokenization]) for r in plan.references)]
     policy, *references = identify_models(models, args, args.ref_cache_folder or args.folder)
     return {
         **{key: _json(getattr(args, key)) for key in keys_of_role(Role.DECIDES)},

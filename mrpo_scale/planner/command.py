@@ -327,7 +327,7 @@ class _Check:
                 **options,
             ),
             references=tuple(
-                PlannedModel(model_size(r.source, itemsize=r.source.dtype.itemsize, **options), r.view)
+                PlannedModel(model_size(r.source, itemsize=r.source.dtype.itemsize, **options), r.tokenization)
                 for r in references
             ),
             workload=Workload(read.pairs.lengths, config.seed),

@@ -39,7 +39,7 @@ class Reference:
 
     name: str
     model: ShardedReference
-    view: int  #: which of an example's token views is this model's
+    tokenization: int  #: which of an example's tokenizations is this model's
     pad_token_id: int
 
     def batch(self, pairs: Sequence[PairTokens]) -> PairBatch:
@@ -57,7 +57,7 @@ def load_reference(planned: PlannedReference, group: dist.ProcessGroup | None, a
     model = ShardedReference(
         planned.source, group, args.device, shared_prompt=args.shared_prompt, offload=args.ref_offload
     )
-    return Reference(planned.name, model, planned.view, planned.pad_token_id)
+    return Reference(planned.name, model, planned.tokenization, planned.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class SpreadScorer:
         # and must score that one's pairs beside the same neighbours.
         order = sorted(range(len(examples)), key=lambda i: -sum(map(_length, examples[i].tokens)))
         batches_K = [
-            r.batches([examples[i].tokens[r.view] for i in order], self.tokens_per_forward) for r in references
+            r.batches([examples[i].tokens[r.tokenization] for i in order], self.tokens_per_forward) for r in references
         ]
         hidden_K = [
             _run_body(reference, batches, forwards)
@@ -192,10 +192,10 @@ class PartitionScorer:
         for i, k in enumerate(which):
             if k in self.references:
                 ranks = self.placement.ranks(k)
-                lengths = pairs.lengths[rows, self.references[k].view].sum(-1)
+                lengths = pairs.lengths[rows, self.references[k].tokenization].sum(-1)
                 # Dealt out longest first, so that every rank gets the like.
                 mine = np.argsort(-lengths, kind="stable")[ranks.index(self.rank) :: len(ranks)]
-                tokens = [pairs.tokens(int(row))[self.references[k].view] for row in rows[mine]]
+                tokens = [pairs.tokens(int(row))[self.references[k].tokenization] for row in rows[mine]]
                 for part, logps_P2 in score_in_step(self.references[k], tokens, self.tokens_per_forward):
                     scores_KU2[i, mine[part]] = logps_P2
         if dist.is_initialized():

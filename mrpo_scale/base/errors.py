@@ -35,7 +35,7 @@ def check_one_of(key: str, value: object, allowed: Collection[str]) -> None:
         raise ConfigError(f"{unknown_value(key, value, allowed)}.")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error of somebody else's, to be quoted in one of ours."""
     return " ".join(str(error).split())
 

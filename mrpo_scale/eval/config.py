@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError, check_one_of
 from mrpo_scale.config.checks import iso_date
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE
 from mrpo_scale.config.model_spec import DTYPES
@@ -129,8 +129,7 @@ class EvalConfig:
             self.template_date = iso_date(self.template_date)
         if not (self.dataset_name or self.tasks):
             raise ConfigError("nothing to evaluate on: name a data set as --dataset_name or tasks as --tasks.")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"`dtype: {self.dtype}` is not known; choose one of {', '.join(DTYPES)}.")
+        check_one_of("dtype", self.dtype, DTYPES)
         if not 0 <= self.max_bad_rows <= 1:
             raise ConfigError(f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1.")
         for key, least in LEAST.items():

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
@@ -274,8 +274,7 @@ def load_tokenizer(spec: ModelSpec, name: str = "policy") -> PreTrainedTokenizer
             spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{name}: no tokenizer could be read from `{spec.model}`: {reason}") from error
+        raise ConfigError(f"{name}: no tokenizer could be read from `{spec.model}`: {one_line(error)}") from error
 
 
 def _text(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mrpo_kernels import CombinedReferences, sequence_logps, virtual_reference
 from torch import Tensor
 
-from mrpo_scale.base.ranks import all_reduce_max, world_group
+from mrpo_scale.base.ranks import all_reduce_max, get_rank, sum_over_ranks, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.data.window import PairExample, TokenizedPairs
@@ -181,7 +181,7 @@ class PartitionScorer:
     ) -> None:
         self.references, self.placement, self.device = dict(held), placement, device
         self.tokens_per_forward, self.impl = tokens_per_forward, impl
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.rank = get_rank()
 
     @torch.no_grad()
     def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int]) -> Tensor:
@@ -198,8 +198,7 @@ class PartitionScorer:
                 tokens = [pairs.tokens(int(row))[self.references[k].tokenization] for row in rows[mine]]
                 for part, logps_P2 in score_in_step(self.references[k], tokens, self.tokens_per_forward):
                     scores_KU2[i, mine[part]] = logps_P2
-        if dist.is_initialized():
-            dist.all_reduce(scores_KU2)  # one rank wrote each entry, the others add zeros: exact
+        sum_over_ranks(scores_KU2)  # one rank wrote each entry, the others add zeros: exact
         return scores_KU2[:, np.searchsorted(rows, own)]
 
     def combined(

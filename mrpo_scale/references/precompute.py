@@ -16,12 +16,11 @@ from datetime import timedelta
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.heartbeat import set_activity
-from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, world_group
+from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.tokenization import PairDataset, PairTokens
 from mrpo_scale.models.plan import RunPlan
@@ -151,7 +150,7 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
 def _still_missing(store: ReferenceStore, keys: np.ndarray) -> np.ndarray:
     """[n] bool, the same on all ranks: as the first rank sees the folder now."""
     mask = np.zeros(0, dtype=bool)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if get_rank() == 0:
         store.refresh()
         mask = store.missing(keys)
     return broadcast_from_rank0(mask, world_group())

@@ -220,7 +220,7 @@ def chaos(folder: str, die: tuple[int, int] | None = None) -> None:
     Args:
         die: (rank, before which of its dealings with checkpoint files).
     """
-    from mrpo_scale.references import stores
+    from mrpo_scale.references import scores
     from mrpo_scale.training.trainer import MRPOTrainer
 
     recorder = record(folder)

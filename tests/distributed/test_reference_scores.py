@@ -14,6 +14,7 @@ from mrpo_scale.data.inputs import prepare_sets
 from mrpo_scale.data.window import WeightedPairs
 from mrpo_scale.models.plan import plan_models
 from mrpo_scale.objective import Objective
+from mrpo_scale.references.scores import CachedScores, LiveScores
 from mrpo_scale.references.scores import open_scores as open_reference_scores
 from tests.distributed.test_training import train
 from tests.tiny import pair_dataset, write_models
@@ -183,6 +184,19 @@ def test_a_swapped_reference_costs_that_reference(folders, tmp_path):
     assert scores.live == [2] and list(scores.references) == [2]
     complete, _ = open_scores(folders, tmp_path, ref_cache_dir=cache)
     assert complete.live == [] and not complete.references
+
+
+def test_scores_are_opened_as_what_they_are(folders, tmp_path):
+    """Without a cache nothing is looked up, written or kept; with one that is whole, nothing is loaded."""
+    live, pair_sets = open_scores(folders, tmp_path)
+    assert isinstance(live, LiveScores) and (live.live, list(live.stores)) == ([0, 1, 2], [])
+    cache = str(tmp_path / "cache")
+    fill(folders, tmp_path, cache)
+    cached, _ = open_scores(folders, tmp_path, ref_cache_dir=cache)
+    assert isinstance(cached, CachedScores) and (cached.live, cached.references) == ([], {})
+    pairs = pair_sets["train"]
+    examples = [WeightedPairs(pairs)[row] for row in range(4)]
+    torch.testing.assert_close(cached.logps(examples, pairs), live.logps(examples, pairs), rtol=1e-5, atol=0)
 
 
 def test_a_new_row_costs_one_row(folders, tmp_path):

@@ -41,7 +41,7 @@ from mrpo_scale.data.window import PairExample, WeightedPairs
 from mrpo_scale.logps.pair_batch import PairBatch, attention_mask, collate_pairs
 from mrpo_scale.models.plan import plan_models
 from mrpo_scale.objective import Objective
-from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.references.scores import open_scores
 from mrpo_scale.references.sharding import ShardedReference
 
 REFERENCES, WHOLE, SAME, TRL = "references", "whole here", "same batches", "as in TRL"
@@ -148,7 +148,7 @@ class Ways:
         first = flags.pairs_per_rank * self.args.process_index
         examples = WeightedPairs(self.pairs)
         self.examples: list[PairExample] = [examples[first + i] for i in range(flags.pairs_per_rank)]
-        self.scores = ReferenceScores(self.plan, self.args, {"train": self.pairs})
+        self.scores = open_scores(self.plan, self.args, {"train": self.pairs})
         self.own = [ShardedReference(r.source, None, self.args.device) for r in self.plan.references]
         self.models = [self._whole(reference.source) for reference in self.plan.references]
         self.packed, self.separate = (self._batches(shared_prompt=shared) for shared in (True, False))
@@ -159,7 +159,7 @@ class Ways:
         return self.scores.score(self.examples, self.pairs, Objective()).ref_logps_KP2
 
     def whole_here(self) -> Tensor:
-        tokens = [[e.tokens[r.view] for e in self.examples] for r in self.plan.references]
+        tokens = [[e.tokens[r.tokenization] for e in self.examples] for r in self.plan.references]
         return torch.stack([m.score(m.batch(pairs)) for m, pairs in zip(self.own, tokens, strict=True)])
 
     @torch.no_grad()
@@ -176,7 +176,7 @@ class Ways:
 
     def _batches(self, *, shared_prompt: bool) -> list[PairBatch]:
         return [
-            collate_pairs([e.tokens[reference.view] for e in self.examples], shared_prompt=shared_prompt).to(
+            collate_pairs([e.tokens[reference.tokenization] for e in self.examples], shared_prompt=shared_prompt).to(
                 self.args.device
             )
             for reference in self.plan.references

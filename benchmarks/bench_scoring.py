@@ -29,7 +29,7 @@ from mrpo_scale.data.inputs import prepare_sets
 from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.models.plan import plan_models
 from mrpo_scale.references import precompute as ahead
-from mrpo_scale.references.scores import open_stores
+from mrpo_scale.references.stores import open_stores
 
 
 def main() -> None:

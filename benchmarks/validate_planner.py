@@ -218,7 +218,7 @@ def predict(trainer: MRPOTrainer, *, checkpointing: bool) -> dict[str, int]:
     job = Job(
         policy=model_size(plan.policy, itemsize=4, device_type="cpu"),
         references=tuple(
-            PlannedModel(model_size(r.source, itemsize=4, device_type="cpu"), r.view) for r in plan.references
+            PlannedModel(model_size(r.source, itemsize=4, device_type="cpu"), r.tokenization) for r in plan.references
         ),
         workload=Workload(np.asarray(trainer.pair_sets["train"].lengths)),
         window=trainer.window_size,

@@ -41,6 +41,8 @@ COMMANDS = {
     "compare": "mrpo_scale.compare.command:compare",
     "bench": "mrpo_scale.bench.command:bench",
 }
+#: Commands that join no ranks, so a launcher's leavings are not theirs.
+_ALONE = ("check", "report")
 
 
 def train_main(argv: Sequence[str] | None = None) -> None:
@@ -54,7 +56,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 def run_command(command: str, argv: Sequence[str] | None = None) -> None:
     """Run one of COMMANDS. Exits with 2 on a ConfigError, with 1 on a TrainingError, or with the status that it returns."""
     _log_to_stderr()
-    from mrpo_scale.base.errors import ConfigError, TrainingError
+    from mrpo_scale.base.errors import ConfigError, TrainingError, one_line
     from mrpo_scale.base.untrusted import printable
 
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -63,11 +65,15 @@ def run_command(command: str, argv: Sequence[str] | None = None) -> None:
         return
     module, _, function = COMMANDS[command].partition(":")
     try:
+        if command not in _ALONE:
+            from mrpo_scale.config.launcher import prepare_launch
+
+            prepare_launch()
         status = getattr(importlib.import_module(module), function)(argv)
     except (ConfigError, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":
             # One line of a mistake; of a failed run perhaps the last lines of its log. Either may quote a file of anybody's.
-            text = str(error) if isinstance(error, TrainingError) else " ".join(str(error).split())
+            text = str(error) if isinstance(error, TrainingError) else one_line(error)
             lines = [printable(line) for line in text.splitlines()]
             print("\nerror: " + "\n".join(lines) + "\n", file=sys.stderr, flush=True)
         # The other ranks may be waiting in a collective of a rank that failed: leave at once, the launcher ends them.

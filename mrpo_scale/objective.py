@@ -9,7 +9,7 @@ the virtual reference, once for all pairs of a step, and :func:`loss_against` ho
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,16 +19,11 @@ from mrpo_kernels import CombinedReferences, combine_logps
 from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTINGS, exponent_of
 from torch import Tensor
 
-from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError, check_one_of
 
 OBJECTIVES = ("mrpo", "dpo", "multi_dpo")
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 REF_WEIGHTS = (*WEIGHTINGS, "validation")
-
-
-def _one_of(key: str, value: object, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"`{key}: {value}` is not known; choose one of {', '.join(allowed)}.")
 
 
 def _named_mean(aggregate: str | float) -> str | float:
@@ -73,10 +68,10 @@ class Objective:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("objective", self.name, OBJECTIVES)
-        _one_of("clip", self.clip, CLIPS)
+        check_one_of("objective", self.name, OBJECTIVES)
+        check_one_of("clip", self.clip, CLIPS)
         object.__setattr__(self, "aggregate", _named_mean(self.aggregate))
-        _one_of("loss_type", self.loss_type, LOSS_TYPES)
+        check_one_of("loss_type", self.loss_type, LOSS_TYPES)
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigError(f"`beta: {self.beta}` must be a number above 0; the papers use 0.01 to 0.5.")
         if not (math.isfinite(self.epsilon_max) and self.epsilon_max >= 0):
@@ -99,7 +94,7 @@ class Objective:
 
     def _check_weights(self) -> None:
         if isinstance(self.ref_weights, str):
-            _one_of("ref_weights", self.ref_weights, REF_WEIGHTS)
+            check_one_of("ref_weights", self.ref_weights, REF_WEIGHTS)
             return
         weights = tuple(float(w) for w in self.ref_weights)
         if not weights or any(not math.isfinite(w) or w < 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mrpo_kernels.virtual_reference import adaptive_epsilon
 
-from mrpo_scale.config.keys import parse_ref_models
+from mrpo_scale.config.model_spec import parse_ref_models
 from mrpo_scale.config.recipe import parse
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class ConfigError(ValueError):
@@ -24,7 +24,18 @@ def refuse(problems: Sequence[str]) -> None:
         raise ConfigError(line if line.endswith("?") else f"{line}.")
 
 
-def one_line(error: Exception) -> str:
+def unknown_value(key: str, value: object, allowed: Collection[str]) -> str:
+    """What is wrong with a key whose value is none of its words."""
+    return f"`{key}: {value}` is not known; choose one of {', '.join(allowed)}"
+
+
+def check_one_of(key: str, value: object, allowed: Collection[str]) -> None:
+    """Raises ConfigError where the value is none of the allowed words."""
+    if value not in allowed:
+        raise ConfigError(f"{unknown_value(key, value, allowed)}.")
+
+
+def one_line(error: BaseException) -> str:
     """An error of somebody else's, to be quoted in one of ours."""
     return " ".join(str(error).split())
 

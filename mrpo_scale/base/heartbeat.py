@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mrpo_scale.base.errors import Preempted
+from mrpo_scale.base.errors import Preempted, one_line
 
 TIMEOUT = 30.0  #: seconds without a sign of life after which a rank counts as dead
 BEATS = 6  #: beats in that time
@@ -284,5 +284,5 @@ def _names(peers: dict[int, Peer]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__

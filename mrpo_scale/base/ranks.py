@@ -8,8 +8,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from mrpo_scale.base.errors import ConfigError, TrainingError
+from mrpo_scale.base.errors import ConfigError, TrainingError, one_line
 
 T = TypeVar("T")
 
@@ -17,6 +18,23 @@ T = TypeVar("T")
 def world_group() -> dist.ProcessGroup | None:
     """The group of all ranks; None for a process that is alone. In this module None always means alone."""
     return dist.group.WORLD if dist.is_initialized() else None
+
+
+def get_rank() -> int:
+    """This process's rank; 0 for a process that is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """How many ranks there are; 1 for a process that is alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """``tensor``, in which the sum over all ranks now stands. Collective over the world."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @contextmanager
@@ -29,9 +47,7 @@ def fail_together(group: dist.ProcessGroup | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        all_gather_object(
-            (isinstance(error, TrainingError), f"{type(error).__name__}: {' '.join(str(error).split())}"), group
-        )
+        all_gather_object((isinstance(error, TrainingError), f"{type(error).__name__}: {one_line(error)}"), group)
         raise
     for rank, report in enumerate(all_gather_object(None, group)):
         if report is not None:

@@ -24,7 +24,8 @@ from mrpo_scale.bench.show import plot, tables
 from mrpo_scale.bench.synthetic import parse_sizes, random_models, random_pairs
 from mrpo_scale.bench.trainer import BenchTrainer
 from mrpo_scale.commands.train import release
-from mrpo_scale.config.keys import ModelSpec, MRPOConfig, ScriptArguments, parse_ref_models
+from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
+from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.data.inputs import read_rows
 from mrpo_scale.data.toy_world import resolve

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.config.keys import ModelSpec, MRPOConfig
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.config.model_spec import ModelSpec
 from mrpo_scale.models.plan import load_tokenizer
 from mrpo_scale.models.source import ReferenceSource
 from mrpo_scale.models.stored import build_on_meta

@@ -32,7 +32,7 @@ from mrpo_scale.logps.pair_forward import body_of
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.live import Reference
 from mrpo_scale.references.placement import Ranks
-from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.references.scores import ReferenceScores, open_scores
 from mrpo_scale.training.callbacks import ProgressLine
 from mrpo_scale.training.trainer import MRPOTrainer, window_sampler
 
@@ -129,7 +129,7 @@ class BenchTrainer(MRPOTrainer):
             args.ref_scoring = "precompute"
         else:
             args.ref_scoring, args.ref_cache_dir, args.ref_placement = "live", None, arm.placement  # type: ignore[assignment]
-        self._scores_of[arm] = ReferenceScores(plan.first(arm.references), args, self.pair_sets, self._pool)
+        self._scores_of[arm] = open_scores(plan.first(arm.references), args, self.pair_sets, self._pool)
 
     def _turn_to(self, arm: Arm) -> None:
         """Be the trainer of this arm. Collective over the world where it loads references."""

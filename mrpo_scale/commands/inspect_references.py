@@ -19,7 +19,7 @@ from mrpo_scale.base.untrusted import refuse_links
 from mrpo_scale.commands.score import Recipe
 from mrpo_scale.data.inputs import WEIGHTS_SET
 from mrpo_scale.objective import Objective, combine
-from mrpo_scale.references.scores import distinct_rows, open_stores
+from mrpo_scale.references.stores import distinct_rows, open_stores
 from mrpo_scale.references.validation_weights import validation_weights
 from mrpo_scale.reports.pictures import DECIDES_NOTHING, PALETTE
 

@@ -21,9 +21,9 @@ from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date
 from mrpo_scale.models.plan import RunPlan, plan_models
 from mrpo_scale.references.precompute import score_ahead
-from mrpo_scale.references.scores import count_missing, distinct_rows, open_stores
 from mrpo_scale.references.store.cache import CacheEntry, ReferenceStore, list_cache
 from mrpo_scale.references.store.part_files import PART_NAME
+from mrpo_scale.references.stores import count_missing, distinct_rows, open_stores
 from mrpo_scale.training.preflight import preflight
 
 

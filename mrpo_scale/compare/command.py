@@ -21,7 +21,7 @@ from mrpo_scale.compare.processes import LOG, command, is_complete, mark, run_al
 from mrpo_scale.compare.results import compare_runs, read_run
 from mrpo_scale.compare.show import as_json, plot, table, verdict
 from mrpo_scale.config.recipe import find_recipe, parse, read_recipe
-from mrpo_scale.references.scores import count_missing, distinct_rows, open_stores
+from mrpo_scale.references.stores import count_missing, distinct_rows, open_stores
 from mrpo_scale.training.preflight import preflight
 
 logger = logging.getLogger(__name__)

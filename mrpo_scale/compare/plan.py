@@ -15,21 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.config.keys import ScriptArguments
+from mrpo_scale.config.fields import COMMON, keys_unused_by, keys_with
+from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 
 OBJECTIVES = ("dpo", "mrpo", "multi_dpo")
-#: Keys that an objective does not use, so varying them would run the same thing twice (or be refused).
-UNUSED = {
-    "dpo": {"epsilon_max", "clip", "ref_weights", "aggregate"},
-    "multi_dpo": {"aggregate"},
-    "mrpo": set[str](),
-}
 #: Keys that would give the runs other models, rows or scores, or that a comparison sets itself.
-FIXED = {f.name for f in fields(ScriptArguments)} | {
-    *("model_revision", "anchor", "objective", "seed", "data_seed", "output_dir", "ref_cache_dir", "ref_scoring"),
-    *("dataset_layout", "weights_split", "max_length", "on_bad_row", "max_bad_rows", "chat_template", "plain_template"),
-    *("system", "template_date", "dtype", "bf16", "fp16", "attn_implementation", "ranked_pairs", "score_columns"),
-}
+FIXED = {f.name for f in fields(ScriptArguments)} | set(keys_with(MRPOConfig, COMMON))
 
 
 @dataclass(frozen=True)
@@ -135,7 +126,8 @@ def _arm(
 
 
 def _points(values: dict[str, list[str]], objective: str, settings: dict[str, str]) -> list[dict[str, str]]:
-    keys = [key for key in values if key not in UNUSED[objective] and key not in settings]
+    unused = keys_unused_by(MRPOConfig, objective)  # to vary one would run the same thing twice, or be refused
+    keys = [key for key in values if key not in unused and key not in settings]
     return [dict(zip(keys, point, strict=True)) for point in itertools.product(*(values[key] for key in keys))]
 
 

@@ -24,6 +24,17 @@ logger = logging.getLogger(__name__)
 _GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
+def prepare_launch() -> None:
+    """What must be in order before ranks meet, that is before an MRPOConfig is made: every command calls it first, and so does a
+    Python script that a launcher starts. Deletes locks that killed builds have left, or waits until another host's build is done.
+
+    Raises:
+        ConfigError: the launcher would restart this job in vain.
+    """
+    check_restarts()
+    clear_stale_build_locks()
+
+
 def is_launched() -> bool:
     """Whether this process is one of a job's ranks: a launcher or MPI has said so, or they have met already."""
     return dist.is_initialized() or any(name in os.environ for name in _RANKS)
@@ -102,10 +113,7 @@ def clear_stale_build_locks() -> None:
     A lock that a process of this host has open is a build that goes on. One that none has may be another host's, where the folder
     is shared; after ``BUILD_SECONDS`` it is nobody's.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
+    for lock in _build_locks():
         said = False
         while (age := _age(lock)) is not None and not _is_open_here(lock):
             if age > BUILD_SECONDS:
@@ -119,6 +127,34 @@ def clear_stale_build_locks() -> None:
                 )  # fmt: skip
                 said = True
             time.sleep(1.0)
+
+
+def check_build_locks() -> None:
+    """Refuse to wait for a build that was killed, and warn of one that may have been. Touches no file.
+
+    Raises:
+        ConfigError: a lock that no process of this host has open is older than any build takes.
+    """
+    for lock in _build_locks():
+        age = _age(lock)
+        if age is None or _is_open_here(lock):
+            continue
+        remedy = "call mrpo_scale.prepare_launch() before MRPOConfig is made, or delete the file"
+        if age > BUILD_SECONDS:
+            raise ConfigError(
+                f"{lock} was left by a build of a DeepSpeed op that was killed, and is waited for: {remedy}."
+            )
+        logger.warning(
+            "%s: no process of this host compiles; if no other host does, this waits for ever: %s", lock, remedy
+        )
+
+
+def _build_locks() -> list[Path]:
+    """Locks of DeepSpeed's ops; on one rank of a host, since the others would say the same."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return []
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    return [*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")]
 
 
 def _age(file: Path) -> float | None:

@@ -6,36 +6,18 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError, refuse
+from mrpo_scale.config.checks import iso_date, value_mistakes
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE
-from mrpo_scale.config.keys import DTYPES, iso_date
+from mrpo_scale.config.fields import AtLeast, OneOf, key
+from mrpo_scale.config.model_spec import DTYPES
 from mrpo_scale.eval.judge import check_url
 
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"
-LEAST = {
-    "max_length": 2,
-    "max_pairs": 0,
-    "shard_size": 1,
-    "tokens_per_forward": 1,
-    "num_fewshot": 0,
-    "task_limit": 1,
-    "judge_concurrency": 1,
-    "judge_retries": 0,
-    "judge_timeout": 0.001,
-    "max_prompts": 1,
-    "max_new_tokens": 1,
-    "generation_batch_size": 1,
-}
-
-
-def _key(default: Any, text: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -46,72 +28,82 @@ class EvalConfig:
         ConfigError: a value out of range or a combination without meaning; names the key, the value and the remedy.
     """
 
-    model: list[str] = _key(
+    model: list[str] = key(
         [],
         "Saved models: folders, hub ids, or mappings {model, revision, dtype, chat_template, system, name, ...}.",
     )
-    reference: str | None = _key(None, "Reference model for the implicit reward beta * (model - reference).")
-    beta: float = _key(0.1, "Scale of the implicit reward.")
+    reference: str | None = key(None, "Reference model for the implicit reward beta * (model - reference).")
+    beta: float = key(0.1, "Scale of the implicit reward.")
 
     # Data: the keys of `mrpo train`
-    dataset_name: str | None = _key(None, "Hub id, or a local json, jsonl, parquet, arrow or csv file or folder.")
-    dataset_config: str | None = _key(None, "Configuration name of a hub data set.")
-    dataset_train_split: str = _key("train", "Split to score where the data set has no test split.")
-    dataset_test_split: str = _key("test", "Split to score, where the data set has it.")
-    held_out: float | None = _key(
+    dataset_name: str | None = key(None, "Hub id, or a local json, jsonl, parquet, arrow or csv file or folder.")
+    dataset_config: str | None = key(None, "Configuration name of a hub data set.")
+    dataset_train_split: str = key("train", "Split to score where the data set has no test split.")
+    dataset_test_split: str = key("test", "Split to score, where the data set has it.")
+    held_out: float | None = key(
         None, "Score what `mrpo train` with this value and the same seed held out of the train split."
     )
-    seed: int = _key(42, "Of the choice of held-out rows.")
-    dataset_layout: str = _key("auto", "Layout of the rows, recognised by inspection unless named.")
-    dataset_num_proc: int | None = _key(None, "Processes for tokenizing.")
-    max_length: int | None = _key(1024, "Most tokens of prompt + response, in the first model's tokens.")
-    on_bad_row: Literal["skip", "error"] = _key("skip", "What to do with a pair that cannot be scored by every model.")
-    max_bad_rows: float = _key(0.1, "Largest fraction of such pairs before the run stops.")
-    max_pairs: int | None = _key(None, "Score the first this many pairs; 0 for none, when only a win rate is wanted.")
+    seed: int = key(42, "Of the choice of held-out rows.")
+    dataset_layout: str = key("auto", "Layout of the rows, recognised by inspection unless named.")
+    dataset_num_proc: int | None = key(None, "Processes for tokenizing.")
+    max_length: Annotated[int | None, AtLeast(2)] = key(
+        1024, "Most tokens of prompt + response, in the first model's tokens."
+    )
+    on_bad_row: Literal["skip", "error"] = key("skip", "What to do with a pair that cannot be scored by every model.")
+    max_bad_rows: float = key(0.1, "Largest fraction of such pairs before the run stops.")
+    max_pairs: Annotated[int | None, AtLeast(0)] = key(
+        None, "Score the first this many pairs; 0 for none, when only a win rate is wanted."
+    )
 
     # Models
-    dtype: str = _key("auto", "Weights: auto (as saved on a GPU, float32 on a CPU), float32, bfloat16 or float16.")
-    attn_implementation: str | None = _key(None, "sdpa, eager, flash_attention_2, ...: default is the model's.")
-    plain_template: str = _key(PLAIN_TEMPLATE, "Jinja chat template for models that have none.")
-    template_date: str | None = _key(
+    dtype: Annotated[str, OneOf(DTYPES)] = key(
+        "auto", "Weights: auto (as saved on a GPU, float32 on a CPU), float32, bfloat16 or float16."
+    )
+    attn_implementation: str | None = key(None, "sdpa, eager, flash_attention_2, ...: default is the model's.")
+    plain_template: str = key(PLAIN_TEMPLATE, "Jinja chat template for models that have none.")
+    template_date: str | None = key(
         None,
         "Date, such as 2026-11-26, for chat templates that print it. Default: that of output_dir's last run, else today's.",
     )
-    shared_prompt: Literal["auto", "true", "false"] = _key("auto", "One forward over prompt, chosen and rejected.")
-    shard_size: int = _key(1, "Ranks that share one copy of a model while pairs are scored.")
-    tokens_per_forward: int = _key(16384, "Padded tokens in one scoring forward.")
+    shared_prompt: Literal["auto", "true", "false"] = key("auto", "One forward over prompt, chosen and rejected.")
+    shard_size: Annotated[int, AtLeast(1)] = key(1, "Ranks that share one copy of a model while pairs are scored.")
+    tokens_per_forward: Annotated[int, AtLeast(1)] = key(16384, "Padded tokens in one scoring forward.")
 
     # Tasks
-    tasks: list[str] = _key(
+    tasks: list[str] = key(
         [], "Tasks of lm-evaluation-harness, e.g. gsm8k,truthfulqa_mc2,hellaswag,mmlu,arc_easy,winogrande."
     )
-    include_path: str | None = _key(None, "Folder with task files of your own.")
-    num_fewshot: int | None = _key(None, "Worked examples in the prompt; default is each task's.")
-    task_limit: int | None = _key(None, "First this many documents of each task, for a trial.")
-    task_batch_size: str = _key("8", "Batch size of the tasks, or auto.")
-    apply_chat_template: bool = _key(False, "Put the tasks' prompts into the model's chat template.")
+    include_path: str | None = key(None, "Folder with task files of your own.")
+    num_fewshot: Annotated[int | None, AtLeast(0)] = key(None, "Worked examples in the prompt; default is each task's.")
+    task_limit: Annotated[int | None, AtLeast(1)] = key(None, "First this many documents of each task, for a trial.")
+    task_batch_size: str = key("8", "Batch size of the tasks, or auto.")
+    apply_chat_template: bool = key(False, "Put the tasks' prompts into the model's chat template.")
 
     # Win rate
-    judge_model: str | None = _key(None, "Model that judges responses; sets the win rate off.")
-    judge_url: str | None = _key(None, "OpenAI-compatible endpoint, such as https://api.openai.com/v1.")
-    judge_key_env: str | None = _key(
+    judge_model: str | None = key(None, "Model that judges responses; sets the win rate off.")
+    judge_url: str | None = key(None, "OpenAI-compatible endpoint, such as https://api.openai.com/v1.")
+    judge_key_env: str | None = key(
         None, f"Environment variable that holds the API key; default {DEFAULT_KEY_ENV}, where it is set."
     )
-    judge_price: list[float] = _key([], "Price of a million prompt tokens and of a million completion tokens.")
-    judge_options: str = _key(
+    judge_price: list[float] = key([], "Price of a million prompt tokens and of a million completion tokens.")
+    judge_options: str = key(
         '{"temperature": 0, "max_tokens": 16}', "JSON merged into every request to the judge; replaces this default."
     )
-    judge_concurrency: int = _key(8, "Calls to the judge at the same time.")
-    judge_retries: int = _key(5, "Repetitions of a call that failed with 408, 429, 5xx or no answer.")
-    judge_timeout: float = _key(120, "Seconds without a byte from the judge after which a call has failed.")
-    max_prompts: int = _key(300, "First this many different prompts of the data set.")
-    max_new_tokens: int = _key(200, "Most tokens of a response.")
-    generation_batch_size: int = _key(16, "Prompts in one batch of generation.")
-    yes: bool = _key(False, "Pay for the judge without asking.")
+    judge_concurrency: Annotated[int, AtLeast(1)] = key(8, "Calls to the judge at the same time.")
+    judge_retries: Annotated[int, AtLeast(0)] = key(
+        5, "Repetitions of a call that failed with 408, 429, 5xx or no answer."
+    )
+    judge_timeout: Annotated[float, AtLeast(0.001)] = key(
+        120, "Seconds without a byte from the judge after which a call has failed."
+    )
+    max_prompts: Annotated[int, AtLeast(1)] = key(300, "First this many different prompts of the data set.")
+    max_new_tokens: Annotated[int, AtLeast(1)] = key(200, "Most tokens of a response.")
+    generation_batch_size: Annotated[int, AtLeast(1)] = key(16, "Prompts in one batch of generation.")
+    yes: bool = key(False, "Pay for the judge without asking.")
 
     # Output
-    output: str | None = _key(None, "JSON file for the results.")
-    output_dir: str = _key(
+    output: str | None = key(None, "JSON file for the results.")
+    output_dir: str = key(
         str(Path("runs") / "eval"), "Folder of responses and verdicts, which the next run reads again."
     )
 
@@ -128,14 +120,9 @@ class EvalConfig:
             self.template_date = iso_date(self.template_date)
         if not (self.dataset_name or self.tasks):
             raise ConfigError("nothing to evaluate on: name a data set as --dataset_name or tasks as --tasks.")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"`dtype: {self.dtype}` is not known; choose one of {', '.join(DTYPES)}.")
+        refuse(list(value_mistakes(self)))
         if not 0 <= self.max_bad_rows <= 1:
             raise ConfigError(f"`max_bad_rows: {self.max_bad_rows}` must be a fraction from 0 to 1.")
-        for key, least in LEAST.items():
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise ConfigError(f"`{key}: {value}` must be at least {least}.")
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigError(f"`beta: {self.beta}` must be above 0.")
         if self.include_path is not None and not Path(self.include_path).is_dir():

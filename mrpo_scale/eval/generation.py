@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from mrpo_scale.base.ranks import get_rank, get_world_size
 from mrpo_scale.data.pairs import PreferencePair
 from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.eval.config import EvalConfig
@@ -53,7 +54,7 @@ def generate_responses(
     batches = [order[i : i + args.generation_batch_size] for i in range(0, len(order), args.generation_batch_size)]
     # The same batches in every run, so that one cut short and one resumed pad, and round, alike.
     todo = [batch for batch in batches if not all(keys[i] in known for i in batch)]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = get_rank(), get_world_size()
     made: dict[str, str] = {}
     if todo[rank::world]:
         with RecordFile(folder / f"responses-{rank}.jsonl") as file:

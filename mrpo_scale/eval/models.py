@@ -1,4 +1,4 @@
-"""The models to evaluate, before any weights load: where they lie, how they read text, which of them share a view of it."""
+"""The models to evaluate, before any weights load: where they lie, how they read text, which of them share a tokenization."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mrpo_scale.base.ranks import broadcast_from_rank0, world_group
-from mrpo_scale.config.keys import ModelSpec, parse_ref_models
+from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.lifecycle.template_date import first_recorded
-from mrpo_scale.models.plan import load_tokenizer, num_embeddings, pad_token_id, shared_view
+from mrpo_scale.models.plan import load_tokenizer, num_embeddings, pad_token_id, shared_tokenization
 from mrpo_scale.models.source import ReferenceSource
 from mrpo_scale.models.tensor_check import check_model
 
 
 @dataclass(frozen=True)
 class EvalModel:
-    """One model to evaluate. ``view`` is its place among the distinct texts of the run."""
+    """One model to evaluate. ``tokenization`` is its place among the distinct texts of the run."""
 
     source: ReferenceSource
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     text: ModelText
-    view: int
+    tokenization: int
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class EvalModel:
 
     @property
     def reader(self) -> TextReader:
-        return TextReader(self.name, self.view, num_embeddings(self.config))
+        return TextReader(self.name, self.tokenization, num_embeddings(self.config))
 
     def fingerprint(self) -> str:
         """Hex digest of what decides a response of this model: its weights (a local folder's by size and time of change, a hub
@@ -59,7 +59,7 @@ class EvalModel:
 
 
 def plan_models(args: EvalConfig, device: torch.device) -> tuple[list[EvalModel], EvalModel | None, list[ModelText]]:
-    """(the models, the reference, the distinct views of the text, the first model's first).
+    """(the models, the reference, the distinct tokenizations, the first model's first).
 
     Raises:
         ConfigError: a model that is missing, has no safetensors, wants remote code, or has no fast tokenizer.
@@ -99,7 +99,7 @@ def _plan(spec: ModelSpec, name: str, args: EvalConfig, device: torch.device, te
         system=spec.system,
         date=datetime.date.fromisoformat(str(args.template_date)),
     )
-    return EvalModel(source, config, tokenizer, text, shared_view(texts, text))
+    return EvalModel(source, config, tokenizer, text, shared_tokenization(texts, text))
 
 
 def _names(specs: Sequence[ModelSpec]) -> list[str]:

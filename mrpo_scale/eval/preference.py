@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.ranks import get_rank, get_world_size
 from mrpo_scale.base.tables import aligned_table, number, percent
 from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.eval.config import EvalConfig
@@ -63,14 +64,14 @@ def score_model(
     Raises:
         ConfigError: see :class:`ShardedReference`; or a log-prob that is not finite.
     """
-    tokens = [pairs.tokens(row)[model.view] for row in range(count)]
+    tokens = [pairs.tokens(row)[model.tokenization] for row in range(count)]
     lengths_N2 = torch.tensor([[len(t.chosen_ids), len(t.rejected_ids)] for t in tokens], dtype=torch.float64)
     loaded = ShardedReference(model.source, group, device, shared_prompt=args.shared_prompt)
     lengths = segment_lengths(tokens, loaded.shared_prompt)
     order = sorted(range(count), key=lambda i: -lengths[i])
     parts = cut_by_tokens([lengths[i] for i in order], loaded.shared_prompt, args.tokens_per_forward)
     logps_N2 = torch.zeros(count, 2, dtype=torch.float64, device=device)
-    for part in tqdm(_of_this_rank(parts), desc=f"Scoring with {model.name}", disable=_rank() != 0):
+    for part in tqdm(_of_this_rank(parts), desc=f"Scoring with {model.name}", disable=get_rank() != 0):
         rows = [] if part is None else order[part]
         batch = None
         if rows:
@@ -84,13 +85,9 @@ def score_model(
 
 def _of_this_rank(parts: Sequence[slice]) -> list[slice | None]:
     """Every n-th batch; all ranks run equally many forwards, since the ranks of a shard group gather weights together."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    mine: list[slice | None] = list(parts[_rank() :: world])
+    world = get_world_size()
+    mine: list[slice | None] = list(parts[get_rank() :: world])
     return mine + [None] * (-(-len(parts) // world) - len(mine))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _check_finite(name: str, logps_N2: Tensor, pairs: PairDataset) -> None:

@@ -17,7 +17,7 @@ from accelerate.state import PartialState
 
 from mrpo_scale.base.heartbeat import heartbeat
 from mrpo_scale.base.untrusted import refuse_links
-from mrpo_scale.config.keys import check_world_size
+from mrpo_scale.config.checks import check_world_size
 from mrpo_scale.config.recipe import parse_keys
 from mrpo_scale.data import find_layout, load_rows
 from mrpo_scale.data.pairs import PreferencePair

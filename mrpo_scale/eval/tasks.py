@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.base.tables import aligned_table
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
@@ -71,8 +71,9 @@ def run_tasks(model: EvalModel, manager: Any, args: EvalConfig, device: torch.de
         )
     except (OSError, ValueError) as error:
         # Mostly a task whose data set cannot be had: the harness and `datasets` say which.
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"`tasks: {','.join(args.tasks)}` failed in lm-evaluation-harness: {reason}") from error
+        raise ConfigError(
+            f"`tasks: {','.join(args.tasks)}` failed in lm-evaluation-harness: {one_line(error)}"
+        ) from error
     return None if results is None else _plain(results)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.untrusted import refuse_links
-from mrpo_scale.config.keys import MRPOConfig, parse_ref_models
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.config.model_spec import parse_ref_models
 
 #: What a run writes over, and what tells that it was a run which wrote it before.
 _OVERWRITTEN = ("README.md", ".gitignore", "config.json", "*.safetensors", "tokenizer*", "report.html")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from mrpo_scale.base.atomic_files import atomic_write
+from mrpo_scale.base.ranks import get_rank
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class StopRequests:
 
     def watch(self) -> None:
         """Begin. In the main thread SIGTERM is a request from here on; before, it ends the process and nothing is lost."""
-        if _rank() == 0:
+        if get_rank() == 0:
             (self.folder / PREEMPTED).unlink(missing_ok=True)
             stop = self.folder / STOP
             if stop.exists() and stop.stat().st_mtime < _started():
@@ -97,7 +98,7 @@ class StopRequests:
 
     def _asked(self) -> int:
         asked = _SIGTERM if self._terminated else 0
-        if _rank() == 0:
+        if get_rank() == 0:
             asked |= _FILE if (self.folder / STOP).exists() else 0
             asked |= _HOURS if self.max_hours is not None and time.time() - _started() >= 3600 * self.max_hours else 0
         return asked
@@ -158,7 +159,3 @@ def _launcher() -> list[Any] | None:
 def _started() -> float:
     """When this process did, in seconds since the epoch."""
     return psutil.Process().create_time()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mrpo_scale.base.atomic_files import atomic_write
-from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, world_group
 from mrpo_scale.base.untrusted import read_json
 from mrpo_scale.config.keys import MRPOConfig
@@ -124,7 +124,7 @@ def recorded_date(folder: Path) -> str | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} does not tell a date ({' '.join(str(error).split())}); delete it and set `template_date`."
+            f"{path} does not tell a date ({one_line(error)}); delete it and set `template_date`."
         ) from error
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mrpo_scale.base.errors import ConfigError, TrainingError
+from mrpo_scale.base.errors import ConfigError, TrainingError, one_line
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.logps.logit_transform import LogitTransform, candidates, choose, named_numbers
 from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs
@@ -159,7 +159,7 @@ def check_pair_scoring(
     except Exception as error:
         raise ConfigError(
             f"{name} ({type(_inner(model)).__name__}): it failed on the few tokens that every model is checked on "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}), so it cannot be used here; leave it out."
+            f"({type(error).__name__}: {one_line(error)[:300]}), so it cannot be used here; leave it out."
         ) from error
     finally:
         model.train(was_training)

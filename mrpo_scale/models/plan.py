@@ -1,4 +1,4 @@
-"""From names to models: which folders, tokenizers and text views a run has. Only configs and tokenizers load here, no weights.
+"""From names to models: which folders, tokenizers and tokenizations a run has. Only configs and tokenizers load here, no weights.
 
 Reference 0, the anchor, is the policy's own starting weights unless ``anchor`` names another model.
 """
@@ -26,8 +26,9 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.config.keys import ModelSpec, MRPOConfig, parse_ref_models
+from mrpo_scale.base.errors import ConfigError, one_line
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.models.saving import unvalidated_generation_config
 from mrpo_scale.models.source import ReferenceSource, check_config, check_source, snapshot
@@ -39,7 +40,7 @@ ANCHOR = "anchor"  #: the name of reference 0
 @dataclass(frozen=True)
 class PlannedReference:
     source: ReferenceSource
-    view: int  #: index into RunPlan.texts
+    tokenization: int  #: index into RunPlan.texts
     pad_token_id: int
     num_embeddings: int | None = None  #: rows of its embedding, as config.json has them
 
@@ -50,7 +51,7 @@ class PlannedReference:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Every model of a run before any weights load. ``texts`` are the distinct views of the text, the policy's first."""
+    """Every model of a run before any weights load. ``texts`` are the distinct tokenizations, the policy's first."""
 
     policy: ReferenceSource
     tokenizer: PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ class RunPlan:
     def readers(self) -> list[TextReader]:
         """Every model with the text that it reads, the policy first."""
         policy = TextReader("policy", 0, self.num_embeddings)
-        return [policy, *(TextReader(r.name, r.view, r.num_embeddings) for r in self.references)]
+        return [policy, *(TextReader(r.name, r.tokenization, r.num_embeddings) for r in self.references)]
 
     @property
     def names(self) -> list[str]:
@@ -74,7 +75,7 @@ class RunPlan:
         return [reader.name for reader in self.readers if self.texts[reader.view].prints_date]
 
     def first(self, count: int) -> RunPlan:
-        """With the first ``count`` references, the anchor among them, but with all views of the text: runs that compare train on
+        """With the first ``count`` references, the anchor among them, but with all tokenizations: runs that compare train on
         pairs that every model of the recipe can score."""
         return replace(self, references=self.references[:count])
 
@@ -132,9 +133,11 @@ def plan_models(
         own_text = k == 0 and not args.anchor
         config = policy_config if own_text else check(source)
         ref_tokenizer = tokenizer if own_text else load_tokenizer(ref_spec, name)
-        view = shared_view(texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name))
+        tokenization = shared_tokenization(
+            texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name)
+        )
         rows = num_embeddings(config)
-        references.append(PlannedReference(source, view, pad_token_id(ref_tokenizer, rows), rows))
+        references.append(PlannedReference(source, tokenization, pad_token_id(ref_tokenizer, rows), rows))
     args.build_objective().check_references(len(references))
     return RunPlan(policy, tokenizer, texts, references, num_embeddings(policy_config))
 
@@ -271,8 +274,7 @@ def load_tokenizer(spec: ModelSpec, name: str = "policy") -> PreTrainedTokenizer
             spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{name}: no tokenizer could be read from `{spec.model}`: {reason}") from error
+        raise ConfigError(f"{name}: no tokenizer could be read from `{spec.model}`: {one_line(error)}") from error
 
 
 def _text(
@@ -289,8 +291,8 @@ def _text(
     )
 
 
-def shared_view(texts: list[ModelText], text: ModelText) -> int:
-    """Index of ``text`` among the distinct views; models of one family read the same tokens, so they share one."""
+def shared_tokenization(texts: list[ModelText], text: ModelText) -> int:
+    """Index of ``text`` among the distinct tokenizations; models of one family read the same tokens, so they share one."""
     key = (text.fingerprint(), text.max_context)
     for i, known in enumerate(texts):
         if (known.fingerprint(), known.max_context) == key:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.gpus import GIB
-from mrpo_scale.config.keys import Hardware, MRPOConfig, ScriptArguments
+from mrpo_scale.config.hardware import Hardware, missing_hardware
+from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.data import find_layout
 from mrpo_scale.data.inputs import TRAIN_SET, check_steps, evaluation_sets, prepare_sets, read_rows
@@ -145,7 +146,7 @@ class _Check:
                 old.unlink()
         rows = sets = plan = None
         gpu = self.gpu and not self.config.use_cpu
-        self.errors += self.config.missing_hardware(Hardware(gpu, bf16=gpu, tf32=gpu))
+        self.errors += missing_hardware(self.config, self.config.head_impl, Hardware(gpu, bf16=gpu, tf32=gpu))
         decide_date(self.config)  # as the run would, in its own folder
         with self._collected():
             self.errors += preflight_problems(self.config, self.script.ref_models)
@@ -262,18 +263,20 @@ class _Check:
         print(f", {cluster.network * 8 / 1e9:.0f} Gbit/s of network each" if cluster.num_nodes > 1 else "")
         print(f"\n{models_table(job, plan.names)}\n\n{job.window} pairs per optimizer step; ", end="")
         print(f"{setting_in_words(setting, self._accumulation())}\n")
-        estimates = {"DPO, live": estimate(job, replace(setting, live=True, only_anchor=True), cluster)}
+        live = estimate(job, replace(setting, live=True, only_anchor=True), cluster)
+        estimates = {"DPO, live": live}
         if len(job.references) > 1:
-            estimates[f"K={len(job.references)}, live"] = estimate(job, replace(setting, live=True), cluster)
+            live = estimate(job, replace(setting, live=True), cluster)
+            estimates[f"K={len(job.references)}, live"] = live
         other = replace(setting, live=True, checkpointing=not setting.checkpointing)
         way = "with" if other.checkpointing else "without"
         estimates[f"{way} checkpointing"] = estimate(job, other, cluster)
-        estimates["cached"] = estimate(job, replace(setting, live=False), cluster)
+        cached = estimate(job, replace(setting, live=False), cluster)
+        estimates["cached"] = cached
         print(f"{memory_table(estimates)}\n\n{time_table(estimates)}\n")
         plot_memory(estimates, self.folder / "memory.png")
-        own = estimates["cached"] if not setting.live else list(estimates.values())[-3]
         searches = {"live": search(job, cluster), "cached": search(job, cluster, live=False)}
-        self._say_cheapest(job, own, searches)
+        self._say_cheapest(job, live if setting.live else cached, searches)
         print(f"\n{assumptions(cluster)}\n")
         self.found["cost"] = {
             "gpu": cluster.name,
@@ -326,7 +329,7 @@ class _Check:
                 **options,
             ),
             references=tuple(
-                PlannedModel(model_size(r.source, itemsize=r.source.dtype.itemsize, **options), r.view)
+                PlannedModel(model_size(r.source, itemsize=r.source.dtype.itemsize, **options), r.tokenization)
                 for r in references
             ),
             workload=Workload(read.pairs.lengths, config.seed),

@@ -42,10 +42,10 @@ class ReadSet:
 
 
 def view_names(plan: RunPlan) -> list[str]:
-    """Of each view of the text, the models that read it."""
+    """Of each model's tokenization, the models that read it."""
     readers: list[list[str]] = [["policy"], *([] for _ in plan.texts[1:])]
     for reference in plan.references:
-        readers[reference.view].append(reference.name)
+        readers[reference.tokenization].append(reference.name)
     return [", ".join(names) for names in readers]
 
 
@@ -73,9 +73,9 @@ def lengths_table(lengths_NV3: np.ndarray, names: Sequence[str]) -> str:
     """Tokens of each part, in each model's own."""
     header = ("tokens", "part", "median", "mean", "95%", "longest")
     rows = []
-    for view, name in enumerate(names):
-        parts = {part: lengths_NV3[:, view, i] for i, part in enumerate(PARTS)}
-        parts["pair"] = lengths_NV3[:, view].sum(1)
+    for tokenization, name in enumerate(names):
+        parts = {part: lengths_NV3[:, tokenization, i] for i, part in enumerate(PARTS)}
+        parts["pair"] = lengths_NV3[:, tokenization].sum(1)
         for part, lengths in parts.items():
             numbers = (np.median(lengths), lengths.mean(), np.quantile(lengths, 0.95), lengths.max())
             rows.append((name, part, *(f"{n:.0f}" for n in numbers)))
@@ -83,7 +83,7 @@ def lengths_table(lengths_NV3: np.ndarray, names: Sequence[str]) -> str:
 
 
 def plot_lengths(lengths_NV3: np.ndarray, names: Sequence[str], max_length: int | None, path: Path) -> None:
-    """A panel for each view: histograms of prompt, chosen and rejected, one scale for all."""
+    """A panel for each tokenization: histograms of prompt, chosen and rejected, one scale for all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -91,12 +91,12 @@ def plot_lengths(lengths_NV3: np.ndarray, names: Sequence[str], max_length: int 
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0]
     bins = np.linspace(0, lengths_NV3.max() + 1, 41)
-    for view, (axes, name) in enumerate(zip(panels, names, strict=True)):
+    for tokenization, (axes, name) in enumerate(zip(panels, names, strict=True)):
         for i, part in enumerate(PARTS):
-            lengths = lengths_NV3[:, view, i]
+            lengths = lengths_NV3[:, tokenization, i]
             label = f"{part}: median {np.median(lengths):.0f}, longest {lengths.max()}"
             axes.hist(lengths, bins, histtype="step", linewidth=1.6, color=PALETTE[i], label=label)
-        if view == 0 and max_length is not None and max_length < 1.1 * bins[-1]:
+        if tokenization == 0 and max_length is not None and max_length < 1.1 * bins[-1]:
             axes.axvline(
                 max_length, color="#888888", linestyle=":", label=f"max_length {max_length}, prompt + response"
             )

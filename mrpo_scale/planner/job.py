@@ -16,10 +16,10 @@ MOVED_FORWARD, MOVED_BACKWARD = 3, 6
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A reference on its way into an estimate. ``view``: which of the texts' views it reads."""
+    """A reference on its way into an estimate. ``tokenization``: which of the tokenizations it reads."""
 
     size: ModelSize
-    view: int
+    tokenization: int
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class ScoredLive:
         self.models = dict(enumerate(planned))
         pairs = setting.micro_batch * accumulation
         mean = job.workload.lengths_NV3.sum(-1).mean(0)
-        costs = {k: m.size.parameters * float(mean[m.view]) for k, m in self.models.items()}
+        costs = {k: m.size.parameters * float(mean[m.tokenization]) for k, m in self.models.items()}
         layout = _lay_out(setting.placement, tuple(costs.items()), cluster, setting.shard_size)
         self.held_together, self.group, self.num_ranks = layout
         # Pairs of a window that one rank of each reference scores.
@@ -48,7 +48,7 @@ class ScoredLive:
         self.shares = {
             k: job.workload.reference(
                 m.size,
-                m.view,
+                m.tokenization,
                 pairs=self.pairs[k],
                 ranks=self.num_ranks[k],
                 tokens_per_forward=job.tokens_per_forward,
@@ -73,7 +73,7 @@ class ScoredLive:
         for k, m in self.models.items():
             b, size = m.size.itemsize, m.size
             largest, window = self.job.workload.largest_scoring(
-                size, m.view, self.pairs[k], self.job.tokens_per_forward
+                size, m.tokenization, self.pairs[k], self.job.tokens_per_forward
             )
             sharded = self.group[k] > 1 or self.setting.offload
             # Of a layer that computes and the next one, which is on its way; a tied head is whole with the root.

@@ -31,7 +31,7 @@ class Workload:
     """The pairs of a training set as every model sees them.
 
     Args:
-        lengths_NV3: tokens of prompt, chosen and rejected in each view of the text, the policy's first.
+        lengths_NV3: tokens of prompt, chosen and rejected in each model's tokenization, the policy's first.
     """
 
     lengths_NV3: np.ndarray
@@ -51,13 +51,15 @@ class Workload:
         key = ("policy", size.name, micro_batch, accumulation, min(ranks, RANKS))
         return self._share(key, forwards, micro_batch * accumulation, ranks)
 
-    def reference(self, size: ModelSize, view: int, *, pairs: int, ranks: int, tokens_per_forward: int) -> Share:
+    def reference(
+        self, size: ModelSize, tokenization: int, *, pairs: int, ranks: int, tokens_per_forward: int
+    ) -> Share:
         """A reference's forwards over a rank's ``pairs`` of a window."""
 
         def forwards(rows: np.ndarray) -> tuple[Work, ...]:
-            return _reference_forwards(self.lengths_NV3[rows, view], size, tokens_per_forward)
+            return _reference_forwards(self.lengths_NV3[rows, tokenization], size, tokens_per_forward)
 
-        key = ("reference", size.name, view, pairs, min(ranks, RANKS), tokens_per_forward)
+        key = ("reference", size.name, tokenization, pairs, min(ranks, RANKS), tokens_per_forward)
         return self._share(key, forwards, pairs, ranks)
 
     def largest_micro_batch(self, size: ModelSize, micro_batch: int) -> Work:
@@ -68,11 +70,13 @@ class Workload:
             self._largest[key] = (_work(np.resize(lengths[:micro_batch], (micro_batch, 3)), size),)
         return self._largest[key][0]
 
-    def largest_scoring(self, size: ModelSize, view: int, pairs: int, tokens_per_forward: int) -> tuple[Work, Work]:
+    def largest_scoring(
+        self, size: ModelSize, tokenization: int, pairs: int, tokens_per_forward: int
+    ) -> tuple[Work, Work]:
         """(largest forward, all of the window) of a reference that scores the longest ``pairs``."""
-        key = ("scoring", size.name, view, pairs, tokens_per_forward)
+        key = ("scoring", size.name, tokenization, pairs, tokens_per_forward)
         if key not in self._largest:
-            lengths = self._sorted(self.lengths_NV3[:, view], size.shared_prompt)
+            lengths = self._sorted(self.lengths_NV3[:, tokenization], size.shared_prompt)
             self._largest[key] = _reference_forwards(np.resize(lengths[:pairs], (pairs, 3)), size, tokens_per_forward)
         return max(self._largest[key]), total_work(self._largest[key])
 

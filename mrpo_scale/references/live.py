@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mrpo_kernels import CombinedReferences, sequence_logps, virtual_reference
 from torch import Tensor
 
-from mrpo_scale.base.ranks import all_reduce_max, world_group
+from mrpo_scale.base.ranks import all_reduce_max, get_rank, sum_over_ranks, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.data.window import PairExample, TokenizedPairs
@@ -39,7 +39,7 @@ class Reference:
 
     name: str
     model: ShardedReference
-    view: int  #: which of an example's token views is this model's
+    tokenization: int  #: which of an example's tokenizations is this model's
     pad_token_id: int
 
     def batch(self, pairs: Sequence[PairTokens]) -> PairBatch:
@@ -57,7 +57,7 @@ def load_reference(planned: PlannedReference, group: dist.ProcessGroup | None, a
     model = ShardedReference(
         planned.source, group, args.device, shared_prompt=args.shared_prompt, offload=args.ref_offload
     )
-    return Reference(planned.name, model, planned.view, planned.pad_token_id)
+    return Reference(planned.name, model, planned.tokenization, planned.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class SpreadScorer:
         # and must score that one's pairs beside the same neighbours.
         order = sorted(range(len(examples)), key=lambda i: -sum(map(_length, examples[i].tokens)))
         batches_K = [
-            r.batches([examples[i].tokens[r.view] for i in order], self.tokens_per_forward) for r in references
+            r.batches([examples[i].tokens[r.tokenization] for i in order], self.tokens_per_forward) for r in references
         ]
         hidden_K = [
             _run_body(reference, batches, forwards)
@@ -181,7 +181,7 @@ class PartitionScorer:
     ) -> None:
         self.references, self.placement, self.device = dict(held), placement, device
         self.tokens_per_forward, self.impl = tokens_per_forward, impl
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.rank = get_rank()
 
     @torch.no_grad()
     def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int]) -> Tensor:
@@ -192,14 +192,13 @@ class PartitionScorer:
         for i, k in enumerate(which):
             if k in self.references:
                 ranks = self.placement.ranks(k)
-                lengths = pairs.lengths[rows, self.references[k].view].sum(-1)
+                lengths = pairs.lengths[rows, self.references[k].tokenization].sum(-1)
                 # Dealt out longest first, so that every rank gets the like.
                 mine = np.argsort(-lengths, kind="stable")[ranks.index(self.rank) :: len(ranks)]
-                tokens = [pairs.tokens(int(row))[self.references[k].view] for row in rows[mine]]
+                tokens = [pairs.tokens(int(row))[self.references[k].tokenization] for row in rows[mine]]
                 for part, logps_P2 in score_in_step(self.references[k], tokens, self.tokens_per_forward):
                     scores_KU2[i, mine[part]] = logps_P2
-        if dist.is_initialized():
-            dist.all_reduce(scores_KU2)  # one rank wrote each entry, the others add zeros: exact
+        sum_over_ranks(scores_KU2)  # one rank wrote each entry, the others add zeros: exact
         return scores_KU2[:, np.searchsorted(rows, own)]
 
     def combined(

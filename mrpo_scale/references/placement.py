@@ -16,6 +16,7 @@ from itertools import groupby
 import torch.distributed as dist
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.ranks import get_rank
 from mrpo_scale.base.tables import aligned
 
 Ranks = tuple[int, ...]
@@ -110,7 +111,7 @@ def shard_group(
     """This rank's group for a single model, spread as :func:`spread` does; None where it is alone. Collective over the world."""
     placement = spread([0], find_nodes(), shard_size)
     groups = process_groups(placement, timeout, of_one=of_one)
-    ranks = placement.group_of(0, dist.get_rank() if dist.is_initialized() else 0)
+    ranks = placement.group_of(0, get_rank())
     return None if ranks is None else groups.get(ranks)
 
 

@@ -16,12 +16,11 @@ from datetime import timedelta
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.heartbeat import set_activity
-from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, world_group
+from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.tokenization import PairDataset, PairTokens
 from mrpo_scale.models.plan import RunPlan
@@ -38,24 +37,24 @@ SECONDS_PER_PART = 60.0  #: what a killed job loses at most
 
 @dataclass(frozen=True)
 class _Rows:
-    """Distinct rows of several sets, longest first for one view of the text."""
+    """Distinct rows of several sets, longest first for one tokenization."""
 
     pairs: Sequence[PairDataset]
     set_N: np.ndarray  #: which of ``pairs``
     row_N: np.ndarray
     key_N: np.ndarray
     length_N: np.ndarray  #: tokens of prompt, chosen and rejected
-    view: int
+    tokenization: int
 
     @classmethod
-    def of(cls, pair_sets: Mapping[str, PairDataset], view: int) -> _Rows:
+    def of(cls, pair_sets: Mapping[str, PairDataset], tokenization: int) -> _Rows:
         pairs = list(pair_sets.values())
         set_N = np.repeat(np.arange(len(pairs)), [len(p) for p in pairs])
         row_N = np.concatenate([np.arange(len(p)) for p in pairs])
-        length_N = np.concatenate([p.lengths[:, view].sum(-1) for p in pairs])
+        length_N = np.concatenate([p.lengths[:, tokenization].sum(-1) for p in pairs])
         key_N, first = np.unique(np.concatenate([p.row_keys for p in pairs]), return_index=True)
         first, key_N = first[order := np.argsort(-length_N[first], kind="stable")], key_N[order]
-        return cls(pairs, set_N[first], row_N[first], key_N, length_N[first], view)
+        return cls(pairs, set_N[first], row_N[first], key_N, length_N[first], tokenization)
 
     def chunks(self, tokens: int) -> list[np.ndarray]:
         """Consecutive rows of about ``tokens`` tokens, as indices."""
@@ -64,11 +63,11 @@ class _Rows:
         return np.split(np.arange(len(ends)), starts[1:])
 
     def tokens(self, i: int) -> PairTokens:
-        return self.pairs[self.set_N[i]].tokens(int(self.row_N[i]))[self.view]
+        return self.pairs[self.set_N[i]].tokens(int(self.row_N[i]))[self.tokenization]
 
     def token_counts(self, chosen: np.ndarray) -> np.ndarray:
         """[n, 2] response tokens."""
-        counts = [self.pairs[self.set_N[i]].lengths[self.row_N[i], self.view, 1:] for i in chosen]
+        counts = [self.pairs[self.set_N[i]].lengths[self.row_N[i], self.tokenization, 1:] for i in chosen]
         return np.array(counts, dtype=np.int32).reshape(-1, 2)
 
 
@@ -105,7 +104,7 @@ def score_ahead(
 
 def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, PairDataset], args: MRPOConfig) -> None:
     """Score every row that ``store`` lacks. Collective over the world."""
-    rows = _Rows.of(pair_sets, reference.view)
+    rows = _Rows.of(pair_sets, reference.tokenization)
     rank, world_size = args.process_index, args.world_size
     chunks = rows.chunks(FORWARDS_PER_CHUNK * args.ref_tokens_per_forward * world_size)
     # Another job's order is another one, so that the two rarely work on the same rows.
@@ -151,7 +150,7 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
 def _still_missing(store: ReferenceStore, keys: np.ndarray) -> np.ndarray:
     """[n] bool, the same on all ranks: as the first rank sees the folder now."""
     mask = np.zeros(0, dtype=bool)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if get_rank() == 0:
         store.refresh()
         mask = store.missing(keys)
     return broadcast_from_rank0(mask, world_group())

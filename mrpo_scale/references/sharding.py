@@ -221,7 +221,7 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str, *, offload: bool
     units = _without_shared(model, [*layers, model.get_input_embeddings(), model.get_output_embeddings()])
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for unit in [*reversed(units), model]:
-        # Said for the root too: by default it stays gathered after a forward, in the belief that a backward follows.
+        # Set explicitly on the root, which stays gathered after a forward by default, for a backward that never comes here.
         sharded: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
         if mesh.device_type == "cpu":
             sharded.set_custom_all_gather(_BroadcastGather())

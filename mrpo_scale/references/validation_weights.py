@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from mrpo_scale.base.ranks import sum_over_ranks
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.inputs import WEIGHTS_SET
 from mrpo_scale.data.tokenization import PairDataset
@@ -74,6 +74,4 @@ def _right(args: MRPOConfig, scores: ReferenceScores, pairs: PairDataset) -> Ten
         weight_P = torch.tensor([example.weight for example in examples], device=args.device)
         right_K += ((ref_logps_KP2[..., 0] > ref_logps_KP2[..., 1]) * weight_P).sum(1)
     scores.flush()
-    if dist.is_initialized():
-        dist.all_reduce(right_K)
-    return right_K
+    return sum_over_ranks(right_K)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from mrpo_scale.config.keys import MRPOConfig, ScriptArguments, non_default_keys, parse_ref_models
+from mrpo_scale.config.fields import non_default_keys
+from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
+from mrpo_scale.config.model_spec import parse_ref_models
 from mrpo_scale.reports.html_curves import Run
 from mrpo_scale.reports.html_report import RUN_FACTS, write_report
 from mrpo_scale.reports.model_card import ModelCard

@@ -20,7 +20,8 @@ from transformers.utils import is_kernels_available
 
 from mrpo_scale.base.errors import ConfigError, one_line, refuse
 from mrpo_scale.config.ds_config import read_ds_config
-from mrpo_scale.config.keys import MRPOConfig, parse_ref_models
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.config.model_spec import parse_ref_models
 from mrpo_scale.training.metrics import metric_names
 
 RefModels = Sequence[str | Mapping[str, Any]]

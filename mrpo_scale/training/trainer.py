@@ -70,7 +70,7 @@ from mrpo_scale.models.saving import (
     unvalidated_generation_config,
 )
 from mrpo_scale.objective import loss_against
-from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.references.scores import ReferenceScores, open_scores
 from mrpo_scale.references.validation_weights import with_validation_weights
 from mrpo_scale.reports.artifacts import write_artifacts
 from mrpo_scale.reports.pictures import RunSummary
@@ -219,7 +219,7 @@ class MRPOTrainer(ResumableTrainer):
         return prepare_sets(self.plan, args, train, evals)
 
     def _open_scores(self, args: MRPOConfig) -> ReferenceScores:
-        return ReferenceScores(self.plan, args, self.pair_sets)
+        return open_scores(self.plan, args, self.pair_sets)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

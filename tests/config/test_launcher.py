@@ -10,8 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import mrpo_scale
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.cli import run_command
 from mrpo_scale.config import launcher as launched
+from mrpo_scale.config.keys import MRPOConfig
 
 ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GATHER = "stage3_gather_16bit_weights_on_model_save"
@@ -59,6 +62,31 @@ def test_a_build_that_goes_on_is_left_alone(lock, caplog):
         launched.clear_stale_build_locks()
         assert lock.exists() and not caplog.text
         builder.kill()
+
+
+def test_a_config_deletes_nothing_and_refuses_to_wait(lock, tmp_path, caplog):
+    """A script under a launcher makes one before its ranks meet, which is where torch would wait."""
+    run = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none", "deepspeed": "zero3_cpu"}
+    write(lock, age=launched.BUILD_SECONDS + 60)
+    with pytest.raises(
+        ConfigError, match=rf"{lock} was left by a build .* mrpo_scale.prepare_launch\(\) before MRPOConfig"
+    ):
+        MRPOConfig(**run)
+    assert lock.exists()
+    write(lock, age=1)
+    launched.check_build_locks()
+    assert "prepare_launch" in caplog.text and lock.exists()
+    write(lock, age=launched.BUILD_SECONDS + 60)
+    mrpo_scale.prepare_launch()
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize(("command", "clears"), [("train", True), ("score", True), ("eval", True), ("check", False)])
+def test_commands_clear_the_locks_before_they_read_a_recipe(command, clears, lock, capsys):
+    write(lock, age=launched.BUILD_SECONDS + 60)
+    with pytest.raises(SystemExit):
+        run_command(command, ["--config", "no such recipe", "--model_name_or_path", "x"])
+    assert lock.exists() != clears
 
 
 def test_one_rank_of_a_host_looks(lock, monkeypatch):

@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.config.keys import MRPOConfig, ScriptArguments, check_world_size, parse_ref_models
+from mrpo_scale.config.checks import check_world_size
+from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
+from mrpo_scale.config.model_spec import parse_ref_models
 from mrpo_scale.config.recipe import find_recipe, parse, resource
 from mrpo_scale.config.trl_keys import RENAMED_TRL_KEYS, TRL_KEYS
 

@@ -71,7 +71,9 @@ def sharded_scores(tmp_path):
     scores = []
     for reference in plan.references:
         model = ShardedReference(reference.source, group, torch.device("cpu"))
-        batch = collate_pairs([pairs.tokens(r)[reference.view] for r in rows], shared_prompt=model.shared_prompt)
+        batch = collate_pairs(
+            [pairs.tokens(r)[reference.tokenization] for r in rows], shared_prompt=model.shared_prompt
+        )
         scores.append(model.score(batch).tolist())
     return scores
 
@@ -150,7 +152,7 @@ def memory_of_gemma(tmp_path):
     before = rss_anon()
     model = ShardedReference(planned.source, group, torch.device("cpu"))
     loaded = rss_anon() - before
-    batch = collate_pairs([pairs.tokens(r)[planned.view] for r in rows], shared_prompt=model.shared_prompt)
+    batch = collate_pairs([pairs.tokens(r)[planned.tokenization] for r in rows], shared_prompt=model.shared_prompt)
     model.score(batch)
     scored = rss_anon() - before
     layer = max(sum(p.numel() for p in m.parameters()) * 4 for m in model.model.model.layers)

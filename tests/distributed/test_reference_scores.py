@@ -14,7 +14,8 @@ from mrpo_scale.data.inputs import prepare_sets
 from mrpo_scale.data.window import WeightedPairs
 from mrpo_scale.models.plan import plan_models
 from mrpo_scale.objective import Objective
-from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.references.scores import CachedScores, LiveScores
+from mrpo_scale.references.scores import open_scores as open_reference_scores
 from tests.distributed.test_training import train
 from tests.tiny import pair_dataset, write_models
 
@@ -52,7 +53,7 @@ def open_scores(folders, output_dir, **keys):
     args = config(output_dir, **keys)
     plan = plan_models(folders["llama"], [folders["qwen2"], folders["gpt_neox"]], args, None)
     pair_sets = prepare_sets(plan, args, pair_dataset(ROWS), pair_dataset(5, seed=1))
-    return ReferenceScores(plan, args, pair_sets), pair_sets
+    return open_reference_scores(plan, args, pair_sets), pair_sets
 
 
 def score_rows(folders, output_dir, **keys):
@@ -185,6 +186,19 @@ def test_a_swapped_reference_costs_that_reference(folders, tmp_path):
     assert complete.live == [] and not complete.references
 
 
+def test_scores_are_opened_as_what_they_are(folders, tmp_path):
+    """Without a cache nothing is looked up, written or kept; with one that is whole, nothing is loaded."""
+    live, pair_sets = open_scores(folders, tmp_path)
+    assert isinstance(live, LiveScores) and (live.live, list(live.stores)) == ([0, 1, 2], [])
+    cache = str(tmp_path / "cache")
+    fill(folders, tmp_path, cache)
+    cached, _ = open_scores(folders, tmp_path, ref_cache_dir=cache)
+    assert isinstance(cached, CachedScores) and (cached.live, cached.references) == ([], {})
+    pairs = pair_sets["train"]
+    examples = [WeightedPairs(pairs)[row] for row in range(4)]
+    torch.testing.assert_close(cached.logps(examples, pairs), live.logps(examples, pairs), rtol=1e-5, atol=0)
+
+
 def test_a_new_row_costs_one_row(folders, tmp_path):
     cache = str(tmp_path / "cache")
     fill(folders, tmp_path, cache)
@@ -197,6 +211,6 @@ def test_a_new_row_costs_one_row(folders, tmp_path):
     old = prepare_sets(plan, args, before, None)["train"].row_keys
     new_sets = prepare_sets(plan, args, changed, None)
     assert np.flatnonzero(old != new_sets["train"].row_keys).tolist() == [7]
-    scores = ReferenceScores(plan, args, new_sets)
+    scores = open_reference_scores(plan, args, new_sets)
     assert [len(list(store.folder.glob("part-*"))) for store in scores.stores] == [2, 2, 2]
     assert [len(store) for store in scores.stores] == [ROWS, ROWS, ROWS], "the changed row and the 18 that are wanted"

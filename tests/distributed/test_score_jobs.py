@@ -20,7 +20,7 @@ import pytest
 import safetensors.numpy
 
 from mrpo_scale.references import precompute as ahead
-from mrpo_scale.references import scores
+from mrpo_scale.references import stores
 from mrpo_scale.references.store.cache import ReferenceStore, list_cache
 from mrpo_scale.references.store.identity import ReferenceIdentity
 from tests.distributed.jobs import ROOT, Job
@@ -301,7 +301,7 @@ def test_follow_trains_when_another_job_has_scored(jobs, recipe, cache, tmp_path
 
 
 def look_often():
-    scores.POLL_SECONDS = 0.2
+    stores.POLL_SECONDS = 0.2
 
 
 def test_a_reference_with_a_short_context(jobs, tmp_path):

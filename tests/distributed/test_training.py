@@ -264,7 +264,7 @@ def live_step_of_three(folders, shard_size):
         scoring.virtual_reference = fused
     assert torch.equal(scorer.score(examples, None, [0, 1, 2]), scores_KP2), "scores alone have the same bits"
     alone = [
-        r.model.score(collate_pairs([e.tokens[r.view] for e in examples], shared_prompt=r.model.shared_prompt))
+        r.model.score(collate_pairs([e.tokens[r.tokenization] for e in examples], shared_prompt=r.model.shared_prompt))
         for r in references
     ]
     return len(calls), gathers, scores_KP2.tolist(), torch.stack(alone).tolist()

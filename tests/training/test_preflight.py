@@ -6,7 +6,7 @@ import pytest
 from transformers.utils import is_kernels_available
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.config.keys import Hardware
+from mrpo_scale.config.hardware import Hardware, missing_hardware
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.training.metrics import metric_names
 from mrpo_scale.training.preflight import check_best_metric, check_evaluation, preflight
@@ -117,8 +117,8 @@ def test_hardware_that_is_not_here(refused, key, monkeypatch):
 def test_hardware_is_asked_of_the_machine_of_the_run(tmp_path):
     _, config = parse(["--use_cpu", "true", "--output_dir", str(tmp_path)])
     config.tf32, config.fp16, config.head_impl = True, True, "triton"
-    assert len(list(config.missing_hardware(Hardware(gpu=False, bf16=False, tf32=False)))) == 3
-    assert not list(config.missing_hardware(Hardware(gpu=True, bf16=True, tf32=True)))
+    assert len(list(missing_hardware(config, config.head_impl, Hardware(gpu=False, bf16=False, tf32=False)))) == 3
+    assert not list(missing_hardware(config, config.head_impl, Hardware(gpu=True, bf16=True, tf32=True)))
 
 
 @pytest.mark.parametrize(

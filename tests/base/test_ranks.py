@@ -1,0 +1,21 @@
+"""What ranks ask of each other, for a process that is alone: it answers itself."""
+
+import pytest
+import torch
+
+from mrpo_scale.base import ranks
+from mrpo_scale.base.errors import ConfigError, check_one_of, one_line
+
+
+def test_a_process_that_is_alone_is_its_own_world():
+    tensor = torch.tensor([1.0, 2.0])
+    assert (ranks.get_rank(), ranks.get_world_size(), ranks.world_group()) == (0, 1, None)
+    assert ranks.sum_over_ranks(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
+    assert ranks.all_gather_object("mine", None) == ["mine"] and ranks.broadcast_from_rank0("mine", None) == "mine"
+
+
+def test_words_of_errors():
+    assert one_line(ValueError("two\n  lines")) == "two lines"
+    check_one_of("clip", "none", ("none", "fixed"))
+    with pytest.raises(ConfigError, match=r"^`clip: some` is not known; choose one of none, fixed\.$"):
+        check_one_of("clip", "some", ("none", "fixed"))

@@ -24,7 +24,7 @@ def refuse(problems: Sequence[str]) -> None:
         raise ConfigError(line if line.endswith("?") else f"{line}.")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error of somebody else's, to be quoted in one of ours."""
     return " ".join(str(error).split())
 

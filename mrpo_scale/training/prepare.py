@@ -68,6 +68,10 @@ class PreparedRun:
         return [pairs for pairs in sets if pairs is not None]
 
 
+def _all_pairs(args: MRPOConfig, pair_sets: PairSets) -> PairSets:
+    return pair_sets
+
+
 def prepare_run(
     model: str | PreTrainedModel,
     ref_models: Sequence[str | Mapping[str, Any]] | None,
@@ -77,7 +81,7 @@ def prepare_run(
     processing_class: PreTrainedTokenizerBase | None,
     trainer_arguments: dict[str, Any],
     *,
-    select_pairs: Callable[[MRPOConfig, PairSets], PairSets] | None = None,
+    select_pairs: Callable[[MRPOConfig, PairSets], PairSets] = _all_pairs,
     open_scores: Callable[[RunPlan, MRPOConfig, PairSets], ReferenceScores] = ReferenceScores,
 ) -> PreparedRun:
     """Collective over the world.
@@ -93,20 +97,17 @@ def prepare_run(
     train_dataset, eval_dataset = as_datasets(train_dataset, eval_dataset)
     ref_models, args = check_arguments(model, ref_models, args, eval_dataset, trainer_arguments)
     plan = _plan(model, ref_models, args, processing_class)
-    pair_sets: PairSets = prepare_sets(plan, args, train_dataset, eval_dataset)
-    pair_sets = pair_sets if select_pairs is None else select_pairs(args, pair_sets)
+    pair_sets = select_pairs(args, prepare_sets(plan, args, train_dataset, eval_dataset))
     if TRAIN_SET in pair_sets:
         check_steps(args, len(pair_sets[TRAIN_SET]), args.window_size)
     plan = _used(plan, args)
     if trainer_arguments.get("compute_metrics") is None:  # whose names nobody knows
         check_best_metric(args, plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
-    if args.device.type == "cpu" and args.world_size == 1:
-        map_blocks_from(4 << 20)  # docs/performance.md: what each threshold costs in memory and time
     # Before the policy: what is scored ahead of training has the memory to itself.
+    _set_allocation(args)
     scores = open_scores(plan, args, pair_sets)
     objective = with_validation_weights(args, scores, pair_sets)
-    set_activity("loading the policy")
-    policy = load_policy(plan.policy) if isinstance(model, str) else model
+    policy = _policy(model, plan)
     use_cache = getattr(policy.config, "use_cache", None)
     check_optimizer(trainer_arguments, policy)
     enable_pair_scoring(policy, "policy", args.head_impl)
@@ -153,6 +154,16 @@ def _plan(
     record_date(args, plan.dated, run=args.folder)
     check_small_files(Path(plan.policy.path))
     return plan
+
+
+def _set_allocation(args: MRPOConfig) -> None:
+    if args.device.type == "cpu" and args.world_size == 1:
+        map_blocks_from(4 << 20)  # docs/performance.md: what each threshold costs in memory and time
+
+
+def _policy(model: str | PreTrainedModel, plan: RunPlan) -> PreTrainedModel:
+    set_activity("loading the policy")
+    return load_policy(plan.policy) if isinstance(model, str) else model
 
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:

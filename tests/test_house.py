@@ -46,28 +46,134 @@ def test_nothing_imports_the_command_line(path):
     assert not {n for n in imported(path) if n.startswith(("mrpo_scale.cli", "launch"))}
 
 
-def test_data_flows_one_way():
-    """The order of DESIGN.md section 1: a room imports rooms before it only."""
-    order = [
-        "errors",
-        "data",
-        "tokenization",
-        "pair_batch",
-        "sequence_logps",
-        "window",
-        "references",
-        "trainer",
-        "run",
-        "eval",
-        "cli",
+#: Every module in reading order; `.` is the package's own `__init__`. A module imports only what stands before it.
+READING_ORDER = [
+    (
+        "mrpo_kernels",
+        "backend cpu_linear chunked_head partials virtual_reference finish sequence_logps fused_reference linear_preference_loss .",
+    ),
+    ("mrpo_scale", "."),
+    ("mrpo_scale.base", ". errors atomic_files untrusted gpus device heartbeat ranks tables"),
+    ("mrpo_scale", "objective"),
+    ("mrpo_scale.config", ". data_keys ds_config launcher keys digest trl_keys recipe"),
+    ("mrpo_scale.data", "pairs messages turns chat_template model_text ranking mixing toy_skills toy_world"),
+    ("mrpo_scale.data.layouts", "base"),
+    ("mrpo_scale.data", "pair_table"),
+    (
+        "mrpo_scale.data.layouts",
+        "conversational strings hh_strings helpsteer nectar sharegpt orca gpt4_llm .",
+    ),
+    ("mrpo_scale.data", "loading . tokenization inputs window"),
+    (
+        "mrpo_scale.logps",
+        ". logit_transform span_attention pair_batch micro_batches pair_forward self_check flops",
+    ),
+    ("mrpo_scale.models", ". source stored left_out saving tensor_check plan"),
+    ("mrpo_scale.references", ". placement mapped sharding live"),
+    ("mrpo_scale.references.store", ". identity part_files listing cache"),
+    ("mrpo_scale.references", "precompute scores validation_weights"),
+    (
+        "mrpo_scale.lifecycle",
+        ". output_folder checkpoints template_date fingerprint preemption universal resume",
+    ),
+    ("mrpo_scale.reports", ". pictures html_curves html_report model_card run_facts artifacts"),
+    (
+        "mrpo_scale.training",
+        ". metrics preflight arguments prepare callbacks step held_out saver before_first_step facts run_report trainer",
+    ),
+    ("mrpo_scale.commands", ". train score inspect_references"),
+    (
+        "mrpo_scale.planner",
+        ". cluster activations model_size data zero workload job live estimate search show command",
+    ),
+    ("mrpo_scale.bench", ". arms clock communication synthetic trainer results show command"),
+    ("mrpo_scale.compare", ". plan processes results show command"),
+    ("mrpo_scale.eval", ". judge config models preference records generation tasks verdicts win_rate run"),
+    ("mrpo_scale", "cli"),
+    ("launch", "train score eval bench"),
+]
+
+
+def listed():
+    return [
+        package if name == "." else f"{package}.{name}" for package, names in READING_ORDER for name in names.split()
     ]
-    for path in ROOT.glob("mrpo_scale/**/*.py"):
-        room = path.relative_to(ROOT / "mrpo_scale").parts[0].removesuffix(".py")
-        if room not in order:
-            continue
-        used = {n.split(".")[1] for n in imported(path) if n.startswith("mrpo_scale.")}
-        later = {n for n in used if n in order and order.index(n) > order.index(room)}
-        assert not later, f"{path} imports {later}"
+
+
+def module_name(path):
+    base = ROOT / "kernels" if "mrpo_kernels" in path.parts else ROOT
+    return ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path, modules):
+    """The project's ``modules`` that a file imports, inside functions and under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else node.module for name in names}
+    return found & set(modules)
+
+
+def test_every_module_has_its_place_and_imports_only_what_stands_before_it():
+    """So there are no cycles, neither between modules nor between rooms."""
+    modules = listed()
+    files = {module_name(path): path for path in SOURCES}
+    assert len(set(modules)) == len(modules)
+    assert set(files) == set(modules), f"not in READING_ORDER or not there: {set(files) ^ set(modules)}"
+    place = {module: i for i, module in enumerate(modules)}
+    wrong = [
+        f"{module} imports {used}"
+        for module in modules
+        for used in sorted(imports_of(files[module], place))
+        if place[used] >= place[module]
+    ]
+    assert not wrong
+
+
+def test_a_room_comes_after_all_rooms_that_it_imports():
+    """The packages directly below `mrpo_scale` stand in one piece, in the order of docs/architecture.md."""
+    rooms = [module.split(".")[1] for module in listed() if module.startswith("mrpo_scale.")]
+    in_order = [room for i, room in enumerate(rooms) if i == 0 or rooms[i - 1] != room]
+    assert len(set(in_order)) == len(in_order)
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    block = page.split("## The rooms")[1].split("```")[1]
+    shown = [line.split()[0].strip("/").removesuffix(".py") for line in block.splitlines() if line.startswith("  ")]
+    assert shown == in_order
+
+
+def functions(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node, node.end_lineno - node.lineno + 1
+
+
+def test_functions_fit_a_screen():
+    """Triton's kernels aside, which are one program each."""
+    long = [
+        f"{path.relative_to(ROOT)}: {function.name} has {lines} lines"
+        for path in SOURCES
+        for function, lines in functions(path)
+        if lines > 60 and not any("triton.jit" in ast.unparse(mark) for mark in function.decorator_list)
+    ]
+    assert not long
+
+
+def test_the_step_and_the_trainer_can_be_read():
+    lines = {
+        f"{path.stem}.{function.name}": count
+        for path in (ROOT / "mrpo_scale" / "training").glob("*.py")
+        for function, count in functions(path)
+    }
+    assert lines["step.optimizer_step"] < 40
+    assert lines["trainer.__init__"] <= 40
+
+
+def test_the_hall_stays_small():
+    assert len([p for p in (ROOT / "mrpo_scale").iterdir() if p.name != "__pycache__"]) <= 18
 
 
 def test_no_script_shadows_an_installed_package():

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from mrpo_scale.training.callbacks import StepClock
+
 OTHER = "other"
 #: In the order of a step.
 PHASES = ("data", "references", "policy forward", "head and loss", "backward", "optimizer", "logging", OTHER)
@@ -83,3 +85,26 @@ class PhaseClock:
         else:
             stamp = time.perf_counter()
         self._stamps.append((stamp, self._stack[-1]))
+
+
+class BenchClock(StepClock):
+    """The trainer's timer, which also stamps the phases.
+
+    Args:
+        on_step: called with the seconds of each phase when a step is over, which its logging ends.
+    """
+
+    def __init__(self, phases: PhaseClock, on_step: Callable[[dict[str, float]], None]) -> None:
+        super().__init__()
+        self.phases, self.on_step = phases, on_step
+
+    def start_step(self) -> None:
+        super().start_step()
+        self.phases.start()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with super().phase(name), self.phases.phase(name):
+            yield
+        if name == "logging" and self.phases.running:  # the Trainer logs once more at the end of the epoch
+            self.on_step(self.phases.stop())

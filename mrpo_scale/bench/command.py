@@ -167,10 +167,10 @@ def _result(
         "random_weights": flags.random_weights,
         "random_pairs": flags.random_pairs,
         "models": {
-            "policy": {"path": trainer.full_plan.policy.path, "parameters": trainer._num_parameters},
+            "policy": {"path": trainer.whole_run.plan.policy.path, "parameters": trainer.num_parameters},
             "references": [
                 {"name": r.name, "path": r.source.path, "dtype": str(r.source.dtype).removeprefix("torch.")}
-                for r in trainer.full_plan.references
+                for r in trainer.whole_run.plan.references
             ],
         },
         "settings": {

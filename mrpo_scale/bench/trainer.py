@@ -1,4 +1,4 @@
-"""The trainer that is measured: MRPOTrainer itself, with a clock at the doors of its rooms and another arm for every step.
+"""The trainer that is measured: MRPOTrainer itself, with a timer that stamps its phases and another arm for every step.
 
 One policy engine serves all arms, with `learning_rate: 0`: forward, backward, clipping and Adam run in full, and every arm finds
 the same weights. What differs between arms is what a trainer of that recipe would hold: reference scores, names, objective.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,20 +22,21 @@ from transformers import PrinterCallback
 
 from mrpo_scale.base.device import peak_memory_gib, reset_peak_memory
 from mrpo_scale.bench.arms import Arm, Step
-from mrpo_scale.bench.clock import PhaseClock
+from mrpo_scale.bench.clock import BenchClock, PhaseClock
 from mrpo_scale.bench.communication import CollectiveCounter, busy_seconds, link_profiler
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.data.window import PairExample
 from mrpo_scale.logps.flops import NO_WORK, UnitCosts, Work, forward_flops, training_flops, unit_costs, work_of_batch
 from mrpo_scale.logps.micro_batches import MicroBatch
 from mrpo_scale.logps.pair_forward import body_of
+from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.live import Reference
 from mrpo_scale.references.placement import Ranks
 from mrpo_scale.references.scores import ReferenceScores, open_scores
 from mrpo_scale.training.callbacks import ProgressLine
-from mrpo_scale.training.trainer import MRPOTrainer, window_sampler
+from mrpo_scale.training.prepare import PairSets, prepare_run, window_sampler
+from mrpo_scale.training.trainer import MRPOTrainer
 
 
 @dataclass
@@ -84,19 +86,24 @@ class BenchTrainer(MRPOTrainer):
         self._guards = ExitStack()
         self.measured: list[Measured] = []
         self.surveys = {arm: Survey() for arm in arms}
-        super().__init__(*args, **kwargs)
+        self.phases = PhaseClock(kwargs["args"].device)
+        super().__init__(
+            *args,
+            prepare=partial(prepare_run, select_pairs=self._first_windows, open_scores=self._open_scores),
+            clock=BenchClock(self.phases, self._keep),
+            **kwargs,
+        )
         for shows_steps in (PrinterCallback, ProgressLine):
             self.remove_callback(shows_steps)
-        self.full_plan = self.plan
-        self.phases = PhaseClock(self.args.device)
+        self.whole_run = self.run
         self._policy_costs: UnitCosts | None = None
         self._bar = tqdm(total=len(self.steps), unit="step", disable=self.args.process_index != 0)
 
     # ---- what is trained ---------------------------------------------------------------------------------------------
 
-    def _prepare_sets(self, args: MRPOConfig, train: Any, evals: Any) -> dict[str, PairDataset]:
+    def _first_windows(self, args: MRPOConfig, pair_sets: PairSets) -> PairSets:
         """The pairs of the first windows that training with this recipe would take: only those are scored for the cached arms."""
-        pairs = super()._prepare_sets(args, train, None)["train"]
+        pairs = pair_sets["train"]
         order, size = list(window_sampler(args, len(pairs))), args.window_size
         windows = [order[start : start + size] for start in range(0, len(order), size)]
         whole = [window for window in windows if max(window) < len(pairs)] or windows  # else fillers stand in a window
@@ -115,29 +122,33 @@ class BenchTrainer(MRPOTrainer):
 
     # ---- arms --------------------------------------------------------------------------------------------------------
 
-    def _open_scores(self, args: MRPOConfig) -> ReferenceScores:
+    def _open_scores(self, plan: RunPlan, args: MRPOConfig, pair_sets: PairSets) -> ReferenceScores:
         """Those of the cached arms, most references first, because that one scores what the cache lacks; or of the first arm."""
         cached = [arm for arm in self._arms if arm.scoring == "cached"]
         for arm in [*cached[::-1], self._arms[0]]:
             if arm not in self._scores_of:
-                self._open_arm(arm, self.plan, args)
+                self._open_arm(arm, plan, args, pair_sets)
         return self._scores_of[self._arms[0]]
 
-    def _open_arm(self, arm: Arm, plan: Any, args: MRPOConfig) -> None:
+    def _open_arm(self, arm: Arm, plan: RunPlan, args: MRPOConfig, pair_sets: PairSets) -> None:
         args = copy.copy(args)
         if arm.scoring == "cached":
             args.ref_scoring = "precompute"
         else:
             args.ref_scoring, args.ref_cache_dir, args.ref_placement = "live", None, arm.placement  # type: ignore[assignment]
-        self._scores_of[arm] = open_scores(plan.first(arm.references), args, self.pair_sets, self._pool)
+        self._scores_of[arm] = open_scores(plan.first(arm.references), args, pair_sets, self._pool)
 
     def _turn_to(self, arm: Arm) -> None:
         """Be the trainer of this arm. Collective over the world where it loads references."""
+        whole = self.whole_run
         if arm not in self._scores_of:
-            self._open_arm(arm, self.full_plan, self.args)
-        self.plan = self.full_plan.first(arm.references)
-        self.scores = self._scores_of[arm]
-        self.preference_objective = objective_of(arm, self.args)
+            self._open_arm(arm, whole.plan, self.args, whole.pair_sets)
+        self.run = replace(
+            whole,
+            plan=whole.plan.first(arm.references),
+            scores=self._scores_of[arm],
+            objective=objective_of(arm, self.args),
+        )
 
     def forget_arms(self) -> None:
         """Free all references."""
@@ -166,9 +177,7 @@ class BenchTrainer(MRPOTrainer):
         self._watch(step)
         if dist.is_initialized():
             dist.barrier()  # what one rank still had to do is not this step's time
-        self.phases.start()
-        with self.phases.phase("data"):
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(self, model: nn.Module, inputs: MicroBatch, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         assert self._now is not None and self._policy_costs is not None
@@ -183,31 +192,18 @@ class BenchTrainer(MRPOTrainer):
         self._now.useful_flops += flops.useful
         self._now.tokens += inputs.pairs.num_tokens
         self._now.rows += [row for row, weight in zip(inputs.rows, inputs.weight_P.tolist(), strict=True) if weight]
-        with self.phases.phase("head and loss"):
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        with self.phases.phase("optimizer"):
-            return super()._clip_grad_norm(model)
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if not self.phases.running:  # once more at the end of the epoch
-            return
-        with self.phases.phase("logging"):
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._keep(self.phases.stop())
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     # ---- clocks and counters -----------------------------------------------------------------------------------------
 
     def _put_clocks(self) -> None:
-        """At whatever has not got one yet: the engine once, each arm's scores and references when they appear."""
+        """Where the trainer does not see a phase pass, and at whatever has not got one yet: the engine once, each reference when
+        it appears."""
         clock = self.phases
-        if "score" not in vars(self.scores):
-            self.scores.score = clock.timed("references", self.scores.score)  # type: ignore[method-assign]
-            for reference in self.scores.references.values():
-                if id(reference) not in self._costs_of:
-                    self._costs_of[id(reference)] = unit_costs(reference.model.model)
-                    reference.model.model.register_forward_pre_hook(self._count_reference(reference), with_kwargs=True)
+        for reference in self.scores.references.values():
+            if id(reference) not in self._costs_of:
+                self._costs_of[id(reference)] = unit_costs(reference.model.model)
+                reference.model.model.register_forward_pre_hook(self._count_reference(reference), with_kwargs=True)
         if "backward" not in vars(self.accelerator):
             self.accelerator.backward = clock.timed("backward", self.accelerator.backward)
             stepper: Any = self.deepspeed if self.deepspeed is not None else self.optimizer

@@ -16,6 +16,7 @@ from mrpo_scale.base.device import peak_memory_gib, reset_peak_memory
 from mrpo_scale.base.errors import Preempted
 from mrpo_scale.base.heartbeat import heartbeat, set_activity
 from mrpo_scale.base.ranks import broadcast_from_rank0, world_group
+from mrpo_scale.config.digest import command_digest
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.data.inputs import read_rows
@@ -24,10 +25,12 @@ from mrpo_scale.lifecycle.checkpoints import find_complete
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.preemption import PREEMPTED, already_told
 from mrpo_scale.lifecycle.template_date import decide_date
-from mrpo_scale.reports.artifacts import LiveReport, finished_run, report_if_stopped, run_name
+from mrpo_scale.reports.artifacts import finished_run
 from mrpo_scale.reports.html_report import read_run, write_report
 from mrpo_scale.reports.pictures import RunSummary, comparison_table, plot_comparison
+from mrpo_scale.reports.run_facts import run_name
 from mrpo_scale.training.preflight import preflight
+from mrpo_scale.training.run_report import LiveReport, report_if_stopped
 from mrpo_scale.training.trainer import MRPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -107,18 +110,18 @@ def _train(
         args=config,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
+        script=script,
+        stop_folder=main,
     )
-    trainer.script = script
-    trainer.stop_requests.folder = main
-    trainer.add_callback(LiveReport(trainer))
+    trainer.add_callback(LiveReport(trainer.facts))
     _announce(trainer)
-    with report_if_stopped(trainer):
+    with report_if_stopped(trainer.facts, write=trainer.is_world_process_zero()):
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         if eval_rows is not None and not _measured(trainer):
             trainer.evaluate()
         summaries = _summaries(trainer)
         known = {row.name for row in others}
-        trainer.comparison = [*others, *(row for row in summaries if row.name not in known)]
+        trainer.compare_with([*others, *(row for row in summaries if row.name not in known)])
         save_final(trainer)
     history = _log(trainer)
     release(trainer)
@@ -134,7 +137,7 @@ def _finished(
     """
     found = None
     if config.process_index == 0 and str(config.resume_from_checkpoint).lower() in ("auto", "true"):
-        found = finished_run(script, config)
+        found = finished_run(config.folder, command_digest(script, config))
         if found is not None and not any(find_complete(folder)[0] for folder in {config.folder, main}):
             logger.warning(
                 "%s holds a finished run without checkpoints: it is trained again and replaced", config.folder
@@ -184,7 +187,7 @@ def _summaries(trainer: MRPOTrainer) -> list[RunSummary]:
     last = trainer.results
     rows.append(
         RunSummary(
-            name=run_name(trainer),
+            name=run_name(trainer.args.objective, len(trainer.plan.names)),
             ranking_accuracy=last.get("eval_logps/accuracies"),
             reward_accuracy=last.get("eval_rewards/accuracies"),
             reward_margin=last.get("eval_rewards/margins"),

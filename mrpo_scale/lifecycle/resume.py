@@ -44,17 +44,21 @@ _SAYS_NO_ROOM = re.compile(
 
 
 class ResumableTrainer(Trainer):
-    """transformers' Trainer with exact resume. A subclass says what it is made of and what it has summed."""
+    """transformers' Trainer with exact resume. A subclass says what it is made of and what it has summed.
+
+    Args:
+        stop_folder: where STOP is looked for; default the run's folder.
+    """
 
     args: MRPOConfig
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stop_folder: Path | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.train_sampler: WindowSampler | None = None  #: of the run's data loader, once it has one
         self._resumed: Checkpoint | None = None
         self._fingerprint: dict[str, Any] | None = None
         self._finishing = False  #: no step will follow, and nothing is put off any more
-        self.stop_requests = StopRequests(self.args.folder, self.args.max_hours, self.args.device)
+        self.stop_requests = StopRequests(stop_folder or self.args.folder, self.args.max_hours, self.args.device)
         self._stopping = StopWhenAsked(self.stop_requests)
         self.add_callback(self._stopping)
         self.add_callback(_Continue(self))  # after the one that may ask for a checkpoint

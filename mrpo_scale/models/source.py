@@ -56,6 +56,12 @@ def check_weight_files(source: ReferenceSource) -> None:
         weight_files(folder, source.name)
 
 
+_NOT_HERE = (
+    "there is no such folder here, so it was looked for on the hub; correct `model_name_or_path` or `ref_models`, or "
+    "download the model where there is a network"
+)
+
+
 def check_config(source: ReferenceSource) -> PretrainedConfig:
     """The model's config, if it is one that can be used here; only config.json is read.
 
@@ -67,14 +73,8 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     try:
         raw, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
     except (OSError, ValueError, RecursionError) as error:
-        remedy = (
-            "get the model again"
-            if Path(source.path).is_dir()
-            else (
-                "there is no such folder here, so it was looked for on the hub; correct `model_name_or_path` or `ref_models`, or "
-                "download the model where there is a network"
-            )
-        )
+        here = Path(source.path).is_dir()
+        remedy = "get the model again" if here else _NOT_HERE
         raise ConfigError(
             f"{name}: no config.json could be read from `{source.path}` ({one_line(error)}): {remedy}."
         ) from error

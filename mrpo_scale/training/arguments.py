@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mrpo_scale.base.errors import refuse
+from torch import nn
+
+from mrpo_scale.base.errors import ConfigError, refuse
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.training.preflight import check_evaluation, preflight
 
@@ -15,6 +17,14 @@ TRL_ARGUMENTS = {
     "peft_config": "this project finetunes all weights, leave it out",
     "quantization_config": "this project finetunes all weights, leave it out",
     "tokenizer": "its name is `processing_class`",
+}
+_NO_LOGITS = "logits are never formed; `compute_metrics` gets the log-probs of policy and references"
+#: Arguments of transformers' Trainer that cannot do here what they do there.
+TRAINER_ARGUMENTS = {
+    "data_collator": "pairs are tokenized and put together by the trainer",
+    "compute_loss_func": "choose `objective`, `loss_type` and `label_smoothing`",
+    "preprocess_logits_for_metrics": _NO_LOGITS,
+    "model_init": "name the model, or pass a loaded one; a search starts one run for each setting",
 }
 
 
@@ -30,6 +40,11 @@ def check_arguments(
         f"`{key}` is an argument of TRL's: {remedy}"
         for key, remedy in TRL_ARGUMENTS.items()
         if kwargs.pop(key, None) is not None
+    ]
+    problems += [
+        f"`{key}` is not supported by MRPOTrainer: {remedy}"
+        for key, remedy in TRAINER_ARGUMENTS.items()
+        if kwargs.get(key) is not None
     ]
     if args is None:
         args = MRPOConfig()
@@ -49,3 +64,20 @@ def check_arguments(
     preflight(args, ref_models or (), own_optimizer=own_optimizer)
     check_evaluation(args, eval_dataset)
     return ref_models or (), args
+
+
+def check_optimizer(kwargs: Mapping[str, Any], policy: nn.Module) -> None:
+    """Refuse an optimizer of other parameters than the policy's, which would train nothing.
+
+    Raises:
+        ConfigError: one of its parameters is not the policy's.
+    """
+    optimizer = (kwargs.get("optimizers") or (None,))[0]
+    if optimizer is None:
+        return
+    own = {id(parameter) for parameter in policy.parameters()}
+    if not all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ConfigError(
+            "`optimizers` updates parameters that are not the policy's: pass the loaded model that it was made for as `model`, or "
+            "use `optim` or `optimizer_cls_and_kwargs`."
+        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
@@ -12,7 +14,11 @@ from mrpo_scale.references.scores import ReferenceScores
 
 
 class StepClock(TrainerCallback):
-    """Wall-clock seconds of each optimizer step, from reading its pairs to the update; evaluation and saving are outside."""
+    """Per-phase timer of optimizer steps: the trainer says when a step begins and which phase of it is under way.
+
+    Phases are "data", "references" within it, "head and loss", "optimizer" and "logging". Kept here are the wall-clock seconds of
+    each step, from reading its pairs to the update (evaluation and saving are outside), and of its references.
+    """
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -20,18 +26,29 @@ class StepClock(TrainerCallback):
         self._started = 0.0
         self._logged = 0
 
-    def start(self) -> None:
+    def start_step(self) -> None:
         self._started = time.perf_counter()
 
-    def references_done(self) -> None:
-        self.references.append(time.perf_counter() - self._started)
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around what belongs to phase ``name``, which pauses the phase that it interrupts."""
+        started = time.perf_counter()
+        yield
+        if name == "references":
+            self.references.append(time.perf_counter() - started)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps.append(time.perf_counter() - self._started)
 
-    def since_last_log(self) -> tuple[list[float], list[float]]:
+    def speed_since_last_log(self, tokens: float) -> dict[str, float]:
+        """Mean seconds of a step and of its references, and tokens per second where ``tokens`` were computed meanwhile."""
         first, self._logged = self._logged, len(self.steps)
-        return self.references[first:], self.steps[first:]
+        references, steps = self.references[first:], self.steps[first:]
+        return {
+            "time/references": statistics.mean(references),
+            "time/step": statistics.mean(steps),
+            "tokens_per_second": tokens / sum(steps),
+        }
 
     def median(self) -> float | None:
         """Median of the steps after the first, which warms up; None before the second."""

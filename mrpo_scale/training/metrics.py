@@ -7,10 +7,11 @@ the policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from mrpo_kernels import CombinedReferences
 from torch import Tensor
 
@@ -71,6 +72,13 @@ def _rewards(prefix: str, rewards_P2: Tensor) -> dict[str, Tensor]:
     }
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """``tensor``, summed in place over the world. Collective."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 class MetricSums:
     """Weighted sums of per-pair metrics over micro-batches, summed over ranks when asked for their means."""
 
@@ -93,10 +101,10 @@ class MetricSums:
         """Go on from sums of earlier."""
         self._sums = {name: torch.tensor(total, dtype=torch.float64, device=device) for name, total in state.items()}
 
-    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over all pairs of all ranks, then start anew. ``reduce`` sums a tensor over ranks (a collective)."""
+    def means(self) -> dict[str, float]:
+        """Means over all pairs of all ranks, then start anew. Collective over the world."""
         names = list(self._sums)
-        totals = reduce(torch.stack([self._sums[name] for name in names]))
+        totals = sum_over_ranks(torch.stack([self._sums[name] for name in names]))
         self._sums = {}
         values = dict(zip(names, totals.tolist(), strict=True))
         pairs = values.pop("_pairs")

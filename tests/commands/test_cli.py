@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mrpo_scale.references.live
+import mrpo_scale.training.prepare
 import mrpo_scale.training.trainer
 from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.cli import train_main
@@ -66,7 +67,7 @@ def no_weights(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(mrpo_scale.training.trainer, "load_policy", fail)
+    monkeypatch.setattr(mrpo_scale.training.prepare, "load_policy", fail)
     monkeypatch.setattr(mrpo_scale.references.live, "ShardedReference", fail)
 
 

@@ -100,7 +100,7 @@ def test_tokens_beyond_a_models_rows_are_refused(tmp_path, name, monkeypatch):
     rows = AutoConfig.from_pretrained(folder).vocab_size
     token = two_more_tokens(folder)
     data = pair_rows(9)
-    monkeypatch.setattr("mrpo_scale.training.trainer.load_policy", None)  # no weights load
+    monkeypatch.setattr("mrpo_scale.training.prepare.load_policy", None)  # no weights load
     args = config(tmp_path / "run", anchor=folders["gpt_neox"])
     plan = plan_models(folders["llama"], [folders["qwen2"]], args, None)
     prepare_sets(plan, args, datasets.Dataset.from_list(data), None)  # none of them has the new tokens

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import mrpo_scale.references.live
-import mrpo_scale.training.trainer
+import mrpo_scale.training.prepare
 from mrpo_scale import MRPOConfig, MRPOTrainer
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.cli import train_main
@@ -104,7 +104,7 @@ def test_it_is_refused_whatever_the_anchor_is(broken, folders, data, tmp_path, m
     def fail(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(mrpo_scale.training.trainer, "load_policy", fail)
+    monkeypatch.setattr(mrpo_scale.training.prepare, "load_policy", fail)
     monkeypatch.setattr(mrpo_scale.references.live, "ShardedReference", fail)
     folder, said = broken
     words = ["--model_name_or_path", folder, "--dataset_name", data, "--output_dir", str(tmp_path / "run")]

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-import mrpo_scale.training.trainer
+import mrpo_scale.training.prepare
 from mrpo_scale import MRPOConfig, MRPOTrainer
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.training.arguments import TRL_ARGUMENTS, check_arguments
@@ -25,7 +25,7 @@ def no_weights(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(mrpo_scale.training.trainer, "load_policy", fail)
+    monkeypatch.setattr(mrpo_scale.training.prepare, "load_policy", fail)
 
 
 def refused(model, **keys):

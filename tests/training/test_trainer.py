@@ -602,7 +602,7 @@ def test_a_set_that_fills_no_step_is_refused_before_weights_load(folders, tmp_pa
     def loads(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("mrpo_scale.training.trainer.load_policy", loads)
+    monkeypatch.setattr("mrpo_scale.training.prepare.load_policy", loads)
     monkeypatch.setattr("mrpo_scale.references.loading.load_reference", loads)
     args = config(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=8, gradient_accumulation_steps=2)
     with pytest.raises(ConfigError, match=r"`dataloader_drop_last: true` leaves no step to train: 15 pairs .* of 16"):

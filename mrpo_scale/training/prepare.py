@@ -1,0 +1,187 @@
+"""From what MRPOTrainer is called with to all that a run is made of: models planned, pairs tokenized, references opened, policy
+loaded. What cannot work together is refused before weights load."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mrpo_scale.base.device import map_blocks_from
+from mrpo_scale.base.heartbeat import set_activity
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.data.inputs import (
+    EVAL_SET,
+    TRAIN_SET,
+    WEIGHTS_SET,
+    as_datasets,
+    check_steps,
+    evaluation_split,
+    prepare_sets,
+)
+from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.window import WeightedPairs, WindowSampler
+from mrpo_scale.lifecycle.output_folder import check_output_folder
+from mrpo_scale.lifecycle.template_date import decide_date, record_date
+from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring
+from mrpo_scale.models.plan import RunPlan, disable_dropout, load_policy, plan_models
+from mrpo_scale.models.saving import check_small_files
+from mrpo_scale.objective import Objective
+from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.references.scores import open_scores as open_reference_scores
+from mrpo_scale.references.validation_weights import with_validation_weights
+from mrpo_scale.training.arguments import check_arguments, check_optimizer
+from mrpo_scale.training.preflight import check_best_metric
+
+logger = logging.getLogger(__name__)
+
+PairSets = Mapping[str, PairDataset]
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """All that a run is made of, before its first step."""
+
+    args: MRPOConfig
+    plan: RunPlan
+    pair_sets: PairSets  #: every set that the references score, by split
+    train: WeightedPairs | None
+    evals: WeightedPairs | dict[str, WeightedPairs] | None  #: as the Trainer takes ``eval_dataset``
+    scores: ReferenceScores
+    objective: Objective  #: `ref_weights: validation` replaced by what was found
+    policy: PreTrainedModel
+    use_cache: (
+        bool | None
+    )  #: what the policy's source says, which the Trainer switches off; of a wrapper the text config has it
+    dropouts: Sequence[Any]  #: what was switched off, see models/plan.py
+    shared_prompt: bool  #: layout of the policy's batches, see logps/pair_batch.py
+    end_to_end: bool
+    tokenizer_of_source: bool  #: no ``processing_class`` was passed
+
+    @property
+    def held_out(self) -> list[WeightedPairs]:
+        """The run's own held-out sets; its log, card and files speak of no others."""
+        sets = self.evals.values() if isinstance(self.evals, dict) else [self.evals]
+        return [pairs for pairs in sets if pairs is not None]
+
+
+def _all_pairs(args: MRPOConfig, pair_sets: PairSets) -> PairSets:
+    return pair_sets
+
+
+def prepare_run(
+    model: str | PreTrainedModel,
+    ref_models: Sequence[str | Mapping[str, Any]] | None,
+    args: MRPOConfig | None,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: PreTrainedTokenizerBase | None,
+    trainer_arguments: dict[str, Any],
+    *,
+    select_pairs: Callable[[MRPOConfig, PairSets], PairSets] = _all_pairs,
+    open_scores: Callable[[RunPlan, MRPOConfig, PairSets], ReferenceScores] = open_reference_scores,
+) -> PreparedRun:
+    """Collective over the world.
+
+    Args:
+        trainer_arguments: what else MRPOTrainer was called with; TRL's arguments that ask for nothing leave it.
+        select_pairs: which of the tokenized pairs are used; default all.
+        open_scores: where their reference scores come from.
+
+    Raises:
+        ConfigError: before any weights load, when models, data and keys do not fit together.
+    """
+    train_dataset, eval_dataset = as_datasets(train_dataset, eval_dataset)
+    ref_models, args = check_arguments(model, ref_models, args, eval_dataset, trainer_arguments)
+    plan = _plan(model, ref_models, args, processing_class)
+    pair_sets = select_pairs(args, prepare_sets(plan, args, train_dataset, eval_dataset))
+    if TRAIN_SET in pair_sets:
+        check_steps(args, len(pair_sets[TRAIN_SET]), args.window_size)
+    plan = _used(plan, args)
+    if trainer_arguments.get("compute_metrics") is None:  # whose names nobody knows
+        check_best_metric(args, plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
+    # Before the policy: what is scored ahead of training has the memory to itself.
+    _set_allocation(args)
+    scores = open_scores(plan, args, pair_sets)
+    objective = with_validation_weights(args, scores, pair_sets)
+    policy = _policy(model, plan)
+    use_cache = getattr(policy.config, "use_cache", None)
+    check_optimizer(trainer_arguments, policy)
+    enable_pair_scoring(policy, "policy", args.head_impl)
+    weighted = {split: WeightedPairs(pairs) for split, pairs in pair_sets.items() if split != WEIGHTS_SET}
+    return PreparedRun(
+        args=args,
+        plan=plan,
+        pair_sets=pair_sets,
+        train=weighted.get(TRAIN_SET),
+        evals=_evals(weighted, eval_dataset),
+        scores=scores,
+        objective=objective,
+        policy=policy,
+        use_cache=use_cache,
+        dropouts=disable_dropout(policy) if args.disable_dropout else [],
+        shared_prompt=choose_shared_prompt(args.shared_prompt, policy.config, "policy"),
+        end_to_end=choose_end_to_end(policy, args.device, compiled=bool(args.torch_compile)),
+        tokenizer_of_source=processing_class is None,
+    )
+
+
+def window_sampler(args: MRPOConfig, num_rows: int) -> WindowSampler:
+    """The order in which a run with these arguments trains its rows."""
+    return WindowSampler(
+        num_rows,
+        args.window_size,
+        shuffle=getattr(args, "train_sampling_strategy", "random") == "random",
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        drop_last=args.dataloader_drop_last,
+    )
+
+
+def _plan(
+    model: str | PreTrainedModel,
+    ref_models: Sequence[str | Mapping[str, Any]],
+    args: MRPOConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+) -> RunPlan:
+    """Every model of the recipe, in a folder and on a date that are the run's."""
+    set_activity("preparing the pairs")
+    check_output_folder(args, model, ref_models)
+    decide_date(args)  # the same for all models and ranks
+    plan = plan_models(model, ref_models, args, processing_class)
+    record_date(args, plan.dated, run=args.folder)
+    check_small_files(Path(plan.policy.path))
+    return plan
+
+
+def _set_allocation(args: MRPOConfig) -> None:
+    if args.device.type == "cpu" and args.world_size == 1:
+        map_blocks_from(4 << 20)  # docs/performance.md: what each threshold costs in memory and time
+
+
+def _policy(model: str | PreTrainedModel, plan: RunPlan) -> PreTrainedModel:
+    set_activity("loading the policy")
+    return load_policy(plan.policy) if isinstance(model, str) else model
+
+
+def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:
+    """Without the references that the objective does not use."""
+    others = len(plan.references) - 1
+    if args.objective != "dpo" or not others:
+        return plan
+    logger.info(
+        "objective dpo: the anchor alone is used, the %d other references are not loaded; their tokenizers decide which "
+        "pairs every model can score, so that runs compare",
+        others,
+    )
+    return plan.first(1)
+
+
+def _evals(weighted: Mapping[str, WeightedPairs], eval_dataset: Any) -> WeightedPairs | dict[str, WeightedPairs] | None:
+    if not isinstance(eval_dataset, dict):
+        return weighted.get(EVAL_SET)
+    splits = {name: evaluation_split(name) for name in eval_dataset}
+    return {name: weighted[split] for name, split in splits.items() if split in weighted}

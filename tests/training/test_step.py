@@ -1,0 +1,135 @@
+"""A run prepared without a trainer, one step of it taken by hand, and the phases that a step reports."""
+
+from contextlib import contextmanager
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+from mrpo_scale import MRPOConfig, MRPOTrainer
+from mrpo_scale.base.errors import TrainingError
+from mrpo_scale.data.inputs import TRAIN_SET
+from mrpo_scale.training.callbacks import StepClock
+from mrpo_scale.training.prepare import prepare_run, window_sampler
+from mrpo_scale.training.step import StepSums, optimizer_step
+from tests.tiny import pair_dataset, write_models
+
+ROWS, WINDOW = 12, 8
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+def config(folder, **keys):
+    return MRPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=False,
+        max_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **keys,
+    )
+
+
+class Phases(StepClock):
+    """Which phases begin and end, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.passed = []
+
+    def start_step(self):
+        super().start_step()
+        self.passed.append("step")
+
+    @contextmanager
+    def phase(self, name):
+        self.passed.append(name)
+        with super().phase(name):
+            yield
+        self.passed.append(f"/{name}")
+
+
+def loader_of(run):
+    """Micro-batches as the Trainer's data loader makes them."""
+    order = list(window_sampler(run.args, len(run.train)))
+    return iter([[run.train[i] for i in order[start : start + 4]] for start in range(0, len(order), 4)])
+
+
+def test_a_step_is_taken_without_a_trainer(folders, tmp_path):
+    """Its loss and gradients are those of the trainer's first step."""
+    evals = pair_dataset(5, 1)
+    run = prepare_run(folders["llama"], [folders["qwen2"]], config(tmp_path / "a"), pair_dataset(ROWS), evals, None, {})
+    assert run.plan.names == ["anchor", "qwen2"] and len(run.train) == ROWS
+    assert run.held_out == [run.evals]
+    with pytest.raises(FrozenInstanceError):
+        run.objective = None
+    sums, clock = StepSums(), Phases()
+    batches, num_pairs, loss_of_batch = optimizer_step(run, loader_of(run), 2, 1, sums, clock)
+    assert num_pairs == WINDOW and sum(len(batch.rows) for batch in batches) == WINDOW
+    run.policy.train()
+    losses = [loss_of_batch(run.policy, batch) for batch in batches]
+    sum(losses).backward()
+    norm = torch.stack([p.grad.norm() for p in run.policy.parameters()]).norm().item()
+    trainer = MRPOTrainer(folders["llama"], [folders["qwen2"]], config(tmp_path / "b"), pair_dataset(ROWS))
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert sum(losses).item() == pytest.approx(first["loss"], rel=1e-6)
+    assert norm == pytest.approx(first["grad_norm"], rel=1e-5)
+    assert sums.metrics.means()["rewards/margins"] == pytest.approx(first["rewards/margins"], rel=1e-6)
+    assert sums.tokens == sum(batch.pairs.num_tokens for batch in batches)
+    batch = ["head and loss", "/head and loss"]
+    assert clock.passed == ["step", "data", "references", "/references", "/data", *batch, *batch]
+
+
+def test_the_trainer_reports_every_phase_to_its_timer(folders, tmp_path):
+    clock = Phases()
+    trainer = MRPOTrainer(folders["llama"], [], config(tmp_path), pair_dataset(2 * WINDOW), clock=clock)
+    trainer.train()
+    batch = ["head and loss", "/head and loss"]
+    step = ["step", "data", "references", "/references", "/data", *batch, *batch, "optimizer", "/optimizer"]
+    step += ["logging", "/logging"]
+    assert clock.passed[: 2 * len(step)] == 2 * step
+    assert len(clock.steps) == len(clock.references) == 2
+    assert all(0 < references < seconds for references, seconds in zip(clock.references, clock.steps, strict=True))
+
+
+def test_a_prepared_run_takes_the_pairs_and_scores_that_it_is_given(folders, tmp_path):
+    """What `mrpo bench` replaces."""
+    opened = []
+
+    def open_scores(plan, args, pair_sets):
+        opened.append((plan.names, {split: len(pairs) for split, pairs in pair_sets.items()}))
+        return prepare_run.__kwdefaults__["open_scores"](plan, args, pair_sets)
+
+    run = prepare_run(
+        folders["llama"],
+        [folders["qwen2"]],
+        config(tmp_path),
+        pair_dataset(ROWS),
+        None,
+        None,
+        {},
+        select_pairs=lambda args, sets: {TRAIN_SET: sets[TRAIN_SET].select(range(5))},
+        open_scores=open_scores,
+    )
+    assert opened == [(["anchor", "qwen2"], {TRAIN_SET: 5})]
+    assert len(run.train) == 5 and run.evals is None and run.held_out == []
+
+
+def test_a_loss_that_is_not_finite_names_its_rows(folders, tmp_path):
+    run = prepare_run(folders["llama"], [], config(tmp_path), pair_dataset(ROWS), None, None, {})
+    sums = StepSums()
+    batches, _, loss_of_batch = optimizer_step(run, loader_of(run), 2, 7, sums, StepClock())
+    with torch.no_grad():
+        run.policy.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(TrainingError, match=r"step 7 is not finite for training pairs of rank 0: .*All ranks stop"):
+        loss_of_batch(run.policy, batches[0])
+    assert not sums.metrics

@@ -55,7 +55,10 @@ READING_ORDER = [
     ("mrpo_scale", "."),
     ("mrpo_scale.base", ". errors atomic_files untrusted gpus device heartbeat ranks tables"),
     ("mrpo_scale", "objective"),
-    ("mrpo_scale.config", ". data_keys ds_config launcher keys digest trl_keys recipe"),
+    (
+        "mrpo_scale.config",
+        ". fields data_keys model_spec ds_config launcher hardware checks keys digest trl_keys recipe",
+    ),
     ("mrpo_scale.data", "pairs messages turns chat_template model_text ranking mixing toy_skills toy_world"),
     ("mrpo_scale.data.layouts", "base"),
     ("mrpo_scale.data", "pair_table"),
@@ -69,9 +72,9 @@ READING_ORDER = [
         ". logit_transform span_attention pair_batch micro_batches pair_forward self_check flops",
     ),
     ("mrpo_scale.models", ". source stored left_out saving tensor_check plan"),
-    ("mrpo_scale.references", ". placement mapped sharding live"),
+    ("mrpo_scale.references", ". placement mapped sharding live loading"),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
-    ("mrpo_scale.references", "precompute scores validation_weights"),
+    ("mrpo_scale.references", "stores precompute scores validation_weights"),
     (
         "mrpo_scale.lifecycle",
         ". output_folder checkpoints template_date fingerprint preemption universal resume",

@@ -288,17 +288,17 @@ class MRPOTrainer(ResumableTrainer):
         assert num_items_in_batch is not None
         set_activity(f"computing step {self.state.global_step + 1}")
         share_P = inputs.weight_P / num_items_in_batch * self.accelerator.num_processes
-        references, objective = inputs.references, self.preference_objective
+        references, objective, lengths_P2 = inputs.references, self.preference_objective, inputs.pairs.response_lengths
         if self.args.gradients_in_forward:
 
             def loss_of_pairs(logps_C2: Tensor, pairs: slice) -> Tensor:
-                return share_P[pairs] * loss_against(logps_C2, references[pairs], objective).losses_P
+                return share_P[pairs] * loss_against(logps_C2, references[pairs], objective, lengths_P2[pairs]).losses_P
 
             total, policy_logps_P2 = preference_step(model, inputs.pairs, loss_of_pairs)
-            loss = loss_against(policy_logps_P2, references, objective)
+            loss = loss_against(policy_logps_P2, references, objective, lengths_P2)
         else:
             policy_logps_P2 = score_pairs(model, inputs.pairs)
-            loss = loss_against(policy_logps_P2, references, objective)
+            loss = loss_against(policy_logps_P2, references, objective, lengths_P2)
             total = (loss.losses_P * share_P).sum()
         self._stop_if_not_finite(loss.losses_P, inputs)
         if self.state.global_step == 0 and not self._metrics:
@@ -550,7 +550,7 @@ class MRPOTrainer(ResumableTrainer):
         batch = self._batches(inputs, references, 1)[0]
         with torch.no_grad(), self.compute_loss_context_manager():
             logps_P2 = score_pairs(model, batch.pairs)
-        loss = loss_against(logps_P2, batch.references, self.preference_objective)
+        loss = loss_against(logps_P2, batch.references, self.preference_objective, batch.pairs.response_lengths)
         metrics = pair_metrics(logps_P2, batch.references, loss, self.preference_objective, self.plan.names)
         self._eval_metrics.add({"loss": loss.losses_P, **metrics}, batch.weight_P)
         self._eval_rows.append(self._held_out_rows(batch, logps_P2))

@@ -89,10 +89,7 @@ def test_every_package_on_disk_is_packaged():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     listed = set(settings["packages"])
     assert "py.typed" in settings["package-data"]["*"]
-    assert all(
-        (folder / "py.typed").is_file()
-        for folder in (ROOT / "mrpo_scale", ROOT / "kernels" / "mrpo_kernels")
-    )
+    assert all((folder / "py.typed").is_file() for folder in (ROOT / "mrpo_scale", ROOT / "kernels" / "mrpo_kernels"))
     on_disk = {".".join(p.parent.relative_to(ROOT).parts) for p in ROOT.glob("mrpo_scale/**/__init__.py")}
     assert on_disk <= listed
     data = {

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from mrpo_kernels import CombinedReferences, combine_logps
+from mrpo_kernels.outer_losses import LEVELLED, LOSSES, REFUSED, SMOOTHED, PairTerms
 from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTINGS, exponent_of
 from torch import Tensor
 
 from mrpo_scale.base.errors import ConfigError, check_one_of
 
 OBJECTIVES = ("mrpo", "dpo", "multi_dpo")
-LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+LOSS_TYPES = tuple(LOSSES)
 REF_WEIGHTS = (*WEIGHTINGS, "validation")
 
 
@@ -51,8 +51,11 @@ class Objective:
             the word itself.
         aggregate: a power mean of the references' probabilities: one of ``AGGREGATES``, as ``harmonic`` (Proposition 1), or its
             exponent. An exponent that has a name becomes that name.
-        loss_type: outer loss around the margin.
-        label_smoothing: probability in [0, 0.5) that a preference label is flipped; ``sigmoid`` only (cDPO).
+        loss_type: outer loss, one of ``LOSS_TYPES`` (see mrpo_kernels/outer_losses.py), or several, which are added.
+        loss_weights: a factor >= 0 for each loss type, not all zero; None is 1 for each.
+        label_smoothing: probability in [0, 0.5) that a preference label is flipped; for ``sigmoid`` (cDPO), ``robust`` and
+            ``exo_pair``, which needs it above 0.
+        discopop_tau: temperature of ``discopop``, > 0.
 
     Raises:
         ConfigError: an unknown name, a value out of range, or a combination without meaning.
@@ -64,33 +67,78 @@ class Objective:
     clip: str = "adaptive"
     ref_weights: str | Sequence[float] = "confidence"
     aggregate: str | float = "harmonic"
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    loss_type: str | Sequence[str] = "sigmoid"
+    loss_weights: Sequence[float] | None = None
     label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
 
     def __post_init__(self) -> None:
         check_one_of("objective", self.name, OBJECTIVES)
         check_one_of("clip", self.clip, CLIPS)
         object.__setattr__(self, "aggregate", _named_mean(self.aggregate))
-        check_one_of("loss_type", self.loss_type, LOSS_TYPES)
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigError(f"`beta: {self.beta}` must be a number above 0; the papers use 0.01 to 0.5.")
         if not (math.isfinite(self.epsilon_max) and self.epsilon_max >= 0):
             raise ConfigError(
                 f"`epsilon_max: {self.epsilon_max}` must be 0 or more; use `clip: none` for no trust region."
             )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"`label_smoothing: {self.label_smoothing}` must lie in [0, 0.5).")
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ConfigError(
-                f"`label_smoothing: {self.label_smoothing}` has no meaning with `loss_type: {self.loss_type}`; "
-                "use `loss_type: sigmoid` or leave it out."
-            )
+        self._check_losses()
         if self.name == "multi_dpo" and self.aggregate != "harmonic":
             raise ConfigError(
                 f"`aggregate: {self.aggregate}` has no meaning with `objective: multi_dpo`, which averages K losses "
                 "and forms no virtual reference; leave it out or use `objective: mrpo`."
             )
         self._check_weights()
+
+    def _check_losses(self) -> None:
+        types = self.loss_types
+        object.__setattr__(self, "loss_type", types[0] if len(types) == 1 else types)
+        for name in types:
+            if name in REFUSED:
+                raise ConfigError(f"`loss_type: {name}` is not supported: {REFUSED[name]}; use `sigmoid`.")
+            if name not in LOSSES:
+                near = get_close_matches(str(name), LOSS_TYPES, 1)
+                hint = f"did you mean `{near[0]}`? " if near else ""
+                raise ConfigError(f"`loss_type: {name}` is not known; {hint}choose from {', '.join(LOSS_TYPES)}.")
+        given = " ".join(types)
+        if not types or len(set(types)) != len(types):
+            raise ConfigError(f"`loss_type: {given or '[]'}` must name each loss once; give one or more.")
+        levelled = [name for name in types if name in LEVELLED]
+        if self.name == "multi_dpo" and levelled:
+            raise ConfigError(
+                f"`loss_type: {levelled[0]}` has no meaning with `objective: multi_dpo`, which averages losses of margins; "
+                "use `objective: mrpo` or a loss of the margin such as `sigmoid`."
+            )
+        self._check_loss_numbers(types, given)
+
+    def _check_loss_numbers(self, types: tuple[str, ...], given: str) -> None:
+        if self.loss_weights is not None:
+            weights = tuple(float(w) for w in self.loss_weights)
+            object.__setattr__(self, "loss_weights", weights)
+            if len(weights) != len(types):
+                raise ConfigError(
+                    f"`loss_weights: {list(weights)}` has {len(weights)} entries for {len(types)} of `loss_type: {given}`; "
+                    "give one for each."
+                )
+            if any(not math.isfinite(w) or w < 0 for w in weights) or not any(weights):
+                raise ConfigError(f"`loss_weights: {list(weights)}` must be numbers >= 0, one of them above 0.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"`label_smoothing: {self.label_smoothing}` must lie in [0, 0.5).")
+        if self.label_smoothing and not set(types) & set(SMOOTHED):
+            raise ConfigError(
+                f"`label_smoothing: {self.label_smoothing}` has no meaning with `loss_type: {given}`; "
+                f"use one of {', '.join(SMOOTHED)} or leave it out."
+            )
+        if "exo_pair" in types and not self.label_smoothing:
+            raise ConfigError(
+                "`label_smoothing: 0` makes `loss_type: exo_pair` infinite; give a number above 0 such as 0.001."
+            )
+        if not (math.isfinite(self.discopop_tau) and self.discopop_tau > 0):
+            raise ConfigError(f"`discopop_tau: {self.discopop_tau}` must be a number above 0; the paper uses 0.05.")
+
+    @property
+    def loss_types(self) -> tuple[str, ...]:
+        return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
 
     def _check_weights(self) -> None:
         if isinstance(self.ref_weights, str):
@@ -143,23 +191,25 @@ class PreferenceLoss:
     weights_KP: Tensor
     epsilon_P2: Tensor
     clipped_KP2: Tensor  #: reference log-probs after Eq. 8
+    parts: dict[str, Tensor] = field(default_factory=dict)  #: loss type -> its unweighted losses [P]
 
 
-def outer_loss(margins: Tensor, objective: Objective) -> Tensor:
-    """Per-pair loss of a margin ``beta * d`` (same shape): -log sigmoid, IPO's square or a hinge.
-
-    ``ipo`` is (d - 1/(2 beta))^2 on the unscaled difference d (Azar et al. 2023, Eq. 17, whole-response log-probs);
-    label smoothing is conservative DPO: the loss of the flipped label with that probability.
-    """
-    if objective.loss_type == "ipo":
-        return (margins / objective.beta - 1 / (2 * objective.beta)).square()
-    if objective.loss_type == "hinge":
-        return torch.relu(1 - margins)
-    smoothing = objective.label_smoothing
-    loss = -F.logsigmoid(margins)
-    if not smoothing:
-        return loss
-    return (1 - smoothing) * loss - smoothing * F.logsigmoid(-margins)
+def _parts(
+    policy_P2: Tensor, reference_P2: Tensor, anchor_P2: Tensor, lengths_P2: Tensor | None, objective: Objective
+) -> dict[str, Tensor]:
+    """Loss type -> its losses around ``reference_P2``, which may have K before P."""
+    level = anchor_P2.mean(-1, keepdim=True) - reference_P2.mean(-1, keepdim=True)
+    ratios_P2 = policy_P2 - reference_P2
+    terms = PairTerms(
+        policy_P2=policy_P2.expand_as(ratios_P2),
+        ratios_P2=ratios_P2,
+        recentred_P2=ratios_P2 - level,
+        lengths_P2=lengths_P2,
+        beta=objective.beta,
+        smoothing=objective.label_smoothing,
+        tau=objective.discopop_tau,
+    )
+    return {name: LOSSES[name](terms) for name in objective.loss_types}
 
 
 def combine(ref_logps_KP2: Tensor, objective: Objective, impl: str = "auto") -> CombinedReferences:
@@ -180,12 +230,19 @@ def combine(ref_logps_KP2: Tensor, objective: Objective, impl: str = "auto") -> 
     return combine_logps(ref_logps_KP2, **objective.modes, impl=impl)
 
 
-def loss_against(policy_logps_P2: Tensor, references: CombinedReferences, objective: Objective) -> PreferenceLoss:
+def loss_against(
+    policy_logps_P2: Tensor,
+    references: CombinedReferences,
+    objective: Objective,
+    lengths_P2: Tensor | None = None,
+) -> PreferenceLoss:
     """The loss of P pairs (Eq. 7, or 11 for ``multi_dpo``) against references that are combined already.
 
     Args:
         policy_logps_P2: the policy's log-probs; gradients flow into these only.
         references: of the same pairs, combined with the same ``objective``.
+        lengths_P2: the policy's tokens in each response. ``sigmoid_norm`` and ``sft`` need them; ``ipo`` without them takes every
+            response as one unit, which is ``ipo_whole``.
 
     Returns:
         PreferenceLoss. Under ``multi_dpo`` the rewards are those against the weighted mean of the clipped references,
@@ -193,13 +250,15 @@ def loss_against(policy_logps_P2: Tensor, references: CombinedReferences, object
     """
     rewards_P2 = objective.beta * (policy_logps_P2 - references.virtual_logps_P2)
     margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    weights_KP, anchor_P2 = references.weights_KP, references.ref_logps_KP2[0]
     if objective.name == "multi_dpo":
-        weights_KP = references.weights_KP
-        rewards_KP2 = objective.beta * (policy_logps_P2 - references.clipped_KP2)
-        losses_KP = outer_loss(rewards_KP2[..., 0] - rewards_KP2[..., 1], objective)
-        losses_P = (weights_KP * losses_KP).masked_fill(weights_KP == 0, 0).sum(0)
+        each = _parts(policy_logps_P2, references.clipped_KP2, anchor_P2, lengths_P2, objective)
+        parts = {name: (weights_KP * x).masked_fill(weights_KP == 0, 0).sum(0) for name, x in each.items()}
     else:
-        losses_P = outer_loss(margins_P, objective)
+        parts = _parts(policy_logps_P2, references.virtual_logps_P2, anchor_P2, lengths_P2, objective)
+    factors = objective.loss_weights or (1.0,) * len(parts)
+    weighted = [x if factor == 1 else factor * x for factor, x in zip(factors, parts.values(), strict=True)]
+    losses_P = sum(weighted[1:], weighted[0])
     return PreferenceLoss(
         loss=losses_P.mean(),
         losses_P=losses_P,
@@ -209,18 +268,21 @@ def loss_against(policy_logps_P2: Tensor, references: CombinedReferences, object
         weights_KP=references.weights_KP,
         epsilon_P2=references.epsilon_P2,
         clipped_KP2=references.clipped_KP2,
+        parts=parts,
     )
 
 
-def preference_loss(policy_logps_P2: Tensor, ref_logps_KP2: Tensor, objective: Objective) -> PreferenceLoss:
+def preference_loss(
+    policy_logps_P2: Tensor, ref_logps_KP2: Tensor, objective: Objective, *, lengths_P2: Tensor | None = None
+) -> PreferenceLoss:
     """:func:`loss_against` the references whose raw log-probs, anchor first, are ``ref_logps_KP2``: both steps in one.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or no ``lengths_P2`` for a loss that divides by them.
         ConfigError: a fixed weight list whose length is not K.
     """
     if policy_logps_P2.ndim != 2 or ref_logps_KP2.ndim != 3 or ref_logps_KP2.shape[1:] != policy_logps_P2.shape:
         raise ValueError(
             f"expected policy [P, 2] and references [K, P, 2], got {tuple(policy_logps_P2.shape)} and {tuple(ref_logps_KP2.shape)}"
         )
-    return loss_against(policy_logps_P2, combine(ref_logps_KP2, objective), objective)
+    return loss_against(policy_logps_P2, combine(ref_logps_KP2, objective), objective, lengths_P2)

@@ -50,7 +50,8 @@ def test_nothing_imports_the_command_line(path):
 READING_ORDER = [
     (
         "mrpo_kernels",
-        "backend cpu_linear chunked_head partials virtual_reference finish sequence_logps fused_reference linear_preference_loss .",
+        "backend cpu_linear chunked_head partials virtual_reference outer_losses finish sequence_logps fused_reference "
+        "linear_preference_loss .",
     ),
     ("mrpo_scale", "."),
     ("mrpo_scale.base", ". errors atomic_files untrusted gpus device heartbeat ranks tables"),

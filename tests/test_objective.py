@@ -12,7 +12,7 @@ from mrpo_kernels import CombinedReferences, combine_references
 from mrpo_kernels.virtual_reference import AGGREGATES, aggregate_logps
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.objective import Objective, combine, loss_against, outer_loss, preference_loss
+from mrpo_scale.objective import Objective, combine, loss_against, preference_loss
 
 SHARED = Path(os.environ.get("MRPO_SHARED", Path(__file__).parents[2] / "shared"))
 VECTORS = SHARED / "vectors" / "objective.json"
@@ -161,7 +161,8 @@ def test_which_reference_decides():
 
 def test_conservative_labels_mix_the_two_losses():
     margins = torch.tensor([0.7, -1.3], dtype=torch.float64)
-    got = outer_loss(margins, Objective(label_smoothing=0.1))
+    policy = torch.stack([margins, torch.zeros(2)], -1)
+    got = preference_loss(policy, torch.zeros(1, 2, 2), Objective(beta=1.0, label_smoothing=0.1)).losses_P
     log_sigmoid = [-math.log(1 + math.exp(-m)) for m in (0.7, -1.3, -0.7, 1.3)]
     expected = [-0.9 * log_sigmoid[0] - 0.1 * log_sigmoid[2], -0.9 * log_sigmoid[1] - 0.1 * log_sigmoid[3]]
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
@@ -213,6 +214,19 @@ def test_gradients_reach_the_policy_only():
         ({"aggregate": float("nan")}, ["aggregate: nan", "harmonic"]),
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, ["label_smoothing", "ipo"]),
         ({"label_smoothing": 0.5}, ["label_smoothing", "0.5"]),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, ["label_smoothing", "0.5"]),
+        ({"loss_type": "exo_pair"}, ["label_smoothing: 0", "exo_pair", "0.001"]),
+        ({"loss_type": "aot"}, ["loss_type: aot", "sorts", "sigmoid"]),
+        ({"loss_type": "aot_unpaired"}, ["loss_type: aot_unpaired", "sorts"]),
+        ({"loss_type": "dpo_norm"}, ["loss_type: dpo_norm", "sigmoid_norm"]),
+        ({"loss_type": "apo_zer"}, ["did you mean `apo_zero`"]),
+        ({"loss_type": []}, ["loss_type", "one or more"]),
+        ({"loss_type": ["sft", "sft"]}, ["loss_type: sft sft", "once"]),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, ["loss_weights", "1 entries for 2"]),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, -0.1]}, ["loss_weights", "-0.1", ">= 0"]),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [0.0, 0.0]}, ["loss_weights", "above 0"]),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, ["discopop_tau", "0.05"]),
+        ({"loss_type": "nca_pair", "name": "multi_dpo"}, ["nca_pair", "multi_dpo"]),
         ({"name": "multi_dpo", "aggregate": "min"}, ["aggregate", "multi_dpo"]),
     ],
 )

@@ -43,7 +43,7 @@ from mrpo_scale.config.launcher import (
     let_weights_be_saved,
 )
 from mrpo_scale.config.model_spec import DTYPES
-from mrpo_scale.objective import AGGREGATES, CLIPS, REF_WEIGHTS, Objective
+from mrpo_scale.objective import AGGREGATES, CLIPS, LOSS_TYPES, REF_WEIGHTS, Objective
 
 
 @dataclass
@@ -141,8 +141,12 @@ class MRPOConfig(TrainingArguments):
         "harmonic",
         f"Power mean of the K references: {', '.join(AGGREGATES)}, or an exponent (-1 is harmonic, 0 geometric, 1 arithmetic).",
     )
-    loss_type: Decides[list[str]] = key(["sigmoid"], "Outer loss: sigmoid, ipo or hinge.")
-    label_smoothing: Decides[float] = key(0.0, "Probability that a label is flipped (cDPO), sigmoid only.")
+    loss_type: Decides[list[str]] = key(["sigmoid"], f"Outer loss, or several that are added: {', '.join(LOSS_TYPES)}.")
+    loss_weights: Decides[list[float] | None] = key(None, "A factor for each of `loss_type` (default: 1 for each).")
+    label_smoothing: Decides[float] = key(
+        0.0, "Probability that a label is flipped, for sigmoid (cDPO), robust and exo_pair."
+    )
+    discopop_tau: Decides[float] = key(0.05, "Temperature of `loss_type: discopop`.")
 
     # Models
     dtype: Annotated[Hashed[str], OneOf(DTYPES)] = key(
@@ -297,10 +301,6 @@ class MRPOConfig(TrainingArguments):
 
     def build_objective(self) -> Objective:
         """The :class:`Objective` of these keys; raises ConfigError where they do not make one."""
-        if len(self.loss_type) != 1:
-            raise ConfigError(
-                f"`loss_type: {self.loss_type}`: one outer loss is supported; choose sigmoid, ipo or hinge."
-            )
         weights: Any = self.ref_weights[0] if len(self.ref_weights) == 1 else None
         if weights not in REF_WEIGHTS:
             try:
@@ -317,8 +317,10 @@ class MRPOConfig(TrainingArguments):
             clip=self.clip,
             ref_weights=weights,
             aggregate=self.aggregate,
-            loss_type=self.loss_type[0],  # type: ignore[arg-type]
+            loss_type=tuple(self.loss_type),
+            loss_weights=self.loss_weights,
             label_smoothing=self.label_smoothing,
+            discopop_tau=self.discopop_tau,
         )
 
     def _mistakes(self) -> Iterator[str]:

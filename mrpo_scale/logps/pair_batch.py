@@ -47,6 +47,11 @@ class PairBatch:
         return (len(self.cu_seqlens) - 1) // 2
 
     @property
+    def response_lengths(self) -> Tensor:
+        """[P, 2]: response tokens of each pair's chosen and rejected."""
+        return self.cu_seqlens.diff().view(-1, 2)
+
+    @property
     def num_tokens(self) -> int:
         """Positions that are not padding."""
         return int((self.segment_BL >= 0).sum())

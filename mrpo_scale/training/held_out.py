@@ -145,7 +145,7 @@ class HeldOut:
         references = CombinedReferences.joined([self._references[e.row] for e in examples])
         batch = micro_batches(run, examples, references, 1)[0]
         logps_P2 = score_pairs(model, batch.pairs)
-        loss = loss_against(logps_P2, batch.references, run.objective)
+        loss = loss_against(logps_P2, batch.references, run.objective, batch.pairs.response_lengths)
         metrics = pair_metrics(logps_P2, batch.references, loss, run.objective, run.plan.names)
         self._sums.add({"loss": loss.losses_P, **metrics}, batch.weight_P)
         self._rows.append(self._scores_of(batch, logps_P2))

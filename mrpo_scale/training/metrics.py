@@ -38,6 +38,8 @@ def pair_metrics(
         **_rewards("rewards", loss.rewards_P2),
         **_rewards("anchor/rewards", objective.beta * (policy_logps_P2 - references.ref_logps_KP2[0])),
     }
+    if len(loss.parts) > 1:
+        metrics |= {f"loss/{name}": losses_P.detach() for name, losses_P in loss.parts.items()}
     moved_KP2 = references.clipped_KP2 != references.ref_logps_KP2
     decides_P2 = references.decides
     for k, name in enumerate(names):
@@ -58,7 +60,7 @@ def metric_names(objective: Objective, names: Sequence[str]) -> list[str]:
         objective = replace(objective, ref_weights="uniform")
     policy_logps_P2, references = -torch.ones(1, 2), combine(-torch.ones(len(names), 1, 2), objective)
     names = names[: len(references.ref_logps_KP2)]  # DPO's is the anchor alone
-    loss = loss_against(policy_logps_P2, references, objective)
+    loss = loss_against(policy_logps_P2, references, objective, torch.ones(1, 2))
     return list(pair_metrics(policy_logps_P2, references, loss, objective, names))
 
 

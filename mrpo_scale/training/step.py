@@ -95,17 +95,17 @@ def policy_loss(
     """The policy's log-probs [P, 2], the loss of each pair, and this micro-batch's share of the window's mean loss, times the world
     size (data parallelism averages gradients)."""
     share_P = batch.weight_P / num_pairs * run.args.world_size
-    references, objective = batch.references, run.objective
+    references, objective, lengths_P2 = batch.references, run.objective, batch.pairs.response_lengths
     if not run.args.gradients_in_forward:
         policy_logps_P2 = score_pairs(model, batch.pairs)
-        loss = loss_against(policy_logps_P2, references, objective)
+        loss = loss_against(policy_logps_P2, references, objective, lengths_P2)
         return policy_logps_P2, loss, (loss.losses_P * share_P).sum()
 
     def loss_of_pairs(logps_C2: Tensor, pairs: slice) -> Tensor:
-        return share_P[pairs] * loss_against(logps_C2, references[pairs], objective).losses_P
+        return share_P[pairs] * loss_against(logps_C2, references[pairs], objective, lengths_P2[pairs]).losses_P
 
     share, policy_logps_P2 = preference_step(model, batch.pairs, loss_of_pairs)
-    return policy_logps_P2, loss_against(policy_logps_P2, references, objective), share
+    return policy_logps_P2, loss_against(policy_logps_P2, references, objective, lengths_P2), share
 
 
 def stop_if_not_finite(run: PreparedRun, loss: PreferenceLoss, batch: MicroBatch, step: int) -> None:

@@ -96,8 +96,10 @@ def test_without_references_it_is_dpo(folders, tmp_path):
         {"objective": "multi_dpo", "label_smoothing": 0.1},
         {"loss_type": "ipo", "ref_weights": [0.2, 0.8]},
         {"loss_type": "hinge", "aggregate": "min", "clip": "fixed"},
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        {"loss_type": ["ipo", "sigmoid_norm", "apo_down"]},
     ],
-    ids=["mrpo", "multi_dpo", "ipo", "hinge"],
+    ids=["mrpo", "multi_dpo", "ipo", "hinge", "mpo", "per_token"],
 )
 def test_both_ways_through_the_head_are_one_run(folders, tmp_path, keys):
     """Gradients made in the forward and logits recomputed in the backward: the same losses and gradient norms."""

@@ -1,0 +1,103 @@
+"""Every outer loss against formulas written apart from the code, in numpy's float64, and against TRL's own lines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from mrpo_kernels.outer_losses import LEVELLED, LOSSES
+
+from mrpo_scale.objective import Objective, combine, loss_against, preference_loss
+
+BETA, E, TAU = 0.7, 0.1, 0.05
+
+
+def objective(name, **keys):
+    return Objective(
+        beta=BETA,
+        loss_type=name,
+        label_smoothing=E if name in ("robust", "exo_pair") else 0.0,
+        discopop_tau=TAU,
+        **keys,
+    )
+
+
+def by_hand(name, policy, reference, anchor, lengths):
+    def sig(x):
+        return 1 / (1 + np.exp(-x))
+
+    s = policy - reference
+    d = BETA * (s[:, 0] - s[:, 1])
+    mean = s / lengths
+    shifted = policy - (reference - reference.mean(-1, keepdims=True) + anchor.mean(-1, keepdims=True))
+    w, l = BETA * shifted[:, 0], BETA * shifted[:, 1]  # noqa: E741
+    p = sig(d)
+    return {
+        "sigmoid": -np.log(p),
+        "hinge": np.maximum(0, 1 - d),
+        "ipo": (mean[:, 0] - mean[:, 1] - 1 / (2 * BETA)) ** 2,
+        "ipo_whole": (s[:, 0] - s[:, 1] - 1 / (2 * BETA)) ** 2,
+        "sigmoid_norm": -np.log(sig(BETA * (mean[:, 0] - mean[:, 1]))),
+        "robust": (-(1 - E) * np.log(p) + E * np.log(1 - p)) / (1 - 2 * E),
+        "exo_pair": p * np.log(p / (1 - E)) + (1 - p) * np.log((1 - p) / E),
+        "discopop": -np.log(p) * (1 - sig(d / TAU)) + np.exp(-d) * sig(d / TAU),
+        "sft": -policy[:, 0] / lengths[:, 0],
+        "nca_pair": -np.log(sig(w)) - 0.5 * np.log(sig(-w)) - 0.5 * np.log(sig(-l)),
+        "bco_pair": -np.log(sig(w)) - np.log(sig(-l)),
+        "sppo_hard": (w / BETA - 0.5 / BETA) ** 2 + (l / BETA + 0.5 / BETA) ** 2,
+        "apo_zero": 1 - sig(w) + sig(l),
+        "apo_down": sig(w) + 1 - sig(d),
+    }[name]
+
+
+def some_pairs(pairs=6, references=3):
+    generator = torch.Generator().manual_seed(3)
+    refs = -20 + 2 * torch.randn(references, pairs, 2, generator=generator, dtype=torch.float64)
+    policy = refs[0] + 1.5 * torch.randn(pairs, 2, generator=generator, dtype=torch.float64)
+    return policy, refs, torch.randint(3, 30, (pairs, 2), generator=generator)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_its_formula(name):
+    policy, refs, lengths = some_pairs()
+    got = preference_loss(policy, refs, objective(name), lengths_P2=lengths)
+    expected = by_hand(name, *(x.numpy() for x in (policy, got.virtual_logps_P2, refs[0], lengths)))
+    np.testing.assert_allclose(got.losses_P.numpy(), expected, rtol=1e-12, atol=1e-12)
+    policy.requires_grad_()
+    references = combine(refs, objective(name))
+    assert torch.autograd.gradcheck(lambda x: loss_against(x, references, objective(name), lengths).losses_P, policy)
+
+
+@pytest.mark.parametrize("name", LEVELLED)
+def test_the_virtual_references_level_does_not_matter(name):
+    policy, refs, lengths = some_pairs()
+    references = combine(refs, objective(name))
+    moved = replace(references, virtual_logps_P2=references.virtual_logps_P2 + torch.arange(6.0)[:, None])
+    once, again = (loss_against(policy, r, objective(name), lengths).losses_P for r in (references, moved))
+    torch.testing.assert_close(once, again, rtol=1e-12, atol=1e-12)
+
+
+def test_several_losses_are_added_with_their_weights():
+    policy, refs, lengths = some_pairs()
+    names, weights = ("sigmoid", "bco_pair", "sft"), (0.8, 0.2, 1.0)  # MPO
+    got = preference_loss(policy, refs, objective(names, loss_weights=weights), lengths_P2=lengths)
+    alone = [preference_loss(policy, refs, objective(n), lengths_P2=lengths).losses_P for n in names]
+    torch.testing.assert_close(got.losses_P, sum(w * x for w, x in zip(weights, alone, strict=True)))
+    torch.testing.assert_close(list(got.parts.values()), alone)
+
+
+def test_losses_per_token_need_lengths_and_ipo_without_them_is_of_whole_responses():
+    policy, refs, _ = some_pairs()
+    for name in ("sigmoid_norm", "sft"):
+        with pytest.raises(ValueError, match="lengths_P2"):
+            preference_loss(policy, refs, objective(name))
+    ipo, whole = (preference_loss(policy, refs, objective(n)).losses_P for n in ("ipo", "ipo_whole"))
+    assert torch.equal(ipo, whole)
+
+
+def test_a_pair_far_from_right_has_a_finite_loss():
+    policy, refs = torch.tensor([[-5000.0, -1.0]]), torch.tensor([[[-1.0, -5000.0]]])
+    for name in LOSSES:
+        assert preference_loss(policy, refs, objective(name), lengths_P2=torch.ones(1, 2)).loss.isfinite(), name

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
+import torch
 from mrpo_kernels import CombinedReferences, combine_logps
 from mrpo_kernels.outer_losses import LEVELLED, LOSSES, REFUSED, SMOOTHED, PairTerms
 from mrpo_kernels.virtual_reference import AGGREGATES, CLIPS, WEIGHTINGS, exponent_of
@@ -24,6 +25,7 @@ from mrpo_scale.base.errors import ConfigError, check_one_of
 OBJECTIVES = ("mrpo", "dpo", "multi_dpo")
 LOSS_TYPES = tuple(LOSSES)
 REF_WEIGHTS = (*WEIGHTINGS, "validation")
+REFERENCE_MARGINS = ("signed", "nonnegative")
 
 
 def _named_mean(aggregate: str | float) -> str | float:
@@ -56,6 +58,8 @@ class Objective:
         label_smoothing: probability in [0, 0.5) that a preference label is flipped; for ``sigmoid`` (cDPO), ``robust`` and
             ``exo_pair``, which needs it above 0.
         discopop_tau: temperature of ``discopop``, > 0.
+        reference_margin: ``signed``, or ``nonnegative`` (HyPO, arXiv 2602.11902): where the virtual reference prefers the rejected
+            response, its preference counts as none.
 
     Raises:
         ConfigError: an unknown name, a value out of range, or a combination without meaning.
@@ -71,6 +75,7 @@ class Objective:
     loss_weights: Sequence[float] | None = None
     label_smoothing: float = 0.0
     discopop_tau: float = 0.05
+    reference_margin: Literal["signed", "nonnegative"] = "signed"
 
     def __post_init__(self) -> None:
         check_one_of("objective", self.name, OBJECTIVES)
@@ -83,6 +88,12 @@ class Objective:
                 f"`epsilon_max: {self.epsilon_max}` must be 0 or more; use `clip: none` for no trust region."
             )
         self._check_losses()
+        check_one_of("reference_margin", self.reference_margin, REFERENCE_MARGINS)
+        if self.name == "multi_dpo" and self.reference_margin != "signed":
+            raise ConfigError(
+                f"`reference_margin: {self.reference_margin}` has no meaning with `objective: multi_dpo`, which forms no virtual "
+                "reference; leave it out or use `objective: mrpo`."
+            )
         if self.name == "multi_dpo" and self.aggregate != "harmonic":
             raise ConfigError(
                 f"`aggregate: {self.aggregate}` has no meaning with `objective: multi_dpo`, which averages K losses "
@@ -230,6 +241,15 @@ def combine(ref_logps_KP2: Tensor, objective: Objective, impl: str = "auto") -> 
     return combine_logps(ref_logps_KP2, **objective.modes, impl=impl)
 
 
+def _virtual(references: CombinedReferences, objective: Objective) -> Tensor:
+    """The virtual log-probs [P, 2] that the loss is held to: as they are, or moved to their mean where rejected has the higher."""
+    virtual_P2 = references.virtual_logps_P2
+    if objective.reference_margin == "signed":
+        return virtual_P2
+    half_P1 = (virtual_P2[:, 1:] - virtual_P2[:, :1]).clamp(min=0) / 2
+    return virtual_P2 + torch.cat([half_P1, -half_P1], -1)
+
+
 def loss_against(
     policy_logps_P2: Tensor,
     references: CombinedReferences,
@@ -248,14 +268,15 @@ def loss_against(
         PreferenceLoss. Under ``multi_dpo`` the rewards are those against the weighted mean of the clipped references,
         which is the point around which Eq. 11's K margins average.
     """
-    rewards_P2 = objective.beta * (policy_logps_P2 - references.virtual_logps_P2)
+    virtual_P2 = _virtual(references, objective)
+    rewards_P2 = objective.beta * (policy_logps_P2 - virtual_P2)
     margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     weights_KP, anchor_P2 = references.weights_KP, references.ref_logps_KP2[0]
     if objective.name == "multi_dpo":
         each = _parts(policy_logps_P2, references.clipped_KP2, anchor_P2, lengths_P2, objective)
         parts = {name: (weights_KP * x).masked_fill(weights_KP == 0, 0).sum(0) for name, x in each.items()}
     else:
-        parts = _parts(policy_logps_P2, references.virtual_logps_P2, anchor_P2, lengths_P2, objective)
+        parts = _parts(policy_logps_P2, virtual_P2, anchor_P2, lengths_P2, objective)
     factors = objective.loss_weights or (1.0,) * len(parts)
     weighted = [x if factor == 1 else factor * x for factor, x in zip(factors, parts.values(), strict=True)]
     losses_P = sum(weighted[1:], weighted[0])
@@ -264,7 +285,7 @@ def loss_against(
         losses_P=losses_P,
         rewards_P2=rewards_P2,
         margins_P=margins_P,
-        virtual_logps_P2=references.virtual_logps_P2,
+        virtual_logps_P2=virtual_P2,
         weights_KP=references.weights_KP,
         epsilon_P2=references.epsilon_P2,
         clipped_KP2=references.clipped_KP2,

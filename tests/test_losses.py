@@ -101,3 +101,16 @@ def test_a_pair_far_from_right_has_a_finite_loss():
     policy, refs = torch.tensor([[-5000.0, -1.0]]), torch.tensor([[[-1.0, -5000.0]]])
     for name in LOSSES:
         assert preference_loss(policy, refs, objective(name), lengths_P2=torch.ones(1, 2)).loss.isfinite(), name
+
+
+def test_a_reference_that_prefers_the_rejected_response_counts_as_undecided():
+    """HyPO: -logsig(beta (policy margin - max(0, reference margin))); the level of the pair stays."""
+    policy, refs, _ = some_pairs(pairs=40)
+    got = preference_loss(policy, refs, Objective(beta=BETA, reference_margin="nonnegative"))
+    plain = preference_loss(policy, refs, Objective(beta=BETA))
+    reference = (plain.virtual_logps_P2[:, 0] - plain.virtual_logps_P2[:, 1]).numpy()
+    assert 5 < (reference < 0).sum() < 35, "both kinds of pairs"
+    d = BETA * ((policy[:, 0] - policy[:, 1]).numpy() - np.maximum(0, reference))
+    assert got.losses_P.numpy() == pytest.approx(np.log1p(np.exp(-d)), rel=1e-12)
+    assert got.virtual_logps_P2.mean(-1).numpy() == pytest.approx(plain.virtual_logps_P2.mean(-1).numpy(), rel=1e-12)
+    assert torch.equal(got.losses_P[reference >= 0], plain.losses_P[reference >= 0])

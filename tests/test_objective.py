@@ -226,6 +226,8 @@ def test_gradients_reach_the_policy_only():
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, -0.1]}, ["loss_weights", "-0.1", ">= 0"]),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [0.0, 0.0]}, ["loss_weights", "above 0"]),
         ({"loss_type": "discopop", "discopop_tau": 0.0}, ["discopop_tau", "0.05"]),
+        ({"reference_margin": "positive"}, ["reference_margin: positive", "nonnegative"]),
+        ({"name": "multi_dpo", "reference_margin": "nonnegative"}, ["reference_margin", "multi_dpo"]),
         ({"loss_type": "nca_pair", "name": "multi_dpo"}, ["nca_pair", "multi_dpo"]),
         ({"name": "multi_dpo", "aggregate": "min"}, ["aggregate", "multi_dpo"]),
     ],

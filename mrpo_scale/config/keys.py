@@ -147,6 +147,10 @@ class MRPOConfig(TrainingArguments):
         0.0, "Probability that a label is flipped, for sigmoid (cDPO), robust and exo_pair."
     )
     discopop_tau: Decides[float] = key(0.05, "Temperature of `loss_type: discopop`.")
+    reference_margin: Decides[Literal["signed", "nonnegative"]] = key(
+        "signed",
+        "nonnegative: where the virtual reference prefers the rejected response, it counts as undecided (HyPO).",
+    )
 
     # Models
     dtype: Annotated[Hashed[str], OneOf(DTYPES)] = key(
@@ -321,6 +325,7 @@ class MRPOConfig(TrainingArguments):
             loss_weights=self.loss_weights,
             label_smoothing=self.label_smoothing,
             discopop_tau=self.discopop_tau,
+            reference_margin=self.reference_margin,
         )
 
     def _mistakes(self) -> Iterator[str]:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import datasets
 import pyarrow as pa
 
-from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.data import find_layout, load_rows
 from mrpo_scale.data.tokenization import (
@@ -79,9 +79,8 @@ def _as_dataset(rows: Any, key: str) -> datasets.Dataset | None:
         try:
             return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            reason = " ".join(str(error).split())
             raise ConfigError(
-                f"`{key}`: its rows make no table: {reason}; give a column values of one kind."
+                f"`{key}`: its rows make no table: {one_line(error)}; give a column values of one kind."
             ) from error
     if isinstance(rows, (datasets.IterableDataset, datasets.IterableDatasetDict)):
         raise ConfigError(

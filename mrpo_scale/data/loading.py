@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import yaml
 
-from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.config.data_keys import Entry, PairOptions, parse_datasets
 from mrpo_scale.data.layouts import LAYOUTS, AnyLayout
 from mrpo_scale.data.mixing import mix
@@ -183,7 +183,7 @@ def _load_splits(dataset_name: str, config: str | None) -> datasets.DatasetDict:
     try:
         splits = _read(path, dataset_name, config)
     except _UNREADABLE as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         remedy = "check the file's contents" if path.exists() else "check the name, the network and HF_TOKEN"
         raise ConfigError(f"`dataset_name: {dataset_name}` cannot be read: {reason}; {remedy}.") from error
     return splits

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.base.ranks import get_rank, get_world_size
+from mrpo_scale.base.ranks import get_rank, get_world_size, sum_over_ranks
 from mrpo_scale.base.tables import aligned_table, number, percent
 from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.eval.config import EvalConfig
@@ -77,8 +77,7 @@ def score_model(
         if rows:
             batch = loaded.batch([tokens[i] for i in rows], model.pad_token_id)
         logps_N2[rows] = loaded.score(batch).double()
-    if dist.is_initialized():
-        dist.all_reduce(logps_N2)  # every row is zero on all ranks but one, so the sum is exact
+    sum_over_ranks(logps_N2)  # every row is zero on all ranks but one, so the sum is exact
     _check_finite(model.name, logps_N2, pairs)
     return PairScores(logps_N2.cpu(), lengths_N2)
 

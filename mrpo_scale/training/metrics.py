@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from mrpo_kernels import CombinedReferences
 from torch import Tensor
 
+from mrpo_scale.base.ranks import sum_over_ranks
 from mrpo_scale.objective import Objective, PreferenceLoss, combine, loss_against
 
 
@@ -72,13 +72,6 @@ def _rewards(prefix: str, rewards_P2: Tensor) -> dict[str, Tensor]:
         f"{prefix}/accuracies": chosen_P > rejected_P,
         f"{prefix}/margins": chosen_P - rejected_P,
     }
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """``tensor``, summed in place over the world. Collective."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 class MetricSums:

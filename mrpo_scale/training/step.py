@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.heartbeat import set_activity
-from mrpo_scale.base.ranks import all_gather_object, fail_together, world_group
+from mrpo_scale.base.ranks import all_gather_object, fail_together, sum_over_ranks, world_group
 from mrpo_scale.data.inputs import TRAIN_SET
 from mrpo_scale.data.window import PairExample
 from mrpo_scale.logps.micro_batches import MicroBatch, policy_batches
@@ -25,7 +25,7 @@ from mrpo_scale.logps.pair_forward import preference_step, score_pairs
 from mrpo_scale.logps.self_check import check_pair_scoring
 from mrpo_scale.objective import PreferenceLoss, loss_against
 from mrpo_scale.training.callbacks import StepClock
-from mrpo_scale.training.metrics import MetricSums, pair_metrics, sum_over_ranks
+from mrpo_scale.training.metrics import MetricSums, pair_metrics
 from mrpo_scale.training.prepare import PreparedRun
 
 logger = logging.getLogger(__name__)

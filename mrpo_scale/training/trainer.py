@@ -29,6 +29,7 @@ from transformers.trainer_utils import (
 from mrpo_scale.base.device import peak_flops
 from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.heartbeat import heartbeat, set_activity
+from mrpo_scale.base.ranks import sum_over_ranks
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.data.inputs import file_name
 from mrpo_scale.data.window import PairExample, WeightedPairs, WindowSampler
@@ -46,7 +47,6 @@ from mrpo_scale.training.before_first_step import BeforeFirstStep
 from mrpo_scale.training.callbacks import FlushScores, ProgressLine, StepClock
 from mrpo_scale.training.facts import facts_of
 from mrpo_scale.training.held_out import HeldOut
-from mrpo_scale.training.metrics import sum_over_ranks
 from mrpo_scale.training.prepare import PairSets, PreparedRun, prepare_run, window_sampler
 from mrpo_scale.training.saver import PolicySaver
 from mrpo_scale.training.step import LossOfBatch, StepSums, check_policy, optimizer_step

@@ -239,7 +239,8 @@ def head_gradients(
                 words,
                 d_hidden_CD,
                 totals,
-                (words.start == 0, not (add or block.start)),
+                first_words=words.start == 0,
+                first_tokens=not (add or block.start),
             )
         if d_hidden_CD is not None and totals.hidden_TD is not None and d_hidden_CD.dtype != totals.hidden_TD.dtype:
             totals.hidden_TD[block].copy_(d_hidden_CD)
@@ -253,9 +254,12 @@ def add_tile_gradients(
     words: slice,
     d_hidden_CD: Tensor | None,
     totals: HeadGradients,
-    first: tuple[bool, bool],
+    *,
+    first_words: bool,
+    first_tokens: bool,
 ) -> None:
-    """One tile's products. ``first``: whether the tile is the first to write (d_hidden_CD, its words of the weight gradient)."""
+    """One tile's products. ``first_words``: no other words of these tokens have written ``d_hidden_CD``; ``first_tokens``: no other
+    tokens have written the gradients of these words. Then the memory is written, else added to."""
     if slope_CV is not None:
         d_logits_CV.mul_(slope_CV)
     if part.scale != 1.0:
@@ -264,17 +268,16 @@ def add_tile_gradients(
     quick = fast(d_operand_CV, part.weight_VD)
     for tile in _product_tiles(d_operand_CV.shape[1]) if quick else [slice(None)]:
         d_tile_CW = d_operand_CV[:, tile]
-        if (
-            quick
-        ):  # rows of logits lie a vocabulary apart: transposing them as they are misses the cache with every number
+        if quick:
+            # Rows of logits lie a vocabulary apart: transposing them as they are misses the cache with every number.
             d_tile_CW = d_tile_CW.contiguous()
         if d_hidden_CD is not None:
-            add_product_(d_hidden_CD, d_tile_CW, part.weight_VD[tile], first=first[0] and not tile.start)
+            add_product_(d_hidden_CD, d_tile_CW, part.weight_VD[tile], first=first_words and not tile.start)
         if totals.weight_VD is not None:
-            add_product_(totals.weight_VD[words][tile], d_tile_CW.t(), hidden_CD, first=first[1])
+            add_product_(totals.weight_VD[words][tile], d_tile_CW.t(), hidden_CD, first=first_tokens)
     if totals.bias_V is not None:
         d_bias_V = d_logits_CV.sum(0)
-        totals.bias_V[words].copy_(d_bias_V) if first[1] else totals.bias_V[words].add_(d_bias_V)
+        totals.bias_V[words].copy_(d_bias_V) if first_tokens else totals.bias_V[words].add_(d_bias_V)
 
 
 def _product_tiles(num_words: int) -> Iterator[slice]:

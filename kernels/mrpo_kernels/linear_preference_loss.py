@@ -206,8 +206,17 @@ def _one_pass(
     for words in tiles:
         part = batch.head.part(words, operand)
         slope = None if slope_CV is None else slope_CV[:, words]
-        is_first = (words.start == 0, first)
-        add_tile_gradients(d_logits_CV[:, words], slope, hidden_CD, part, words, d_hidden_CD, totals, is_first)
+        add_tile_gradients(
+            d_logits_CV[:, words],
+            slope,
+            hidden_CD,
+            part,
+            words,
+            d_hidden_CD,
+            totals,
+            first_words=words.start == 0,
+            first_tokens=first,
+        )
     return losses_C, logps_C2
 
 

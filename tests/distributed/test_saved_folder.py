@@ -169,7 +169,7 @@ def test_what_the_policy_lacks_is_kept(sources, tmp_path, caplog, name):
     with caplog.at_level("INFO", "mrpo_scale"):
         trainer.save_model()
         trainer.save_model()  # over what the first one left
-    assert caplog.text.count("34 tensors that") == 2
+    assert caplog.text.count("34 tensors of") == 2
     after = tensors(tmp_path / "out")
     assert after.keys() == before.keys()
     assert {key for key in before if torch.equal(after[key], before[key])} == kept

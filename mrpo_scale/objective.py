@@ -49,8 +49,8 @@ class Objective:
         epsilon_max: trust region around the anchor (Eq. 8-9), >= 0. Zero makes MRPO plain DPO on the anchor.
         clip: one of ``CLIPS``: ``adaptive`` (Eq. 9), ``fixed`` (epsilon_max everywhere) or ``none``.
         ref_weights: one of ``WEIGHTINGS``, ``confidence`` (Eq. 10) or ``uniform``; or K numbers >= 0 that sum to 1. ``validation``
-            stands for numbers that references/validation.py puts in its place before training, and no loss can be computed with
-            the word itself.
+            stands for numbers that references/validation_weights.py puts in its place before training; no loss can be computed
+            with the word itself.
         aggregate: a power mean of the references' probabilities: one of ``AGGREGATES``, as ``harmonic`` (Proposition 1), or its
             exponent. An exponent that has a name becomes that name.
         loss_type: outer loss, one of ``LOSS_TYPES`` (see mrpo_kernels/outer_losses.py), or several, which are added.

@@ -1,1 +1,1 @@
-"""What a run leaves for people: model card, pictures, report.html. Sees plain facts, no trainer."""
+"""Run artifacts for people: model card, pictures, report.html. Sees plain facts, no trainer."""

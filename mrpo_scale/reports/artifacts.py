@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights and its log: curves, model card, HTML report and what they are made from."""
+"""Run artifacts other than weights and log: curves, model card, HTML report and what they are made from."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ _LEARNING = [
 ]
 _OPTIMIZER = [_Plot("Gradient norm", {"grad_norm": "norm"}), _Plot("Learning rate", {"learning_rate": "rate"})]
 _SPEED = [
-    _Plot("Seconds per step", {"time/step": "whole step", "time/references": "of it references"}),
+    _Plot("Seconds per step", {"time/step": "whole step", "time/references": "of which references"}),
     _Plot("Tokens per second", {"tokens_per_second": "tokens"}),
     _Plot("Share of the device's peak FLOPs (MFU)", {"mfu": "mfu"}),
     _Plot("Evaluation: seconds", {"runtime": "seconds"}),

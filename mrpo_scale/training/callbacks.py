@@ -78,7 +78,7 @@ class ProgressLine(ProgressCallback):
         "grad_norm": "grad norm",
         "learning_rate": "lr",
         "time/step": "s/step",
-        "time/references": "of it references",
+        "time/references": "of which references",
     }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -24,7 +24,7 @@ NAMES = ["anchor", "qwen2", "org/model-7B"]
 
 
 def metrics(at: float) -> dict[str, float]:
-    """One log entry with every metric of the trainer (MRPOTrainer.log and evaluation.py)."""
+    """One log entry with every metric of the trainer (MRPOTrainer.log and held_out.py)."""
     values: dict[str, float] = {"loss": 0.7 - at / 50}
     for prefix in ("rewards", "anchor/rewards"):
         values |= {f"{prefix}/chosen": at, f"{prefix}/rejected": -at, f"{prefix}/margins": 2 * at}

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 
+import pytest
 import torch
 
 from mrpo_scale.base.errors import ConfigError
@@ -68,6 +69,7 @@ def tried(model, name):
     return outcome, f"reference {off:.0e}, train mode {train_off:.0e}"
 
 
+@pytest.mark.slow
 def test_every_type_is_exact_or_refused():
     logging.getLogger("transformers").setLevel(logging.ERROR)
     outcomes = {}

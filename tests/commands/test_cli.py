@@ -167,6 +167,7 @@ def test_mistakes_are_one_line_before_weights_load(case, words, folders, tmp_pat
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(words, folders, tmp_path, capsys):
     """Few bad rows are skipped, counted and listed; the saved folder is the source's, trained."""
     words = {**words, "dataset_name": [with_bad_rows(tmp_path, 1)], "held_out": ["4"], "eval_on_start": ["true"]}

@@ -108,6 +108,7 @@ def test_sets_of_different_layouts_side_by_side_and_messages_that_name_them(writ
         prepare_pairs(table, layout, [chatml()], max_length=None, on_bad_row="error")
 
 
+@pytest.mark.slow
 def test_messages_tools_and_system_turns_survive_the_table(tmp_path):
     tools, other = str(FIXTURES / "tools.jsonl"), str(FIXTURES / "orca.jsonl")
     table, _ = load_rows([tools, other])

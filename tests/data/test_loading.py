@@ -337,3 +337,29 @@ def test_any_name_of_a_file_or_folder(tmp_path, name, monkeypatch):
     train.save_to_disk(tmp_path / "saved")
     (tmp_path / "saved").rename(tmp_path / f"saved {name}")
     assert len(load_rows(str(tmp_path / f"saved {name}"))[0]) == 3
+
+
+@pytest.mark.parametrize("readme", [True, False], ids=["readme", "files alone"])
+def test_folders_of_one_name_are_two_data_sets(tmp_path, readme):
+    """Where a README.md names the files, `datasets` gave the second the rows of the first, and the old rows after a change."""
+    front = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.jsonl\n---\n"
+    folders = [tmp_path / name / "pairs" for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        if readme:
+            (folder / "README.md").write_text(front)
+        (folder / "train.jsonl").write_text(json.dumps({**ROWS[0], "prompt": str(folder)}) + "\n")
+    assert [load_rows(str(folder))[0][0]["prompt"] for folder in folders] == list(map(str, folders))
+    (folders[0] / "train.jsonl").write_text(json.dumps({**ROWS[0], "prompt": "a changed text"}) + "\n")
+    assert load_rows(str(folders[0]))[0][0]["prompt"] == "a changed text"
+    assert load_rows(str(folders[1]))[0][0]["prompt"] == str(folders[1])
+
+
+def test_files_of_one_name_are_two_data_sets(tmp_path):
+    files = [tmp_path / name / "pairs.jsonl" for name in ("one", "two")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(json.dumps({**ROWS[0], "prompt": str(file)}) + "\n")
+    assert [load_rows(str(file))[0][0]["prompt"] for file in files] == list(map(str, files))
+    files[0].write_text(json.dumps({**ROWS[0], "prompt": "x" * len(str(files[0]))}) + "\n")
+    assert load_rows(str(files[0]))[0][0]["prompt"].startswith("xxx")

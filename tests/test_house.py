@@ -58,7 +58,7 @@ READING_ORDER = [
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
-        ". fields data_keys model_spec ds_config launcher hardware checks keys digest trl_keys recipe",
+        ". fields data_keys model_spec ds_config launcher hardware checks keys digest mixtures trl_keys recipe",
     ),
     ("mrpo_scale.data", "pairs messages turns chat_template model_text ranking mixing toy_skills toy_world"),
     ("mrpo_scale.data.layouts", "base"),

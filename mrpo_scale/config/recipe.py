@@ -21,7 +21,7 @@ from mrpo_scale.base.errors import ConfigError, refuse
 from mrpo_scale.base.untrusted import read_text
 from mrpo_scale.config.ds_config import resource
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
-from mrpo_scale.config.trl_keys import REMOVED_KEYS, take_trl_keys
+from mrpo_scale.config.trl_keys import remedy_of, take_trl_keys
 
 T = TypeVar("T")
 
@@ -207,8 +207,8 @@ def _as_word(value: Any) -> str:
 
 
 def _unknown(key: str, parser: _Parser) -> str:
-    if remedy := REMOVED_KEYS.get(key):
-        return f"`{key}` is no key any more: {remedy}."
+    if remedy := remedy_of(key):
+        return f"`{key}` is no key here: {remedy}."
     known = {option.lstrip("-") for option in parser._option_string_actions}
     near = difflib.get_close_matches(key, known, n=1)
     return f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else f"; see `{parser.prog} --help`.")

@@ -1,6 +1,7 @@
 """Layouts and loading: hand-written rows and the pairs they must become, the rows refused, and the words of the errors."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -337,3 +338,50 @@ def test_any_name_of_a_file_or_folder(tmp_path, name, monkeypatch):
     train.save_to_disk(tmp_path / "saved")
     (tmp_path / "saved").rename(tmp_path / f"saved {name}")
     assert len(load_rows(str(tmp_path / f"saved {name}"))[0]) == 3
+
+
+def test_folders_of_one_name_are_two_data_sets(tmp_path):
+    """Their README.md names the files: `datasets` alone gave the second the rows of the first, and the old rows after a change."""
+    readme = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n---\n"
+    folders = []
+    for i in range(2):
+        folder = tmp_path / str(i) / "pairs"
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(readme)
+        (folder / "a.jsonl").write_text(json.dumps({**ROWS[0], "prompt": f"of folder {i}"}) + "\n")
+        folders.append(folder)
+    assert [load_rows(str(folder))[0][0]["prompt"] for folder in folders] == ["of folder 0", "of folder 1"]
+    (folders[0] / "a.jsonl").write_text(json.dumps({**ROWS[0], "prompt": "a longer text"}) + "\n")
+    assert load_rows(str(folders[0]))[0][0]["prompt"] == "a longer text"
+
+
+def test_a_part_of_a_set_and_some_of_its_columns(tmp_path):
+    path = write(tmp_path, "jsonl")
+    half = load_rows({"name": path, "subset": 0.5, "columns": ["prompt", "chosen", "rejected"]}, held_out=2)
+    assert (len(half[0]), len(half[1])) == (3, 2) and half[0].column_names == ["prompt", "chosen", "rejected"]
+    assert len(load_rows({"name": path, "subset": 4})[0]) == 4
+    with pytest.raises(ConfigError, match=r"subset: 11.*below the 10 there are"):
+        load_rows({"name": path, "subset": 11})
+    with pytest.raises(ConfigError, match=r"no column `chosn`.*there are .*chosen"):
+        load_rows({"name": path, "columns": ["chosn"]})
+    for bad, what in (({"subset": "half"}, "a number above 0"), ({"columns": "chosen"}, "a list of names")):
+        with pytest.raises(ConfigError, match=what):
+            load_rows({"name": path, **bad})
+
+
+OF_ALL = [({"held_out": 6}, (24, 6)), ({"held_out": 0.1}, (27, 3)), ({"train_subset": 20}, (20, 10))]
+
+
+@pytest.mark.parametrize(("keys", "sizes"), OF_ALL)
+def test_a_number_of_pairs_is_that_of_all_sets(tmp_path, keys, sizes):
+    """In proportion to their sizes, so that a small set beside a large one is not used up."""
+    paths = []
+    for size in (20, 6, 4):
+        paths.append(str(tmp_path / f"{size}.jsonl"))
+        Path(paths[-1]).write_text(
+            "".join(json.dumps({**ROWS[0], "prompt": f"{size} {i}"}) + "\n" for i in range(size))
+        )
+    train, test = load_rows(paths, **keys)
+    assert (len(train), len(test)) == sizes
+    with pytest.raises(ConfigError, match="below the 30 there are"):
+        load_rows(paths, held_out=30)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
@@ -181,6 +181,18 @@ def may_be_empty() -> set[str]:
     kinds = [*fields(ScriptArguments), *fields(MRPOConfig)]
     optional = {name for name, hint in hints.items() if type(None) in get_args(hint)}
     return {"dtype"} | optional | {field.name for field in kinds if field.default is None}
+
+
+def wrong_values(values: Mapping[str, Any]) -> dict[str, str]:
+    """{key: what is wrong} of the keys of a recipe that are unknown or whose values are of another kind, each by itself."""
+    parser = _Parser([ScriptArguments, MRPOConfig], allow_abbrev=False, prog="mrpo train")  # type: ignore[list-item]
+    wrong = {}
+    for key, value in values.items():
+        try:
+            _recipe_words(parser, key, value)
+        except ConfigError as error:
+            wrong[key] = str(error).rstrip(".")
+    return wrong
 
 
 def _unknown_words(parser: _Parser, argv: Sequence[str]) -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.mixtures import from_list, from_mixer, splits_of
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,9 @@ TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bnb_nested_quant": ((False,), _FULL_FINETUNING),
     "bnb_4bit_quant_storage": ((None,), _FULL_FINETUNING),
 }
+
+#: Keys of adapters and of quantized weights, which full finetuning has no use for.
+LORA_KEYS = tuple(key for key, (_, reason) in TRL_KEYS.items() if reason == _FULL_FINETUNING)
 
 #: Other names of keys: TRL's, and those of earlier versions of transformers.
 RENAMED_TRL_KEYS = {
@@ -234,6 +239,17 @@ _MADE: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
     "datasets": lambda value, _: {"dataset_name": from_list("datasets", value)},
     "dataset_splits": lambda value, _: splits_of("dataset_splits", value),
 }
+
+
+def taken_keys() -> frozenset[str]:
+    """Names of keys that a recipe may have: this project's, and others that are taken as something or refused with a remedy."""
+    ours = {field.name for kind in (ScriptArguments, MRPOConfig) for field in fields(kind)}
+    return frozenset({*ours, *TRL_KEYS, *RENAMED_TRL_KEYS, *DROPPED_KEYS, *REMOVED_KEYS, *_MADE})
+
+
+def asks_for_nothing(key: str) -> bool:
+    """Whether a recipe's key, where it is taken, leaves nothing behind."""
+    return key in TRL_KEYS or key in DROPPED_KEYS
 
 
 def remedy_of(key: str) -> str | None:

@@ -250,8 +250,8 @@ def _read(path: Path, dataset_name: str, config: str | None) -> datasets.Dataset
 
 
 def _cache_of(folder: Path) -> str:
-    """Where `datasets` keeps the rows of a local folder. Of one whose README.md names its files, 5.2.0 knows only the last part of its
-    path: it would hand out the rows of another folder of that name, or those of before the files changed."""
+    """Where `datasets` keeps the rows of a local folder. Of one whose README.md names its files, 5.2.0 knows its last name alone:
+    it would hand out the rows of another folder of that name, or those of before the files changed."""
     files = [(file, file.stat()) for file in sorted(folder.rglob("*")) if file.is_file()]
     state = [str(folder.absolute()), *(f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in files)]
     digest = hashlib.sha256("\n".join(state).encode(errors="surrogateescape")).hexdigest()[:32]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.ds_config import resource
 from mrpo_scale.config.mixtures import with_subset
 from mrpo_scale.config.trl_keys import LORA_KEYS, asks_for_nothing, take_trl_keys
 
@@ -20,6 +21,20 @@ LOST = {
     **dict.fromkeys(("fsdp", "fsdp_config"), "the policy is sharded by DeepSpeed ZeRO-3: `deepspeed: zero3`"),
     "use_liger_kernel": "Liger replaces the forward that scores pairs; the fused head here does its work already",
 }
+
+
+# Reasons that several trainers' tables share.
+ANALYSED = "the layout of the rows is recognised"
+TEMPLATE = "each model is read with the chat template of its own folder; to use another one, `chat_template: FILE`"
+TOKENIZER = "each model is read with its own tokenizer"
+FAST = "fast tokenizers are used"
+CACHED = "tokens and pairs are kept beside the data"
+PACKED = "pairs are packed without padding already"
+CURVES = "curves are always drawn"
+OWN_SERVICE = "a service of its own cluster"
+WANDB = "wandb reads it from the environment (WANDB_ENTITY, WANDB_PROJECT, ...)"
+COLUMNS = "rename the column in the data"
+NO_REFERENCE = "that loss has no reference, which is what this project is about"
 
 
 @dataclass
@@ -137,11 +152,22 @@ def sets_with_parts(parts: Mapping[str, Any], splits: Sequence[str] = ()) -> lis
     ]
 
 
-def deepspeed_name(value: Any, known: Sequence[str], done: Conversion) -> None:
+def take_deepspeed(rest: Keys, done: Conversion) -> None:
     """A DeepSpeed file of another project's folder, by the name that this package has for it."""
+    value = rest.pop("deepspeed", None)
     name = str(value).rsplit("/", 1)[-1].removesuffix(".json").removesuffix("_bf16")
     name = {"ds_z3_config": "zero3", "ds_z2_config": "zero2"}.get(name, name)
+    known = [path.stem for path in resource("ds_configs").glob("*.json")]
     if name in known:
         done.values["deepspeed"] = name
     elif value:
-        done.lose("deepspeed", value, f"name your copy of that file, or one of {', '.join(known)}")
+        done.lose("deepspeed", value, f"name your copy of that file, or one of {', '.join(sorted(known))}")
+
+
+def take_number(rest: Keys, key: str, default: float = 0.0) -> float:
+    """A key's number, taken out; ``default`` where it is empty. Raises ConfigError where it is none."""
+    value = rest.pop(key, None)
+    try:
+        return default if value is None or value == "" else float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"`{key}: {value}` must be a number.") from None

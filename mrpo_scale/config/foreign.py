@@ -16,7 +16,19 @@ Keys = dict[str, Any]
 _LORA = "all weights train here; without an adapter the learning rate is usually 10 to 100 times lower"
 #: Of every trainer: keys that cannot be carried, with the reason.
 LOST = {
-    **dict.fromkeys((*LORA_KEYS, "adapter", "lora_rank", "lora_target", "lora_target_linear", "target_modules"), _LORA),
+    **dict.fromkeys(
+        (
+            *LORA_KEYS,
+            "adapter",
+            "lora_rank",
+            "lora_target",
+            "lora_target_linear",
+            "target_modules",
+            "use_lora",
+            "use_qlora",
+        ),
+        _LORA,
+    ),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit"), "weights are trained in full precision"),
     **dict.fromkeys(("fsdp", "fsdp_config"), "the policy is sharded by DeepSpeed ZeRO-3: `deepspeed: zero3`"),
     "use_liger_kernel": "Liger replaces the forward that scores pairs; the fused head here does its work already",
@@ -48,12 +60,12 @@ class Conversion:
     def lose(self, key: str, value: Any, reason: str) -> None:
         self.lost.append(f"`{key}: {value}`: {reason}")
 
-    def losses(self, kind: str, more: Mapping[str, Any]) -> None:
-        """`loss_type` and `loss_weights` of a loss and of terms beside it, {name: factor}."""
-        terms = {name: float(factor) for name, factor in more.items() if factor}
+    def losses(self, kind: str, more: Mapping[str, Any], factor: float = 1.0) -> None:
+        """`loss_type` and `loss_weights` of a loss with its factor and of terms beside it, {name: factor}."""
+        terms = {name: float(weight) for name, weight in more.items() if weight}
         self.values["loss_type"] = [kind, *terms] if terms else kind
         if terms:
-            self.values["loss_weights"] = [1.0, *terms.values()]
+            self.values["loss_weights"] = [factor, *terms.values()]
 
     def add_sets(self, entries: Sequence[Keys]) -> None:
         self.values["dataset_name"] = (

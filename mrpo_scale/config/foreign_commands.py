@@ -26,15 +26,21 @@ from mrpo_scale.config.foreign import (
 
 
 def _open_instruct(rest: Keys, done: Conversion, gpus: int | None) -> None:
-    named = rest.pop("dpo_loss_type", None) or rest.pop("loss_type", None)
     kinds = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm"}
-    kind = choose(
-        "dpo_loss_type", named or "dpo_norm", kinds, NO_REFERENCE if named == "simpo" else "not a loss of this project"
-    )
-    done.losses(kind, {})
-    done.values["beta"] = take_number(rest, "dpo_beta", take_number(rest, "beta", 5.0))
-    if named is None:
-        done.needless["dpo_loss_type"] = "is not given: open-instruct's default is dpo_norm, with beta 5"
+    named = rest.pop("dpo_loss_type", None) or rest.pop("loss_type", None)
+    if named is not None:
+        done.losses(
+            choose("dpo_loss_type", named, kinds, NO_REFERENCE if named == "simpo" else "no loss of this project"), {}
+        )
+    if (beta := take_number(rest, "dpo_beta", take_number(rest, "beta"))) > 0:
+        done.values["beta"] = beta
+    for key, given, here in (("dpo_loss_type", named, "loss_type"), ("dpo_beta", beta, "beta")):
+        if not given:  # its default has changed, and nothing says of which version a recipe is
+            done.lose(
+                key,
+                "not given",
+                f"open-instruct's default was dpo with beta 0.1, later dpo_norm with beta 5; write `{here}`",
+            )
     done.values["label_smoothing"] = take_number(rest, "dpo_label_smoothing")
     _open_instruct_sets(rest, done)
     if rest.pop("use_flash_attn", None):
@@ -50,8 +56,14 @@ def _open_instruct(rest: Keys, done: Conversion, gpus: int | None) -> None:
         value = rest.pop(key, None)
         if value not in (None, rest.get("model_name_or_path")):
             done.lose(key, value, "the tokenizer is the model's own; put the other one into the model's folder")
-    clip = take_number(rest, "clip_grad_norm", -1)
-    done.values["max_grad_norm"] = max(clip, 0.0)  # open-instruct does not clip unless told to
+    if (clip := take_number(rest, "clip_grad_norm", -1)) > 0:
+        done.values["max_grad_norm"] = clip
+    else:
+        done.lose(
+            "clip_grad_norm",
+            "not given",
+            "open-instruct leaves it to its DeepSpeed file; here `max_grad_norm` is 1 unless set",
+        )
 
 
 def _open_instruct_sets(rest: Keys, done: Conversion) -> None:
@@ -82,6 +94,9 @@ OPEN_INSTRUCT = Trainer(
         "num_epochs": "num_train_epochs",
         "keep_last_n_checkpoints": "save_total_limit",
         "exp_name": "run_name",
+        "max_train_steps": "max_steps",
+        "dataset_config_name": "dataset_config",
+        "train_file": "dataset_name",
     },
     needless={
         "use_slow_tokenizer": FAST,

@@ -139,7 +139,13 @@ def _llama_factory(rest: Keys, done: Conversion, gpus: int | None) -> None:
     choose("stage", rest.pop("stage", None), {"dpo": "dpo"}, "no recipe of preference pairs")
     kinds = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
     kind = choose("pref_loss", rest.pop("pref_loss", "sigmoid"), kinds, NO_REFERENCE)
-    done.losses(kind, {"bco_pair": take_number(rest, "pref_bco_weight"), "sft": take_number(rest, "pref_ftx")})
+    bco, sft = take_number(rest, "pref_bco_weight"), take_number(rest, "pref_ftx")
+    # Its mix is (loss + weight x bco) / (1 + weight) + ftx x sft.
+    done.losses(kind, {"bco_pair": bco / (1 + bco), "sft": sft}, factor=1 / (1 + bco))
+    if bco:
+        done.lose(
+            "pref_bco_weight", bco, "taken as `bco_pair`, which subtracts no running mean of rewards (docs/losses.md)"
+        )
     tuning = rest.pop("finetuning_type", "lora")
     if tuning != "full":
         done.lose("finetuning_type", tuning, "all weights train here, for which the learning rate is usually lower")

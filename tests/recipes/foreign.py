@@ -125,7 +125,7 @@ stage: dpo
 finetuning_type: full
 pref_beta: 0.1
 pref_ftx: 0.25
-pref_bco_weight: 0.2
+pref_bco_weight: 1.0
 dpo_label_smoothing: 0.0
 template: qwen
 cutoff_len: 512

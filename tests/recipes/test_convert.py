@@ -62,12 +62,12 @@ CASES = {
         foreign.LLAMA_FACTORY_FULL,
         {
             "loss_type": ["sigmoid", "bco_pair", "sft"],
-            "loss_weights": [1.0, 0.2, 0.25],
+            "loss_weights": [0.5, 0.5, 0.25],
             "held_out": 0.1,
             "deepspeed": "zero3",
             "attn_implementation": "flash_attention_2",
         },
-        [],
+        ["pref_bco_weight"],
     ),
     "open-instruct": (
         "o.yaml",
@@ -81,9 +81,8 @@ CASES = {
             "save_strategy": "steps",
             "save_steps": 1000,
             "report_to": ["wandb"],
-            "max_grad_norm": 0.0,
         },
-        ["add_bos"],
+        ["add_bos", "clip_grad_norm"],
     ),
     "open-instruct's mix": (
         "o.yaml",
@@ -96,7 +95,7 @@ CASES = {
             ],
             "loss_type": "sigmoid_norm",
         },
-        [],
+        ["clip_grad_norm"],
     ),
     "open-instruct's command": (
         "o.sh",
@@ -112,7 +111,7 @@ CASES = {
             "report_to": "wandb",
             "beta": 5.0,
         },
-        ["gradient_accumulation_steps", "add_bos", "chat_template_name"],
+        ["gradient_accumulation_steps", "add_bos", "chat_template_name", "clip_grad_norm"],
     ),
     "OpenRLHF's command": (
         "r.sh",
@@ -237,6 +236,16 @@ def test_an_unknown_key_is_listed(tmp_path, capsys):
     assert {"brand_new_key", "use_liger_kernel", "lr_scheduler_type"} <= set(not_carried(said))
     assert "rex" in said and "choose from" in said
     assert "brand_new_key" not in yaml.safe_load((tmp_path / "out.yaml").read_text())
+
+
+def test_a_loss_that_is_not_named_is_not_guessed(tmp_path, capsys):
+    """open-instruct's default was dpo with beta 0.1, and is dpo_norm with beta 5."""
+    file = tmp_path / "o.yaml"
+    file.write_text(foreign.OPEN_INSTRUCT.replace("dpo_loss_type: dpo_norm\ndpo_beta: 5\n", ""))
+    convert([str(file)])
+    printed = capsys.readouterr()
+    assert {"dpo_loss_type", "dpo_beta"} <= set(not_carried(printed.err))
+    assert not {"loss_type", "beta"} & set(yaml.safe_load(printed.out[printed.out.index("# Converted") :]))
 
 
 REFUSED = {

@@ -14,6 +14,8 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
   train    finetune the policy; without a recipe, the quickstart
   check    the dry run, from configs and data alone: what is read, memory, time, and the cheapest setting that fits:
            [--gpus 64 --gpu h100-80gb --gpus_per_node 8 --network 400gbit] [--ds_config NAME] [--output FOLDER]
+  convert  FILE [--from axolotl|llama_factory|open_instruct|openrlhf|ms_swift] [--gpus N] [--output FILE]: another trainer's DPO
+           recipe, YAML or command line, in this project's keys, and what could not be carried; takes no recipe
   score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...]; --list says what is there, --verify checks it
   inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
   eval     measure saved models: --model FOLDER ... [--dataset_name SET] [--tasks NAME,NAME] [--judge_model NAME --judge_url URL]
@@ -34,6 +36,7 @@ Under a launcher: accelerate launch --config_file launch/accelerate/cpu_zero3.ya
 COMMANDS = {
     "train": "mrpo_scale.commands.train:run",
     "check": "mrpo_scale.planner.command:check",
+    "convert": "mrpo_scale.commands.convert:convert",
     "score": "mrpo_scale.commands.score:score",
     "inspect": "mrpo_scale.commands.inspect_references:inspect",
     "eval": "mrpo_scale.eval.run:run",

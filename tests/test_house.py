@@ -58,7 +58,8 @@ READING_ORDER = [
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
-        ". fields data_keys model_spec ds_config launcher hardware checks keys digest trl_keys recipe",
+        ". fields data_keys model_spec ds_config launcher hardware checks keys digest elsewhere mixtures trl_keys recipe foreign "
+        "foreign_yaml foreign_commands foreign_keys",
     ),
     ("mrpo_scale.data", "pairs messages turns chat_template model_text ranking mixing toy_skills toy_world"),
     ("mrpo_scale.data.layouts", "base"),
@@ -85,7 +86,7 @@ READING_ORDER = [
         "mrpo_scale.training",
         ". metrics preflight arguments prepare callbacks step held_out saver before_first_step facts run_report trainer",
     ),
-    ("mrpo_scale.commands", ". train score inspect_references"),
+    ("mrpo_scale.commands", ". train score inspect_references convert"),
     (
         "mrpo_scale.planner",
         ". cluster activations model_size data zero workload job live estimate search show command",

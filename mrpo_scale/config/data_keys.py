@@ -12,13 +12,21 @@ from mrpo_scale.base.untrusted import parse_json
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One data set as a recipe names it: its name, or a mapping of these keys."""
+    """One data set as a recipe names it: its name, or a mapping of these keys.
+
+    Args:
+        weight: the set's share of the pairs, relative to the other sets'.
+        subset: how much of the set's own training rows to take, at random: a fraction below 1, or a number of rows.
+        columns: the columns that are read; all others are left out.
+    """
 
     name: str
     config: str | None = None
     split: str | None = None
     weight: float | None = None
     layout: str | None = None
+    subset: float | None = None
+    columns: tuple[str, ...] | None = None
 
     @property
     def label(self) -> str:
@@ -63,13 +71,24 @@ def _parse(entry: Entry) -> DatasetSpec:
     if unknown or not values.get("name"):
         problem = f"unknown key `{unknown[0]}`" if unknown else "key `name` is missing"
         raise ConfigError(f"`dataset_name: {dict(values)}`: {problem}; known keys are {', '.join(known)}.")
-    for key in known:
-        if key != "weight" and not isinstance(values.get(key), (str, type(None))):
-            raise ConfigError(f"`dataset_name: {dict(values)}`: `{key}: {values[key]!r}` must be text.")
-    weight = values.get("weight")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0):
-        raise ConfigError(f"`dataset_name: {dict(values)}`: `weight: {weight}` must be a number above 0.")
-    return DatasetSpec(**values)
+    for key, value in values.items():
+        if value is not None and not _fits(key, value):
+            what = {"columns": "a list of names", **dict.fromkeys(_NUMBERS, "a number above 0")}.get(key, "text")
+            shown = value if key in _NUMBERS else repr(value)
+            raise ConfigError(f"`dataset_name: {dict(values)}`: `{key}: {shown}` must be {what}.")
+    columns = values.get("columns")
+    return DatasetSpec(**{**values, "columns": tuple(columns) if columns else None})
+
+
+_NUMBERS = ("weight", "subset")
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key in _NUMBERS:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    if key == "columns":
+        return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+    return isinstance(value, str)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class ScriptArguments:
     dataset_name: str | list[str] = key(
         [],
         "Hub id, or a local json, jsonl, parquet, arrow or csv file or folder; or several, as names or mappings {name, config, "
-        "split, weight, layout}.",
+        "split, weight, layout, subset, columns}.",
     )
     dataset_config: str | None = key(None, "Configuration name of a hub data set.")
     dataset_train_split: str = key("train", "Split to train on.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
@@ -21,7 +21,7 @@ from mrpo_scale.base.errors import ConfigError, refuse
 from mrpo_scale.base.untrusted import read_text
 from mrpo_scale.config.ds_config import resource
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
-from mrpo_scale.config.trl_keys import REMOVED_KEYS, take_trl_keys
+from mrpo_scale.config.trl_keys import remedy_of, take_trl_keys
 
 T = TypeVar("T")
 
@@ -183,6 +183,18 @@ def may_be_empty() -> set[str]:
     return {"dtype"} | optional | {field.name for field in kinds if field.default is None}
 
 
+def wrong_values(values: Mapping[str, Any]) -> dict[str, str]:
+    """{key: what is wrong} of the keys of a recipe that are unknown or whose values are of another kind, each by itself."""
+    parser = _Parser([ScriptArguments, MRPOConfig], allow_abbrev=False, prog="mrpo train")  # type: ignore[list-item]
+    wrong = {}
+    for key, value in values.items():
+        try:
+            _recipe_words(parser, key, value)
+        except ConfigError as error:
+            wrong[key] = str(error).rstrip(".")
+    return wrong
+
+
 def _unknown_words(parser: _Parser, argv: Sequence[str]) -> list[str]:
     _, rest = parser.parse_known_args(list(argv))
     keys = [word for word in rest if word.startswith("--")] or rest[:1]
@@ -207,8 +219,8 @@ def _as_word(value: Any) -> str:
 
 
 def _unknown(key: str, parser: _Parser) -> str:
-    if remedy := REMOVED_KEYS.get(key):
-        return f"`{key}` is no key any more: {remedy}."
+    if remedy := remedy_of(key):
+        return f"`{key}` is no key here: {remedy}."
     known = {option.lstrip("-") for option in parser._option_string_actions}
     near = difflib.get_close_matches(key, known, n=1)
     return f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else f"; see `{parser.prog} --help`.")

@@ -4,7 +4,13 @@ and what to write instead."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
+
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
+from mrpo_scale.config.mixtures import from_list, from_mixer, splits_of
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +20,6 @@ TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_peft": ((False,), _FULL_FINETUNING),
     "load_in_4bit": ((False,), _FULL_FINETUNING),
     "load_in_8bit": ((False,), _FULL_FINETUNING),
-    "precompute_ref_log_probs": ((False,), ""),  # true: see take_trl_keys
     "precompute_ref_batch_size": ((None,), "use `ref_tokens_per_forward`"),
     "truncation_mode": (("keep_start",), "long responses are cut at their end, as TRL's keep_start does"),
     "padding_free": ((False, True), ""),
@@ -36,13 +41,7 @@ TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
         "data sets of any size are written to disk as Arrow files once and memory-mapped, so memory stays small without it",
     ),
     "ignore_bias_buffers": ((False,), "there is nothing to ignore"),
-    "model_init_kwargs": ((None,), "use `dtype`, `attn_implementation`, `model_revision`"),
     "streaming": ((False,), "data sets of any size are written to disk once and memory-mapped; it is not needed"),
-    "overwrite_output_dir": (
-        (False,),
-        "transformers 5 has none; a run that is in the folder goes on, `resume_from_checkpoint: never` starts anew",
-    ),
-    "rpo_alpha": ((None, 0.0), "a supervised term beside the preference loss is not supported"),
     "reference_free": ((False,), "a loss without references is not what this project does"),
     "generate_during_eval": ((False,), "use `mrpo eval` on the saved model"),
     "force_use_ref_model": ((False, True), ""),
@@ -64,6 +63,9 @@ TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "bnb_4bit_quant_storage": ((None,), _FULL_FINETUNING),
 }
 
+#: Keys of adapters and of quantized weights, which full finetuning has no use for.
+LORA_KEYS = tuple(key for key, (_, reason) in TRL_KEYS.items() if reason == _FULL_FINETUNING)
+
 #: Other names of keys: TRL's, and those of earlier versions of transformers.
 RENAMED_TRL_KEYS = {
     "torch_dtype": "dtype",
@@ -75,44 +77,190 @@ RENAMED_TRL_KEYS = {
     "test_split_size": "held_out",
     "warmup_ratio": "warmup_steps",
     "no_cuda": "use_cpu",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "push_to_hub_revision": "push_to_hub",
 }
-_LIST = "write `dataset_name: [{name: ORG/SET, config: NAME, split: SPLIT, weight: NUMBER}, ...]` (docs/data.md)"
+_BOTH = "`max_length` bounds prompt and response together"
+#: Keys of earlier versions that are left out, with a word: TRL and transformers have dropped them, or it is done anyway.
+DROPPED_KEYS = {
+    "max_prompt_length": _BOTH,
+    "max_completion_length": _BOTH,
+    "max_target_length": _BOTH,
+    "overwrite_output_dir": "a run that is in the folder goes on, `resume_from_checkpoint: never` starts anew",
+    "group_by_length": "pairs of a step are grouped by length already",
+}
 #: Keys that nothing here stands for, whatever their value.
 REMOVED_KEYS = {
-    "max_prompt_length": "TRL has dropped it; remove it, `max_length` bounds prompt and response together",
-    "max_completion_length": "TRL has dropped it; remove it, `max_length` bounds prompt and response together",
-    "max_target_length": "TRL has dropped it; remove it, `max_length` bounds prompt and response together",
-    "dataset_mixer": _LIST,
-    "dataset_mixture": _LIST,
-    "datasets": _LIST,
-    "dataset_splits": "write `dataset_train_split` and `dataset_test_split`, or a `split` for each set of `dataset_name`",
     "env": "export the variables before the run starts, the launcher and torch read them first",
     "ref_model_init_kwargs": "write a reference as a mapping: `ref_models: [{model: NAME, revision: R, dtype: D}]`",
-    "group_by_length": "pairs of a step are grouped by length already; remove it",
     "tokenizer_name_or_path": "the tokenizer is the model's own; put the other one into the model's folder",
 }
+
+
+#: Keys that are made from other keys' values as well, and those keys.
+_ADDS_TO = {"rpo_alpha": ("loss_type", "loss_weights")}
 
 
 def take_trl_keys(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A recipe without TRL's keys that ask for nothing, others under the name they have here; and what is wrong with the rest."""
     kept: dict[str, Any] = {}
     problems: list[str] = []
-    for key, value in values.items():
-        renamed = RENAMED_TRL_KEYS.get(key)
-        if key == "precompute_ref_log_probs" and value is True:
-            renamed, value = "ref_scoring", "precompute"
-        if renamed in values:
-            problems.append(f"`{key}` and `{renamed}` say the same; leave `{renamed}`")
-        elif key == "warmup_ratio" and not _is_fraction(value):
-            problems.append(f"`warmup_ratio: {value}` must be a fraction below 1")
-        elif renamed is not None:
-            logger.info("`%s` is taken as `%s: %s`", key, renamed, value)
-            kept[renamed] = value
-        elif key not in TRL_KEYS:
-            kept[key] = value
-        elif value not in TRL_KEYS[key][0]:
-            problems.append(f"TRL's `{key}: {value}` has no counterpart: {TRL_KEYS[key][1]}. Remove the key")
+    for key in sorted(values, key=_ADDS_TO.__contains__):  # what adds to another key comes after it
+        value = values[key]
+        try:
+            taken = _take(key, value, values)
+        except ConfigError as error:
+            problems.append(str(error).rstrip("."))
+            continue
+        clash = next((name for name in taken if name != key and (name in values or name in kept)), None)
+        if clash is not None and clash not in _ADDS_TO.get(key, ()):
+            problems.append(f"`{key}` and `{clash}` say the same; leave `{clash}`")
+            continue
+        if set(taken) - {key}:
+            logger.info("`%s` is taken as %s", key, ", ".join(f"`{name}: {given}`" for name, given in taken.items()))
+        kept |= taken
     return kept, problems
+
+
+def _take(key: str, value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What one key of a recipe is here: keys and values. Raises ConfigError where it can be nothing."""
+    if key in _MADE:
+        return _MADE[key](value, values)
+    if key in DROPPED_KEYS:
+        if value not in (None, False):
+            logger.warning("`%s: %s` has no effect: %s", key, value, DROPPED_KEYS[key])
+        return {}
+    if key == "tokenizer_name_or_path" and value in (None, values.get("model_name_or_path")):
+        return {}
+    if key in TRL_KEYS:
+        if value not in TRL_KEYS[key][0]:
+            raise ConfigError(f"TRL's `{key}: {value}` has no counterpart: {TRL_KEYS[key][1]}. Remove the key")
+        return {}
+    return {RENAMED_TRL_KEYS.get(key, key): value}
+
+
+def _precompute(value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    if value is True:
+        return {"ref_scoring": "precompute"}
+    if value not in (None, False):
+        raise ConfigError(f"`precompute_ref_log_probs: {value}` must be true or false")
+    return {}
+
+
+def _warmup(value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    if value is None or (value == 0 and "warmup_steps" in values):
+        return {}
+    if not _is_fraction(value):
+        raise ConfigError(f"`warmup_ratio: {value}` must be a fraction below 1")
+    return {"warmup_steps": value}
+
+
+def _sft_term(value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """RPO's term: alpha times the chosen response's loss per token, beside the preference loss."""
+    if value is None or value == 0:
+        return {}
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ConfigError(f"`rpo_alpha: {value}` must be a number, 0 or more")
+    given = values.get("loss_type") or "sigmoid"
+    types = [given] if isinstance(given, str) else list(given)
+    if "sft" in types:
+        raise ConfigError(
+            f"`rpo_alpha: {value}` and `sft` in `loss_type` say the same; leave `sft`, with `loss_weights`"
+        )
+    weights = list(values.get("loss_weights") or [1.0] * len(types))
+    return {"loss_type": [*types, "sft"], "loss_weights": [*weights, float(value)]}
+
+
+#: Of `model_init_kwargs`: what its keys are here; None: what asks for nothing, because it is so anyway.
+_INIT_KWARGS: dict[str, str | None] = {
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "attn_implementation": "attn_implementation",
+    "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
+    "use_cache": None,
+    "low_cpu_mem_usage": None,
+}
+
+
+def _init_kwargs(value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(value or {}, Mapping):
+        raise ConfigError(
+            f"`model_init_kwargs: {value}` must be a mapping; use `dtype`, `attn_implementation`, `model_revision`"
+        )
+    taken: dict[str, Any] = {}
+    for name, given in (value or {}).items():
+        if name == "use_kernels" and given:
+            raise ConfigError(
+                "`model_init_kwargs: use_kernels` is not supported: kernels of the hub are not loaded; remove it"
+            )
+        if name == "device_map" and given is not None:
+            raise ConfigError(
+                "`model_init_kwargs: device_map` is not supported: the launcher places the model; remove it"
+            )
+        if name not in (*_INIT_KWARGS, "use_kernels", "device_map"):
+            known = ", ".join(sorted({f"`{here}`" for here in _INIT_KWARGS.values() if here}))
+            raise ConfigError(f"`model_init_kwargs: {name}` has no counterpart; {known} are keys of their own")
+        here = _INIT_KWARGS.get(name)
+        if here is not None and given is not None:
+            taken[here] = given
+    return taken
+
+
+def _mixture(value: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """alignment-handbook's: the sets, and the number of pairs of the mix to hold out. Its `seed` is the recipe's here."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            "`dataset_mixture` must be a mapping with `datasets`; write them under `dataset_name` (docs/data.md)"
+        )
+    unknown = sorted(set(value) - {"datasets", "test_split_size", "seed"})
+    if unknown:
+        raise ConfigError(
+            f"`dataset_mixture`: unknown key `{unknown[0]}`; known keys are datasets, test_split_size, seed"
+        )
+    taken: dict[str, Any] = {"dataset_name": from_list("dataset_mixture", value.get("datasets"))}
+    if value.get("test_split_size") is not None:
+        taken["held_out"] = value["test_split_size"]
+    if value.get("seed") not in (None, values.get("seed")):
+        logger.warning(
+            "`dataset_mixture: seed: %s` has no effect: `seed` decides how sets are split and mixed", value["seed"]
+        )
+    return taken
+
+
+#: Keys that become other values than their own, by (value, recipe).
+_MADE: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
+    "precompute_ref_log_probs": _precompute,
+    "warmup_ratio": _warmup,
+    "rpo_alpha": _sft_term,
+    "model_init_kwargs": _init_kwargs,
+    "dataset_mixture": _mixture,
+    "dataset_mixer": lambda value, _: {"dataset_name": from_mixer("dataset_mixer", value)},
+    "datasets": lambda value, _: {"dataset_name": from_list("datasets", value)},
+    "dataset_splits": lambda value, _: splits_of("dataset_splits", value),
+}
+
+
+def taken_keys() -> frozenset[str]:
+    """Names of keys that a recipe may have: this project's, and others that are taken as something or refused with a remedy."""
+    ours = {field.name for kind in (ScriptArguments, MRPOConfig) for field in fields(kind)}
+    return frozenset({*ours, *TRL_KEYS, *RENAMED_TRL_KEYS, *DROPPED_KEYS, *REMOVED_KEYS, *_MADE})
+
+
+def asks_for_nothing(key: str) -> bool:
+    """Whether a recipe's key, where it is taken, leaves nothing behind."""
+    return key in TRL_KEYS or key in DROPPED_KEYS
+
+
+def remedy_of(key: str) -> str | None:
+    """What to write instead of a key of TRL's on the command line, where only this project's own keys are taken."""
+    if key in RENAMED_TRL_KEYS:
+        return f"write `{RENAMED_TRL_KEYS[key]}`"
+    if key in REMOVED_KEYS or key in DROPPED_KEYS:
+        return REMOVED_KEYS.get(key) or f"remove it, {DROPPED_KEYS[key]}"
+    if key in _MADE:
+        return "write it in a recipe, where it is taken as the keys that stand for it (docs/from_trl.md)"
+    return (TRL_KEYS[key][1] or "it has no effect, remove it") if key in TRL_KEYS else None
 
 
 def _is_fraction(value: Any) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from mrpo_scale.base.errors import ConfigError, one_line
-from mrpo_scale.config.data_keys import Entry, PairOptions, parse_datasets
+from mrpo_scale.config.data_keys import DatasetSpec, Entry, PairOptions, parse_datasets
 from mrpo_scale.data.layouts import LAYOUTS, AnyLayout
 from mrpo_scale.data.mixing import mix
 from mrpo_scale.data.pair_table import FEATURES, PairTable, group_numbers, pair_table
@@ -61,7 +61,8 @@ def load_rows(
         dataset_name: hub id, or a local .json (lines or one array), .jsonl, .parquet, .arrow or .csv file, which is a ``train``
             split, or a folder of such files, whose names tell their splits. Several: see :mod:`mrpo_scale.data.mixing`.
         test_split: taken where the data set has it; another name than the default must exist.
-        held_out: without a test split, how much of the train split to hold out: a fraction below 1, or a number of rows.
+        held_out: without a test split, how much of the train split to hold out: a fraction below 1, or a number of rows (of several
+            sets: in all).
         train_subset: how much of what is left to train on, at random. Without a test split and ``held_out`` the remainder is
             evaluated on. Where several rows are answers to one prompt (layout ``helpsteer``), both count prompts.
         seed: of all random choices.
@@ -72,21 +73,24 @@ def load_rows(
     """
     options = options or PairOptions(seed=seed)
     specs = parse_datasets(dataset_name)
+    sets: list[tuple[datasets.Dataset, datasets.Dataset | None]] = []
+    for spec in specs:
+        train, test = _choose_splits(
+            _load_splits(spec.name, spec.config or config), spec.name, spec.split or train_split, test_split
+        )
+        train, test = _keep_columns(train, spec), None if test is None else _keep_columns(test, spec)
+        sets.append((train if spec.subset is None else _take_subset(train, spec, layout, seed), test))
+    if train_subset is not None or (held_out is not None and any(test is None for _, test in sets)):
+        groups = [_groups_of(train, spec, layout) for spec, (train, _) in zip(specs, sets, strict=True)]
+        sets = _hold_out(sets, groups, held_out, train_subset, seed)
+    if len(specs) == 1 and specs[0].layout is None:
+        return sets[0]
     trains: list[datasets.Dataset] = []
     tests: list[datasets.Dataset] = []
-    for spec in specs:
-        splits = _load_splits(spec.name, spec.config or config)
-        train, test = _choose_splits(splits, spec.name, spec.split or train_split, test_split)
-        read_as = spec.layout or layout
-        if train_subset is not None or (held_out is not None and test is None):
-            groups = group_numbers(train, _find_layout_of(train, read_as, spec.label)) if len(train) else np.arange(0)
-            train, rest = _split(train, groups, None if test is not None else held_out, train_subset, seed)
-            test = test if test is not None else rest
-        if len(specs) == 1 and spec.layout is None:
-            return train, test
+    for spec, (train, test) in zip(specs, sets, strict=True):
         for rows, tables in ((train, trains), (test, tests)):
             if rows is not None:
-                found = _find_layout_of(rows, read_as, spec.label)
+                found = _find_layout_of(rows, spec.layout or layout, spec.label)
                 tables.append(pair_table(rows, found, options, source=spec.label, num_proc=num_proc))
     return mix(trains, specs, seed), datasets.concatenate_datasets(tests) if tests else None
 
@@ -143,19 +147,62 @@ def _choose_splits(
     return splits[train_split], splits.get(test_split)
 
 
-def _split(
-    rows: datasets.Dataset, groups: np.ndarray, held_out: float | None, train_subset: float | None, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Random disjoint rows to train and to evaluate on; rows of one group stay together."""
-    total = int(groups.max(initial=-1)) + 1
-    held = 0 if held_out is None else _count("held_out", held_out, total)
-    order = np.random.default_rng(seed).permutation(total)  # as in train_test_split of `datasets`: test rows come first
-    test, train = order[:held], order[held:]
-    if train_subset is not None:
-        size = _count("train_subset", train_subset, len(train))
-        train, remainder = train[:size], train[size:]
-        test = test if held_out is not None else remainder
-    return _rows_of(rows, groups, train), _rows_of(rows, groups, test) if len(test) else None
+def _groups_of(rows: datasets.Dataset, spec: DatasetSpec, layout: str) -> np.ndarray:
+    """The number of each row's prompt: `held_out`, `train_subset` and `subset` count prompts where several rows answer one."""
+    return group_numbers(rows, _find_layout_of(rows, spec.layout or layout, spec.label)) if len(rows) else np.arange(0)
+
+
+def _keep_columns(rows: datasets.Dataset, spec: DatasetSpec) -> datasets.Dataset:
+    missing = sorted(set(spec.columns or ()) - set(rows.column_names))
+    if missing:
+        there = ", ".join(rows.column_names)
+        raise ConfigError(
+            f"`dataset_name`: `{spec.label}` has no column `{missing[0]}`, which `columns` names; there are {there}."
+        )
+    return rows.select_columns(list(spec.columns)) if spec.columns else rows
+
+
+def _take_subset(rows: datasets.Dataset, spec: DatasetSpec, layout: str, seed: int) -> datasets.Dataset:
+    """The random part of a set that its own `subset` asks for."""
+    groups = _groups_of(rows, spec, layout)
+    order = np.random.default_rng(seed).permutation(_total(groups))
+    wanted = _count(f"dataset_name: {spec.label}, subset", float(spec.subset or 0), len(order))
+    return _rows_of(rows, groups, order[:wanted])
+
+
+def _hold_out(
+    sets: Sequence[tuple[datasets.Dataset, datasets.Dataset | None]],
+    groups: Sequence[np.ndarray],
+    held_out: float | None,
+    train_subset: float | None,
+    seed: int,
+) -> list[tuple[datasets.Dataset, datasets.Dataset | None]]:
+    """Each set's random disjoint rows to train and to evaluate on; rows of one group stay together. A number of rows is that of
+    all sets together, to which each gives in proportion to its size."""
+    totals = [_total(numbers) for numbers in groups]
+    without = [i for i, (_, test) in enumerate(sets) if test is None]
+    held = [0] * len(sets)
+    if held_out is not None:
+        for i, count in zip(without, _counts("held_out", held_out, [totals[i] for i in without]), strict=True):
+            held[i] = count
+    left = [total - count for total, count in zip(totals, held, strict=True)]
+    sizes = left if train_subset is None else _counts("train_subset", train_subset, left)
+    split = []
+    for (rows, test), numbers, count, size in zip(sets, groups, held, sizes, strict=True):
+        order = np.random.default_rng(seed).permutation(
+            _total(numbers)
+        )  # as in train_test_split of `datasets`: test first
+        train, rest = order[count : count + size], order[count + size :]
+        if test is None:
+            chosen = order[:count] if held_out is not None else rest
+            test = _rows_of(rows, numbers, chosen) if len(chosen) else None
+        whole = count == 0 and train_subset is None
+        split.append((rows if whole else _rows_of(rows, numbers, train), test))
+    return split
+
+
+def _total(groups: np.ndarray) -> int:
+    return int(groups.max(initial=-1)) + 1
 
 
 def _rows_of(rows: datasets.Dataset, groups: np.ndarray, wanted: np.ndarray) -> datasets.Dataset:
@@ -277,6 +324,15 @@ def _count(key: str, value: float, total: int) -> int:
     if total < 2:
         raise ConfigError(f"`{key}: {value}`: the train split has {total} row; add rows or remove `{key}`.")
     return int(value) if whole else math.ceil(value * total) if key == "held_out" else max(1, int(value * total))
+
+
+def _counts(key: str, value: float, totals: Sequence[int]) -> list[int]:
+    """How many rows of each set: a fraction of every one, or a number of rows shared out in proportion to their sizes."""
+    if len(totals) < 2 or 0 < value < 1:
+        return [_count(key, value, total) for total in totals]
+    whole = _count(key, value, sum(totals))
+    ends = [round(whole * end / sum(totals)) for end in np.cumsum(totals).tolist()]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _missing(layout: AnyLayout, columns: set[str]) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import SLOW_TO_FAST_CONVERTERS
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE
@@ -33,6 +35,26 @@ class Reading:
     rejected: Turn
     merged: bool
     raw: bool
+
+
+def fast_counterpart(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to use instead of a slow tokenizer: the fast class beside it, transformers' conversion, or another model."""
+    auto_map = tokenizer.init_kwargs.get("auto_map")
+    listed = auto_map.get("AutoTokenizer") if isinstance(auto_map, Mapping) else auto_map
+    named = listed[1] if isinstance(listed, (list, tuple)) and len(listed) == 2 else None
+    kinds = type(tokenizer).__mro__
+    beside = (
+        f"{kind.__name__}Fast" for kind in kinds if hasattr(sys.modules.get(kind.__module__), f"{kind.__name__}Fast")
+    )
+    fast = str(named).rpartition(".")[2] if named else next(beside, None)
+    if fast:
+        return f"its fast counterpart is {fast}: save that one into the model's folder, with its `tokenizer.json`"
+    if any(kind.__name__ in SLOW_TO_FAST_CONVERTERS for kind in kinds):
+        return (
+            "its fast counterpart is transformers' "
+            "`PreTrainedTokenizerFast(tokenizer_object=convert_slow_tokenizer(tokenizer))`: save that into the model's folder"
+        )
+    return "it has no fast counterpart in its folder or in transformers; use a model folder with a `tokenizer.json`"
 
 
 class ModelText:
@@ -66,7 +88,7 @@ class ModelText:
         if not tokenizer.is_fast:
             raise ConfigError(
                 f"{name}: {type(tokenizer).__name__} is a slow tokenizer, without the character offsets that cutting responses "
-                "needs; use a model folder with a `tokenizer.json`."
+                f"needs; {fast_counterpart(tokenizer)}."
             )
         self.tokenizer = tokenizer
         self.name = name

@@ -7,12 +7,13 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.gpus import GIB
+from mrpo_scale.config.elsewhere import ConfigElsewhere
 from mrpo_scale.config.hardware import Hardware, missing_hardware
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import parse
@@ -109,18 +110,6 @@ def _default_zero(config: MRPOConfig, cluster: Cluster) -> str:
     if cluster.gpus == 1:
         return "none"
     return "zero3" if cluster.num_nodes == 1 else "zero3_hpz"
-
-
-@dataclass
-class ConfigElsewhere(MRPOConfig):
-    """A recipe's keys on a machine that will not train: what it lacks, and who launched it, say nothing of the run's."""
-
-    def _join(self) -> None:
-        asked = {key: getattr(self, key) for key in ("use_cpu", "tf32", "deepspeed")}
-        self.use_cpu, self.tf32, self.deepspeed = True, None, None
-        self._fill_in()
-        for key, value in asked.items():
-            setattr(self, key, value)
 
 
 #: Files in the folder of a check.

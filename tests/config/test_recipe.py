@@ -8,10 +8,11 @@ import yaml
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.checks import check_world_size
+from mrpo_scale.config.data_keys import parse_datasets
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.model_spec import parse_ref_models
 from mrpo_scale.config.recipe import find_recipe, parse, resource
-from mrpo_scale.config.trl_keys import RENAMED_TRL_KEYS, TRL_KEYS
+from mrpo_scale.config.trl_keys import _MADE, DROPPED_KEYS, REMOVED_KEYS, RENAMED_TRL_KEYS, TRL_KEYS
 
 # An ordinary DPO recipe as TRL's documentation writes them.
 TRL_RECIPE = """
@@ -53,6 +54,7 @@ TRL_OWN_KEYS = [
     "discopop_tau",
     "dtype",
     "f_alpha_divergence_coef",
+    "datasets",
     "f_divergence_type",
     "ignore_bias_buffers",
     "label_smoothing",
@@ -112,11 +114,12 @@ def test_a_trl_recipe_with_ref_models_added(recipe):
 
 def test_every_trl_key_is_ours_or_in_the_table():
     ours = {f.name for kind in (ScriptArguments, MRPOConfig) for f in dataclasses.fields(kind)}
-    unmapped = set(TRL_OWN_KEYS) - ours - set(TRL_KEYS) - set(RENAMED_TRL_KEYS)
+    unmapped = set(TRL_OWN_KEYS) - ours - set(TRL_KEYS) - set(RENAMED_TRL_KEYS) - set(_MADE)
     assert not unmapped
-    assert not ours & set(TRL_KEYS), "a key cannot be both ours and refused"
+    assert not ours & {*TRL_KEYS, *RENAMED_TRL_KEYS, *DROPPED_KEYS, *_MADE}, "a key cannot be both ours and another"
     documented = (Path(__file__).parents[2] / "docs" / "from_trl.md").read_text()
-    assert not [key for key in TRL_OWN_KEYS if f"`{key}`" not in documented]
+    keys = {*TRL_OWN_KEYS, *TRL_KEYS, *RENAMED_TRL_KEYS, *DROPPED_KEYS, *REMOVED_KEYS, *_MADE}
+    assert not [key for key in sorted(keys) if f"`{key}`" not in documented]
 
 
 def test_the_command_line_wins_over_the_recipe(recipe):
@@ -175,12 +178,12 @@ def test_a_list_where_one_word_would_do(recipe):
 
 
 def test_all_mistakes_in_one_line(recipe):
-    text = "betta: 1\nuse_peft: true\nmax_prompt_length: 512\nbeta: high\nref_modles: [B]\nlora_r: 8\n"
+    text = "betta: 1\nuse_peft: true\nreference_free: true\nbeta: high\nref_modles: [B]\nlora_r: 8\n"
     with pytest.raises(ConfigError) as error:
         parse(["--config", recipe(text), "--sed", "3", "--held_outt", "4"])
     said = str(error.value)
     assert "\n" not in said and "did you mean `beta`?" in said and "did you mean `ref_models`?" in said
-    for key in ("`betta`", "`use_peft: True`", "`max_prompt_length`", "high", "`lora_r: 8`", "`sed`", "`held_outt`"):
+    for key in ("`betta`", "`use_peft: True`", "`reference_free: True`", "high", "`lora_r: 8`", "`sed`", "`held_outt`"):
         assert key in said, key
 
 
@@ -192,6 +195,13 @@ TAKEN = {
     "push_to_hub_model_id: a/b": ("hub_model_id", "a/b"),
     "evaluation_strategy: steps": ("eval_strategy", "steps"),
     "no_cuda: true": ("use_cpu", True),
+    "preprocessing_num_workers: 12": ("dataset_num_proc", 12),
+    "push_to_hub_revision: true": ("push_to_hub", True),
+    "rpo_alpha: 0.1": ("loss_weights", [1.0, 0.1]),
+    "rpo_alpha: 0.1\nloss_type: [hinge, ipo]\nloss_weights: [1.0, 2.0]": ("loss_type", ["hinge", "ipo", "sft"]),
+    "model_init_kwargs: {dtype: bfloat16, use_cache: false}": ("dtype", "bfloat16"),
+    "model_init_kwargs: {revision: v2, attn_implementation: eager}": ("attn_implementation", "eager"),
+    "model_init_kwargs: {revision: v2}": ("model_revision", "v2"),
     "precompute_ref_log_probs: true": ("ref_scoring", "precompute"),
     "chat_template_path: template.jinja": ("chat_template", "template.jinja"),
     **{
@@ -199,6 +209,10 @@ TAKEN = {
         for key, value in {
             "overwrite_output_dir": "false",
             "rpo_alpha": "null",
+            "model_init_kwargs": "null",
+            "group_by_length": "false",
+            "max_prompt_length": "null",
+            "warmup_ratio": "0.0\nwarmup_steps: 5",
             "reference_free": "false",
             "streaming": "false",
             "generate_during_eval": "false",
@@ -215,23 +229,28 @@ TAKEN = {
     },
 }
 REFUSED = {
-    "max_prompt_length: 512": ["`max_prompt_length`", "TRL has dropped it", "`max_length`"],
-    "overwrite_output_dir: true": ["`overwrite_output_dir: True`", "resume_from_checkpoint: never"],
-    "dataset_mixer: {a/b: 1.0}": ["`dataset_mixer`", "`dataset_name: [{name:"],
-    "dataset_mixture: {datasets: [{id: a}]}": ["`dataset_mixture`", "`dataset_name: [{name:"],
-    "datasets: [{path: a}]": ["`datasets`", "`dataset_name: [{name:"],
-    "dataset_splits: [train, test]": ["`dataset_splits`", "dataset_test_split"],
+    "dataset_mixer: [a/b]": ["`dataset_mixer`", "map names to fractions", "`dataset_name`"],
+    "dataset_mixer: {a: 1.0}\ndataset_name: b": ["`dataset_mixer` and `dataset_name`", "leave `dataset_name`"],
+    "dataset_mixture: {datasets: [{id: a}], ratio: 3}": ["`dataset_mixture`", "`ratio`", "test_split_size"],
+    "dataset_mixture: {datasets: [{split: a}]}": ["`dataset_mixture`", "no name", "`id`"],
+    "datasets: [{path: a, data_files: b.json}]": ["`datasets`", "`data_files: b.json`", "`dataset_name`"],
+    "datasets: [{path: a, splitt: b}]": ["`datasets`", "unknown key `splitt`", "split"],
+    "dataset_splits: [first, second]": ["`dataset_splits", "dataset_test_split"],
+    "dataset_splits: [train_a, train_b]": ["`dataset_splits", "a `split` for each set"],
     "streaming: true": ["`streaming: True`", "memory-mapped"],
     "env: {A: b}": ["`env`", "export"],
-    "rpo_alpha: 0.1": ["`rpo_alpha: 0.1`", "supervised term"],
+    "rpo_alpha: 0.1\nloss_type: [sigmoid, sft]": ["`rpo_alpha: 0.1`", "leave `sft`"],
+    "rpo_alpha: high": ["`rpo_alpha: high`", "a number"],
     "reference_free: true": ["`reference_free: True`"],
     "generate_during_eval: true": ["mrpo eval"],
-    "max_completion_length: 5": ["`max_length`"],
     "label_pad_token_id: 0": ["label_pad_token_id"],
     "use_liger_kernel: true": ["use_liger_kernel"],
     "loss_type: aot": ["aot", "sorts", "sigmoid"],
     "loss_weights: [1.0, 0.1]": ["loss_weights", "2 entries for 1"],
-    "model_init_kwargs: {use_kernels: true}": ["model_init_kwargs", "attn_implementation"],
+    "model_init_kwargs: {use_kernels: true}": ["model_init_kwargs: use_kernels", "remove it"],
+    "model_init_kwargs: {device_map: auto}": ["model_init_kwargs: device_map", "launcher"],
+    "model_init_kwargs: {dtypo: auto}": ["model_init_kwargs: dtypo", "`attn_implementation`"],
+    "model_init_kwargs: {dtype: float32}\ndtype: bfloat16": ["`model_init_kwargs` and `dtype`", "leave `dtype`"],
     "router_aux_loss_coef: 0.001": ["router_aux_loss_coef"],
     "warmup_ratio: 5": ["`warmup_ratio: 5`", "below 1"],
     "warmup_ratio: 0.1\nwarmup_steps: 5": ["`warmup_ratio` and `warmup_steps`", "leave `warmup_steps`"],
@@ -243,8 +262,52 @@ def test_keys_of_older_recipes_are_taken(recipe, text, caplog):
     key, value = TAKEN[text]
     with caplog.at_level("INFO"):
         assert getattr(parse(["--config", recipe(text)])[1], key) == value
-    assert key == "beta" or f"is taken as `{key}: {value}`" in caplog.text
+    assert key == "beta" or ("is taken as" in caplog.text and f"`{key}: {value}`" in caplog.text)
     assert parse(["--config", recipe("test_split_size: 200\n")])[0].held_out == 200
+
+
+DROPPED = {
+    "max_prompt_length: 512": "`max_length` bounds prompt and response together",
+    "max_completion_length: 5": "`max_length` bounds prompt and response together",
+    "overwrite_output_dir: true": "`resume_from_checkpoint: never` starts anew",
+    "group_by_length: true": "grouped by length already",
+    "dataset_mixture: {datasets: [{id: a}], seed: 3}": "`seed` decides",
+}
+
+
+@pytest.mark.parametrize("text", DROPPED, ids=lambda text: text.split(":")[0])
+def test_keys_that_do_nothing_any_more_say_so(recipe, text, caplog):
+    with caplog.at_level("WARNING"):
+        parse(["--config", recipe(text)])
+    assert text.split(":")[0] in caplog.text and "has no effect" in caplog.text and DROPPED[text] in caplog.text
+
+
+SETS = {
+    # Their weights are parts of each set's own rows, so they are no shares of the pairs here.
+    "dataset_mixer: {a/b: 1.0, c: 0.25}\ndataset_splits: [train_prefs, test_prefs]": (
+        [{"name": "a/b"}, {"name": "c", "subset": 0.25}],
+        {"dataset_train_split": "train_prefs", "dataset_test_split": "test_prefs"},
+    ),
+    "dataset_mixture: {datasets: [{id: a, config: x, split: s, columns: [chosen, rejected], weight: 1.0}, {id: b, weight: 0.5}],"
+    " test_split_size: 20, seed: 0}\nseed: 0": (
+        [{"name": "a", "config": "x", "split": "s", "columns": ["chosen", "rejected"]}, {"name": "b", "subset": 0.5}],
+        {"held_out": 20},
+    ),
+    "datasets: [{path: a, name: x, split: s, fraction: 0.1}, {path: b, data_dir: null}]\ntest_split_size: 0.1": (
+        [{"name": "a", "config": "x", "split": "s", "subset": 0.1}, {"name": "b"}],
+        {"held_out": 0.1},
+    ),
+}
+
+
+@pytest.mark.parametrize("text", SETS, ids=lambda text: text.split(":")[0])
+def test_data_sets_of_other_recipes(recipe, text, caplog):
+    sets, keys = SETS[text]
+    with caplog.at_level("INFO"):
+        script, _ = parse(["--config", recipe(text)])
+    assert script.datasets == parse_datasets(sets)
+    assert {key: getattr(script, key) for key in keys} == keys
+    assert f"`{text.split(':')[0]}` is taken as `dataset_name: [" in caplog.text
 
 
 @pytest.mark.parametrize("text", REFUSED, ids=lambda text: text.split(":")[0])
@@ -312,6 +375,13 @@ def test_mistakes_name_key_value_and_remedy(recipe, text, words):
 
 
 def test_mistakes_on_the_command_line():
+    for key, remedy in (
+        ("--warmup_ratio", "write `warmup_steps`"),
+        ("--rpo_alpha", "in a recipe"),
+        ("--use_peft", "all weights"),
+    ):
+        with pytest.raises(ConfigError, match=remedy):
+            parse(["--model_name_or_path", "A", key, "1"])
     with pytest.raises(ConfigError, match=r"unknown key `ref_model`; did you mean `ref_models`"):
         parse(["--model_name_or_path", "A", "--ref_model", "B"])
     with pytest.raises(ConfigError, match=r"no_such.*quickstart"):

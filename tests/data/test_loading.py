@@ -1,6 +1,7 @@
 """Layouts and loading: hand-written rows and the pairs they must become, the rows refused, and the words of the errors."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -363,3 +364,35 @@ def test_files_of_one_name_are_two_data_sets(tmp_path):
     assert [load_rows(str(file))[0][0]["prompt"] for file in files] == list(map(str, files))
     files[0].write_text(json.dumps({**ROWS[0], "prompt": "x" * len(str(files[0]))}) + "\n")
     assert load_rows(str(files[0]))[0][0]["prompt"].startswith("xxx")
+
+
+def test_a_part_of_a_set_and_some_of_its_columns(tmp_path):
+    path = write(tmp_path, "jsonl")
+    half = load_rows({"name": path, "subset": 0.5, "columns": ["prompt", "chosen", "rejected"]}, held_out=2)
+    assert (len(half[0]), len(half[1])) == (3, 2) and half[0].column_names == ["prompt", "chosen", "rejected"]
+    assert len(load_rows({"name": path, "subset": 4})[0]) == 4
+    with pytest.raises(ConfigError, match=r"subset: 11.*below the 10 there are"):
+        load_rows({"name": path, "subset": 11})
+    with pytest.raises(ConfigError, match=r"no column `chosn`.*there are .*chosen"):
+        load_rows({"name": path, "columns": ["chosn"]})
+    for bad, what in (({"subset": "half"}, "a number above 0"), ({"columns": "chosen"}, "a list of names")):
+        with pytest.raises(ConfigError, match=what):
+            load_rows({"name": path, **bad})
+
+
+OF_ALL = [({"held_out": 6}, (24, 6)), ({"held_out": 0.1}, (26, 4)), ({"train_subset": 20}, (20, 10))]
+
+
+@pytest.mark.parametrize(("keys", "sizes"), OF_ALL)
+def test_a_number_of_pairs_is_that_of_all_sets(tmp_path, keys, sizes):
+    """In proportion to their sizes, so that a small set beside a large one is not used up."""
+    paths = []
+    for size in (20, 6, 4):
+        paths.append(str(tmp_path / f"{size}.jsonl"))
+        Path(paths[-1]).write_text(
+            "".join(json.dumps({**ROWS[0], "prompt": f"{size} {i}"}) + "\n" for i in range(size))
+        )
+    train, test = load_rows(paths, **keys)
+    assert (len(train), len(test)) == sizes
+    with pytest.raises(ConfigError, match="below the 30 there are"):
+        load_rows(paths, held_out=30)

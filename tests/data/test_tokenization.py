@@ -8,7 +8,7 @@ import datasets
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data import LAYOUTS, BadRow, PreferencePair
@@ -169,12 +169,33 @@ def test_no_way_to_end_a_turn():
         plain("ref-b", eos=None)
 
 
-def test_slow_tokenizers_are_refused():
-    class Slow:
-        is_fast = False
+class SlowOfMine(ByT5Tokenizer):
+    """A model's own slow tokenizer, beside which its file has a fast one."""
 
-    with pytest.raises(ConfigError, match=r"ref-b: Slow is a slow tokenizer.*tokenizer\.json"):
-        ModelText(Slow(), name="ref-b", max_context=None)
+
+class SlowOfMineFast:
+    pass
+
+
+class Qwen2Tokenizer(ByT5Tokenizer):  # of the name that transformers has a conversion for
+    pass
+
+
+def test_slow_tokenizers_are_refused_by_the_name_of_their_fast_counterpart():
+    listed = ByT5Tokenizer(
+        auto_map={"AutoTokenizer": ["tokenization_x.XTokenizer", "tokenization_x_fast.XTokenizerFast"]}
+    )
+    counterparts = {
+        "XTokenizerFast": listed,
+        "SlowOfMineFast": SlowOfMine(),
+        r"convert_slow_tokenizer\(tokenizer\)": Qwen2Tokenizer(),
+        "it has no fast counterpart": ByT5Tokenizer(),
+    }
+    for fast, slow in counterparts.items():
+        kind = type(slow).__name__
+        with pytest.raises(ConfigError, match=rf"ref-b: {kind} is a slow tokenizer.*{fast}.*") as error:
+            ModelText(slow, name="ref-b", max_context=None)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from mrpo_scale.base.errors import ConfigError, one_line, refuse
 from mrpo_scale.base.heartbeat import TIMEOUT
+from mrpo_scale.config.adapter_keys import AdapterKeys
 from mrpo_scale.config.checks import check_world_size, iso_date, training_mistakes, unsupported, value_mistakes
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE, DatasetSpec, PairOptions, parse_datasets
 from mrpo_scale.config.ds_config import find_ds_config, read_ds_config
@@ -84,7 +85,7 @@ class ScriptArguments:
 
 
 @dataclass
-class MRPOConfig(TrainingArguments):
+class MRPOConfig(AdapterKeys, TrainingArguments):
     """Everything else: TrainingArguments, the objective, text, references.
 
     Raises:
@@ -275,6 +276,9 @@ class MRPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         if isinstance(self.score_columns, str):
             self.score_columns = [self.score_columns]
+        for name in ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
         if self.template_date is not None:
             self.template_date = iso_date(str(self.template_date))
         self.shared_prompt = str(self.shared_prompt).lower()  # type: ignore[assignment]
@@ -332,6 +336,7 @@ class MRPOConfig(TrainingArguments):
         yield from unsupported(self)
         yield from value_mistakes(self)
         yield from training_mistakes(self)
+        yield from self.adapter_mistakes()
         if self.ref_scoring == "follow" and not self.ref_cache_dir:
             yield "`ref_scoring: follow` needs `ref_cache_dir`, the folder that `mrpo score` fills"
         if self.weights_split is not None and not 0 < self.weights_split < 1:
@@ -344,6 +349,13 @@ class MRPOConfig(TrainingArguments):
     def __getstate__(self) -> dict[str, Any]:
         """Without the hub token: the Trainer pickles its arguments into a file that push_to_hub uploads."""
         return {**self.__dict__, "hub_token": None}
+
+    @property
+    def anchor_is_policy(self) -> bool:
+        """Whether reference 0 is the policy with its adapter off. Scores that go into a cache are a whole reference's, made before
+        there is a policy; so are those that `ref_weights: validation` comes from."""
+        live = self.ref_cache_folder is None and not self.weights_from_validation
+        return self.use_peft and live and not self.anchor
 
     @property
     def folder(self) -> Path:

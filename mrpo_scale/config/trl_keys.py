@@ -14,12 +14,11 @@ from mrpo_scale.config.mixtures import from_list, from_mixer, splits_of
 
 logger = logging.getLogger(__name__)
 
-_FULL_FINETUNING = "this project finetunes all weights"
+_UNQUANTIZED = "the policy is not quantized here"
 # TRL keys that have no counterpart here: the values that ask for nothing, and what to say of all others.
 TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_peft": ((False,), _FULL_FINETUNING),
-    "load_in_4bit": ((False,), _FULL_FINETUNING),
-    "load_in_8bit": ((False,), _FULL_FINETUNING),
+    "load_in_4bit": ((False,), _UNQUANTIZED),
+    "load_in_8bit": ((False,), _UNQUANTIZED),
     "precompute_ref_batch_size": ((None,), "use `ref_tokens_per_forward`"),
     "truncation_mode": (("keep_start",), "long responses are cut at their end, as TRL's keep_start does"),
     "padding_free": ((False, True), ""),
@@ -49,22 +48,14 @@ TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_pad_token_id": ((None, -100), "padding is masked, no label is needed"),
     "save_safetensors": ((True,), "weights are always safetensors"),
     "pad_token": ((None,), "padding is masked, no token is needed"),
-    "lora_r": ((16,), _FULL_FINETUNING),
-    "lora_alpha": ((32,), _FULL_FINETUNING),
-    "lora_dropout": ((0.05,), _FULL_FINETUNING),
-    "lora_target_modules": ((None,), _FULL_FINETUNING),
-    "lora_target_parameters": ((None,), _FULL_FINETUNING),
-    "lora_modules_to_save": ((None,), _FULL_FINETUNING),
-    "lora_task_type": (("CAUSAL_LM",), _FULL_FINETUNING),
-    "use_rslora": ((False,), _FULL_FINETUNING),
-    "use_dora": ((False,), _FULL_FINETUNING),
-    "bnb_4bit_quant_type": (("nf4",), _FULL_FINETUNING),
-    "use_bnb_nested_quant": ((False,), _FULL_FINETUNING),
-    "bnb_4bit_quant_storage": ((None,), _FULL_FINETUNING),
+    "lora_task_type": (("CAUSAL_LM",), "policies are causal language models"),
+    "bnb_4bit_quant_type": (("nf4",), _UNQUANTIZED),
+    "use_bnb_nested_quant": ((False,), _UNQUANTIZED),
+    "bnb_4bit_quant_storage": ((None,), _UNQUANTIZED),
 }
 
-#: Keys of adapters and of quantized weights, which full finetuning has no use for.
-LORA_KEYS = tuple(key for key, (_, reason) in TRL_KEYS.items() if reason == _FULL_FINETUNING)
+#: Keys of a quantized policy.
+QUANTIZATION_KEYS = tuple(key for key, (_, reason) in TRL_KEYS.items() if reason == _UNQUANTIZED)
 
 #: Other names of keys: TRL's, and those of earlier versions of transformers.
 RENAMED_TRL_KEYS = {

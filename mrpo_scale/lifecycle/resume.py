@@ -169,10 +169,13 @@ class ResumableTrainer(Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+        if self.args.use_peft:  # adapters alone are in the checkpoint
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or self.args.use_peft:
             super()._load_best_model()
         else:
             load_weights(self.model, Path(str(self.state.best_model_checkpoint)))

@@ -345,7 +345,10 @@ def _coarsest(model: nn.Module) -> torch.dtype:
 
 
 def _inner(model: Any) -> PreTrainedModel:
-    """The model inside DeepSpeed's, DDP's or a compiler's wrapper."""
+    """The model inside DeepSpeed's, DDP's, a compiler's or peft's wrapper."""
     while not isinstance(model, PreTrainedModel):
-        model = getattr(model, "module", None) or model._orig_mod
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            model = getattr(model, "module", None) or model._orig_mod
     return model

@@ -30,6 +30,7 @@ from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
+from mrpo_scale.models.adapter import check_adapter
 from mrpo_scale.models.saving import unvalidated_generation_config
 from mrpo_scale.models.source import ReferenceSource, check_config, check_source, snapshot
 from mrpo_scale.models.tensor_check import check_model, check_tensors
@@ -122,6 +123,8 @@ def plan_models(
     policy_config = check_policy(policy)
     if args.checkpoints_activations and isinstance(model, str):
         check_checkpointing(_class_of(policy, policy_config))
+    if args.use_peft:
+        check_adapter(policy, policy_config, args)
     tokenizer = tokenizer or load_tokenizer(spec)
     texts = [_text(spec, args, tokenizer, policy_config)]
 

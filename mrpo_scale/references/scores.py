@@ -22,6 +22,7 @@ from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.data.window import PairExample, TokenizedPairs
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.objective import Objective, combine
+from mrpo_scale.references.adapter_off import AdapterOffAnchor
 from mrpo_scale.references.live import Reference
 from mrpo_scale.references.loading import LiveReferences, Pool, load_references
 from mrpo_scale.references.precompute import score_ahead
@@ -94,7 +95,8 @@ def open_scores(
             that cannot be loaded.
     """
     if args.ref_cache_folder is None:
-        return LiveScores(plan.names, load_references(plan, args, pair_sets, range(len(plan.names)), pool))
+        loaded = load_references(plan, args, pair_sets, range(int(args.anchor_is_policy), len(plan.names)), pool)
+        return LiveScores(plan.names, loaded, args)
     stores = open_stores(plan, args, pair_sets)
     everything = distinct_rows(pair_sets)
     if args.ref_scoring == "follow":
@@ -113,13 +115,26 @@ def open_scores(
 
 
 class LiveScores(ReferenceScores):
-    """All references score every window, and nothing is kept."""
+    """All references score every window, and nothing is kept. Where the anchor is the policy, :attr:`anchor` is set when the policy
+    is ready, and before anything is scored."""
+
+    def __init__(self, names: Sequence[str], loaded: LiveReferences, args: MRPOConfig) -> None:
+        super().__init__(names, loaded)
+        self.impl = args.head_impl
+        self.anchor: AdapterOffAnchor | None = None
 
     def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, objective: Objective) -> CombinedReferences:
+        if len(self.live) < len(self.names):
+            return combine(self.logps(examples, pairs), objective, self.impl)
         return self.scorer.combined(examples, pairs, self.live, objective)
 
     def logps(self, examples: Sequence[PairExample], pairs: TokenizedPairs) -> Tensor:
-        return self.scorer.score(examples, pairs, self.live)
+        others_KP2 = self.scorer.score(examples, pairs, self.live) if self.live else None
+        if others_KP2 is not None and len(self.live) == len(self.names):
+            return others_KP2
+        assert self.anchor is not None
+        anchor_P2 = self.anchor.score(examples)
+        return anchor_P2[None] if others_KP2 is None else torch.cat([anchor_P2[None], others_KP2])
 
     def admit(self, pairs: PairDataset) -> None:
         """Live references score any row."""

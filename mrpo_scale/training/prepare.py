@@ -28,6 +28,7 @@ from mrpo_scale.data.window import WeightedPairs, WindowSampler
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date
 from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring
+from mrpo_scale.models.adapter import add_adapter
 from mrpo_scale.models.plan import RunPlan, disable_dropout, load_policy, plan_models
 from mrpo_scale.models.saving import check_small_files
 from mrpo_scale.objective import Objective
@@ -112,6 +113,8 @@ def prepare_run(
     use_cache = getattr(policy.config, "use_cache", None)
     check_optimizer(trainer_arguments, policy)
     enable_pair_scoring(policy, "policy", args.head_impl)
+    if args.use_peft:  # around the forward that scores pairs, which peft passes everything on to
+        policy = add_adapter(policy, args)
     weighted = {split: WeightedPairs(pairs) for split, pairs in pair_sets.items() if split != WEIGHTS_SET}
     return PreparedRun(
         args=args,

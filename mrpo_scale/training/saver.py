@@ -62,7 +62,8 @@ class PolicySaver:
             if not args.should_save:
                 return
             policy = self.run.policy
-            self.source_files()
+            if not args.use_peft:
+                self.source_files()
             try:
                 with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=args.folder) as folder:
                     with unvalidated_generation_config(policy):

@@ -24,6 +24,8 @@ from mrpo_scale.logps.micro_batches import MicroBatch, policy_batches
 from mrpo_scale.logps.pair_forward import preference_step, score_pairs
 from mrpo_scale.logps.self_check import check_pair_scoring
 from mrpo_scale.objective import PreferenceLoss, loss_against
+from mrpo_scale.references.adapter_off import AdapterOffAnchor
+from mrpo_scale.references.scores import LiveScores
 from mrpo_scale.training.callbacks import StepClock
 from mrpo_scale.training.metrics import MetricSums, pair_metrics
 from mrpo_scale.training.prepare import PreparedRun
@@ -142,13 +144,24 @@ def measure(
     sums.tokens += batch.pairs.num_tokens
 
 
-def check_policy(run: PreparedRun, model: nn.Module, device: torch.device) -> None:
-    """Before the first batch: that the layout of batches does not change what the policy says. Collective over the world.
+def begin_with_policy(run: PreparedRun, model: nn.Module, device: torch.device) -> None:
+    """Before the first batch: let the references have the policy, if its weights are one of them, and see that the layout of
+    batches does not change what it says. Collective over the world.
 
     Raises:
         ConfigError, TrainingError: see logps/self_check.py.
     """
     args = run.args
+    if args.anchor_is_policy and isinstance(run.scores, LiveScores):
+        run.scores.anchor = AdapterOffAnchor(
+            model,
+            run.policy,
+            device,
+            shared_prompt=run.shared_prompt,
+            end_to_end=run.end_to_end,
+            pad_token_id=run.plan.references[0].pad_token_id,
+            tokens_per_forward=args.ref_tokens_per_forward,
+        )
     with fail_together(world_group()):
         check_pair_scoring(
             model,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from mrpo_scale.data.window import PairExample, WeightedPairs, WindowSampler
 from mrpo_scale.lifecycle.fingerprint import fingerprint
 from mrpo_scale.lifecycle.resume import ResumableTrainer
 from mrpo_scale.logps.micro_batches import MicroBatch
+from mrpo_scale.models.adapter import count_parameters
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.models.saving import cast_as_stored, share_weights
 from mrpo_scale.objective import Objective
@@ -49,7 +51,7 @@ from mrpo_scale.training.facts import facts_of
 from mrpo_scale.training.held_out import HeldOut
 from mrpo_scale.training.prepare import PairSets, PreparedRun, prepare_run, window_sampler
 from mrpo_scale.training.saver import PolicySaver
-from mrpo_scale.training.step import LossOfBatch, StepSums, check_policy, optimizer_step
+from mrpo_scale.training.step import LossOfBatch, StepSums, begin_with_policy, optimizer_step
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,7 @@ class MRPOTrainer(ResumableTrainer):
         self._loss_of_batch: LossOfBatch | None = None
         self._policy_checked = self._save_as_source = False
         self._best_results: dict[str, float] = {}
+        self._begin_evaluation: Callable[[], None] | None = None
         for callback in (self.clock, FlushScores(run.scores), BeforeFirstStep(self._saver)):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -198,7 +201,7 @@ class MRPOTrainer(ResumableTrainer):
     def _check_policy(self, model: nn.Module) -> None:
         if not self._policy_checked:
             self._policy_checked = True
-            check_policy(self.run, model, self.accelerator.device)
+            begin_with_policy(self.run, model, self.accelerator.device)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # tensors are on the device, and DeepSpeed's cast of floats to bf16 would round log-probs
@@ -206,7 +209,7 @@ class MRPOTrainer(ResumableTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         if not isinstance(inputs, MicroBatch):
             return 0
-        return 6 * self.num_parameters * inputs.pairs.num_tokens
+        return self.flops_per_token * inputs.pairs.num_tokens
 
     def _track_num_input_tokens(self, inputs: MicroBatch) -> None:
         """`include_num_input_tokens_seen`: positions that the policy computes, or those of them that hold a token of a pair."""
@@ -220,7 +223,13 @@ class MRPOTrainer(ResumableTrainer):
     @property
     def num_parameters(self) -> int:
         """Of the policy, whole."""
-        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.policy.parameters())
+        return sum(count_parameters(self.policy))
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of products with weights: 2 forward, 2 for the inputs' gradients and, of those that train, 2 for their own."""
+        frozen, trained = count_parameters(self.policy)
+        return 4 * frozen + 6 * trained
 
     # ---- what a checkpoint needs -------------------------------------------------------------------------------------
 
@@ -253,7 +262,8 @@ class MRPOTrainer(ResumableTrainer):
             raise TrainingError(
                 f"{folder}: DeepSpeed gives no whole weights to save; take a file of ds_configs/ instead."
             )
-        as_source = self._save_as_source and self.args.should_save
+        # An adapter is written as peft writes it; its base is the source, which nobody changed.
+        as_source = self._save_as_source and self.args.should_save and not self.args.use_peft
         if as_source:
             state = self.policy.state_dict() if state_dict is None else state_dict
             state_dict = cast_as_stored(state, self._saver.source_files().dtypes)
@@ -303,7 +313,7 @@ class MRPOTrainer(ResumableTrainer):
         self._sums.tokens = 0
         speed = self.clock.speed_since_last_log(tokens)
         if peak := peak_flops(self.args.device):
-            used = 6 * self.num_parameters * speed["tokens_per_second"]
+            used = self.flops_per_token * speed["tokens_per_second"]
             speed["mfu"] = used / (peak * self.accelerator.num_processes)
         return speed
 
@@ -370,7 +380,7 @@ class MRPOTrainer(ResumableTrainer):
         # A loader draws a number; training must not notice how often it was evaluated.
         with torch.random.fork_rng(devices=()):
             show = not self.args.disable_tqdm and self.is_local_process_zero()
-            self._held_out.begin(dataloader, self.poll, show=show)
+            self._begin_evaluation = partial(self._held_out.begin, dataloader, self.poll, show=show)
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         # Beside the run's other results, for comparisons pair by pair.
         file = self.args.folder / f"{file_name(prefix)}_logps.npz"
@@ -386,6 +396,9 @@ class MRPOTrainer(ResumableTrainer):
         """Measure one batch of held-out pairs; the metrics are summed here, not gathered by the Trainer."""
         self.poll()
         self._check_policy(model)  # where nothing was trained before
+        if self._begin_evaluation is not None:  # with the policy in its engine, since it may be one of the references
+            self._begin_evaluation()
+            self._begin_evaluation = None
         with torch.no_grad(), self.compute_loss_context_manager():
             self._held_out.measure(model, inputs)
         return None, None, None

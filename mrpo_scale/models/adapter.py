@@ -1,0 +1,102 @@
+"""The policy as frozen weights with a LoRA adapter (peft): made, checked before weights load, and switched off for the anchor."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mrpo_scale.base.errors import ConfigError, one_line
+from mrpo_scale.config.adapter_keys import AdapterKeys
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.models.source import ReferenceSource
+from mrpo_scale.models.stored import build_on_meta
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"  #: the file by which a folder is known to hold an adapter and not a model
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether ``model`` is one of :func:`add_adapter`."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def check_adapter(source: ReferenceSource, config: PretrainedConfig, args: AdapterKeys) -> None:
+    """Put the adapter of ``args`` on the model without its weights. Costs a second; nothing is read.
+
+    Raises:
+        ConfigError: peft is missing; no layer has such a name; or the adapter would lie on the output head, whose product with the
+            hidden states is never formed as a layer's output (kernels/).
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("`use_peft: true` needs the package peft; `pip install 'mrpo-scale[peft]'`.")
+    model = build_on_meta(source, config)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    wrapped = _wrap(model, args)
+    named = _asked(args)
+    # peft replaces what it adapts, so these are the same modules only where it left them alone.
+    if wrapped.get_output_embeddings() is not head:
+        raise ConfigError(
+            f"{named} puts an adapter on the output head, which scores pairs in a kernel of its own; leave the head out "
+            "(all-linear does)."
+        )
+    if config.get_text_config().tie_word_embeddings and wrapped.get_input_embeddings() is not embedding:
+        raise ConfigError(
+            f"{named} puts an adapter on the input embeddings, which are the output head of this model too; leave them out."
+        )
+
+
+def add_adapter(policy: PreTrainedModel, args: MRPOConfig) -> PreTrainedModel:
+    """The policy with a fresh adapter, which changes nothing yet, its own weights frozen. The same on every rank and in every
+    resumption: drawn from ``seed``.
+
+    Returns:
+        a peft model, which passes on whatever else is asked of the policy.
+    """
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(args.seed)
+        wrapped = _wrap(policy, args)
+    counts = count_parameters(wrapped)
+    logger.info("LoRA: %s of the policy's %s weights train (%.2f%%)", f"{counts[1]:,}", f"{sum(counts):,}", 100 * counts[1] / sum(counts))
+    return wrapped
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many weights of a model are frozen, and how many train; under ZeRO-3 whole, not this rank's share."""
+    counts = [0, 0]
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += int(getattr(parameter, "ds_numel", parameter.numel()))
+    return counts[0], counts[1]
+
+
+def _wrap(model: PreTrainedModel, args: AdapterKeys) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = args.lora_target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_parameters=args.lora_target_parameters,
+        modules_to_save=args.lora_modules_to_save,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+    )
+    try:
+        # Adapters in the dtype of the weights: float32 copies are the optimizer's or the engine's business here as for all weights.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"{_asked(args)}: {one_line(error).rstrip('.')}; name layers of this model, or all-linear.") from error
+
+
+def _asked(args: AdapterKeys) -> str:
+    """The keys that say where the adapter lies, in words."""
+    keys = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save")
+    return ", ".join(f"`{key}: {getattr(args, key)}`" for key in keys if getattr(args, key)) or "`use_peft: true`"

@@ -1,0 +1,62 @@
+"""The anchor of a LoRA run: the policy with its adapter switched off. No second copy of the weights is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mrpo_scale.base.ranks import all_reduce_max, world_group
+from mrpo_scale.data.window import PairExample
+from mrpo_scale.logps.micro_batches import sorted_by_length
+from mrpo_scale.logps.pair_batch import collate_pairs
+from mrpo_scale.logps.pair_forward import score_pairs
+from mrpo_scale.references.live import cut_by_tokens, segment_lengths
+
+
+@dataclass(frozen=True)
+class AdapterOffAnchor:
+    """Scores pairs as the policy's own frozen weights do. Collective over the world: under ZeRO-3 each forward gathers the policy.
+
+    Args:
+        model: the policy as the training step calls it, inside whatever engine wraps it.
+        policy: the peft model in it.
+        shared_prompt, end_to_end, pad_token_id: the layout of the policy's batches.
+        tokens_per_forward: most padded tokens of one forward.
+    """
+
+    model: nn.Module
+    policy: Any
+    device: torch.device
+    shared_prompt: bool
+    end_to_end: bool
+    pad_token_id: int
+    tokens_per_forward: int
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[PairExample]) -> Tensor:
+        """Log-probs [P, 2] float32 of P >= 1 examples, in their order."""
+        tokens = [example.tokens[0] for example in examples]
+        order = sorted_by_length(tokens, self.shared_prompt)
+        ordered = [tokens[i] for i in order]
+        parts = cut_by_tokens(segment_lengths(ordered, self.shared_prompt), self.shared_prompt, self.tokens_per_forward)
+        (forwards,) = all_reduce_max([len(parts)], world_group(), self.device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.policy.disable_adapter():
+                # A rank that is through with its pairs still takes part in the gathers of the others.
+                logps = [self._forward(ordered[part]) for part in [*parts, *[slice(0, 1)] * (forwards - len(parts))]]
+        finally:
+            self.model.train(training)
+        places_P = torch.tensor(order, device=self.device).argsort()
+        return torch.cat(logps[: len(parts)])[places_P]
+
+    def _forward(self, pairs: Sequence[Any]) -> Tensor:
+        batch = collate_pairs(
+            pairs, shared_prompt=self.shared_prompt, end_to_end=self.end_to_end, pad_token_id=self.pad_token_id
+        )
+        return score_pairs(self.model, batch.to(self.device)).float()

@@ -16,6 +16,7 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
            [--gpus 64 --gpu h100-80gb --gpus_per_node 8 --network 400gbit] [--ds_config NAME] [--output FOLDER]
   convert  FILE [--from axolotl|llama_factory|open_instruct|openrlhf|ms_swift] [--gpus N] [--output FILE]: another trainer's DPO
            recipe, YAML or command line, in this project's keys, and what could not be carried; takes no recipe
+  merge    ADAPTER [--base MODEL] --output FOLDER: the whole model of a LoRA run's folder, as its source was; takes no recipe
   score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...]; --list says what is there, --verify checks it
   inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
   eval     measure saved models: --model FOLDER ... [--dataset_name SET] [--tasks NAME,NAME] [--judge_model NAME --judge_url URL]
@@ -37,6 +38,7 @@ COMMANDS = {
     "train": "mrpo_scale.commands.train:run",
     "check": "mrpo_scale.planner.command:check",
     "convert": "mrpo_scale.commands.convert:convert",
+    "merge": "mrpo_scale.commands.merge:merge",
     "score": "mrpo_scale.commands.score:score",
     "inspect": "mrpo_scale.commands.inspect_references:inspect",
     "eval": "mrpo_scale.eval.run:run",
@@ -45,7 +47,7 @@ COMMANDS = {
     "bench": "mrpo_scale.bench.command:bench",
 }
 #: Commands that join no ranks, so a launcher's leavings are not theirs.
-_ALONE = ("check", "report")
+_ALONE = ("check", "merge", "report")
 
 
 def train_main(argv: Sequence[str] | None = None) -> None:

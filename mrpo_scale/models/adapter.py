@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError, one_line
+from mrpo_scale.base.untrusted import parse_json, read_text
 from mrpo_scale.config.adapter_keys import AdapterKeys
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.models.source import ReferenceSource
@@ -26,6 +28,12 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
+def needs_peft() -> None:
+    """Raises ConfigError where peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("adapters (`use_peft`, `mrpo merge`) need the package peft; `pip install 'mrpo-scale[peft]'`.")
+
+
 def check_adapter(source: ReferenceSource, config: PretrainedConfig, args: AdapterKeys) -> None:
     """Put the adapter of ``args`` on the model without its weights. Costs a second; nothing is read.
 
@@ -33,8 +41,7 @@ def check_adapter(source: ReferenceSource, config: PretrainedConfig, args: Adapt
         ConfigError: peft is missing; no layer has such a name; or the adapter would lie on the output head, whose product with the
             hidden states is never formed as a layer's output (kernels/).
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ConfigError("`use_peft: true` needs the package peft; `pip install 'mrpo-scale[peft]'`.")
+    needs_peft()
     model = build_on_meta(source, config)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     wrapped = _wrap(model, args)
@@ -64,6 +71,35 @@ def add_adapter(policy: PreTrainedModel, args: MRPOConfig) -> PreTrainedModel:
     counts = count_parameters(wrapped)
     logger.info("LoRA: %s of the policy's %s weights train (%.2f%%)", f"{counts[1]:,}", f"{sum(counts):,}", 100 * counts[1] / sum(counts))
     return wrapped
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The model that an adapter's folder says it belongs to, and its revision.
+
+    Raises:
+        ConfigError: the folder holds no adapter, or one that names none.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        config = parse_json(read_text(file, 1 << 20))
+        return str(config["base_model_name_or_path"]), config.get("revision")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{folder} is no adapter's folder: {file.name}: {one_line(error)}.") from error
+
+
+def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A model with the weights of an adapter's folder added to its own, in float32 whatever their dtype, so that they round once.
+
+    Raises:
+        ConfigError: the adapter is not one of this model's, or cannot be added to its weights.
+    """
+    from peft import PeftModel
+
+    try:
+        adapted = PeftModel.from_pretrained(base.float(), str(folder), autocast_adapter_dtype=True)
+        return adapted.merge_and_unload(progressbar=False, safe_merge=True)
+    except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"{folder}: its adapter does not go into that model: {one_line(error)[:300]}.") from error
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

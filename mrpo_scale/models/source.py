@@ -78,6 +78,7 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
         raise ConfigError(
             f"{name}: no config.json could be read from `{source.path}` ({one_line(error)}): {remedy}."
         ) from error
+    refuse_adapter(Path(source.path), name)
     if not raw or not isinstance(raw, dict):
         raise ConfigError(f"{name}: `{source.path}` holds no config.json; name a model folder or a hub id.")
     model_type = raw.get("model_type")
@@ -186,14 +187,19 @@ def snapshot(source: ReferenceSource, *, local_files_only: bool) -> Path:
         ) from error
 
 
+def refuse_adapter(folder: Path, name: str) -> None:
+    """Raises ConfigError for a folder with a PEFT adapter, also beside whole weights: `from_pretrained` then loads another model, the
+    one that the adapter's config names."""
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{name}: {folder} holds a PEFT adapter (adapter_config.json), not a whole model alone; make one of it with "
+            f"`mrpo merge {folder} --output FOLDER`."
+        )
+
+
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files of a model folder, all there."""
-    if (folder / "adapter_config.json").is_file():
-        # Also beside whole weights: `from_pretrained` then loads another model, the one that the adapter's config names.
-        raise ConfigError(
-            f"{name}: {folder} holds a PEFT adapter (adapter_config.json), not a whole model alone; merge it "
-            "(`merge_and_unload`) and save the result."
-        )
+    refuse_adapter(folder, name)
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if (folder / _INDEX).is_file():

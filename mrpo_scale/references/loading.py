@@ -115,7 +115,8 @@ def _report(
         tokens = window * args.world_size / sharing * length
         forwards[k] = max(1, math.ceil(tokens / args.ref_tokens_per_forward))
     if args.process_index == 0:
-        logger.info("references:\n%s", placement_table(names, placement, shares, forwards))
+        said = {"not_loaded": "the policy, its adapter off"} if args.anchor_is_policy else {}
+        logger.info("references:\n%s", placement_table(names, placement, shares, forwards, **said))
 
 
 def _shares(references: Mapping[int, Reference]) -> dict[int, Share]:

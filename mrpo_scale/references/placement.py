@@ -128,18 +128,24 @@ class Share:
 
 
 def placement_table(
-    names: Sequence[str], placement: Placement, shares: Mapping[int, Share], forwards: Mapping[int, int]
+    names: Sequence[str],
+    placement: Placement,
+    shares: Mapping[int, Share],
+    forwards: Mapping[int, int],
+    *,
+    not_loaded: str = "not loaded: all scores are cached",
 ) -> str:
-    """What lies where, one line per reference; those that are not loaded have all their scores in the cache.
+    """What lies where, one line per reference.
 
     Args:
+        not_loaded: what is said of those that are in no group.
         shares: of the loaded references, on a rank that holds most of it.
         forwards: of each per optimizer step, as expected from the data; each gathers the reference once.
     """
     rows = [("reference", "model type", "on ranks", "GiB per rank", "gathers/step", "MiB received/step", "attention")]
     for k, name in enumerate(names):
         if k not in placement.groups:
-            rows.append((name, "-", "not loaded: all scores are cached", "0", "0", "0", "-"))
+            rows.append((name, "-", not_loaded, "0", "0", "0", "-"))
             continue
         share, gathers = shares[k], forwards[k] if shares[k].group_size > 1 else 0
         rows.append(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, Literal
 
-from mrpo_scale.config.fields import AtLeast, Decides, key
+from mrpo_scale.config.fields import AtLeast, Decides, OneOf, key
+
+_STORAGE = ("uint8", "bfloat16", "float16", "float32")
 
 
 @dataclass
@@ -28,6 +30,14 @@ class AdapterKeys:
     lora_modules_to_save: Decides[list[str] | None] = key(None, "Modules that are trained whole beside the adapter.")
     use_rslora: Decides[bool] = key(False, "Scale by lora_alpha / sqrt(lora_r) instead (rank-stabilised).")
     use_dora: Decides[bool] = key(False, "Train magnitude and direction apart (DoRA).")
+
+    # Frozen weights beside the adapter, quantized as they load (QLoRA)
+    load_in_4bit: Decides[bool] = key(False, "Keep the policy's frozen weights in 4 bits (needs `bitsandbytes`).")
+    bnb_4bit_quant_type: Decides[Literal["nf4", "fp4"]] = key("nf4", "Data type of the 4 bits.")
+    use_bnb_nested_quant: Decides[bool] = key(False, "Quantize the scales of the 4 bits too.")
+    bnb_4bit_quant_storage: Annotated[Decides[str | None], OneOf((None, *_STORAGE))] = key(
+        None, "dtype that 4 bits are stored in: uint8 (default), bfloat16, float16 or float32."
+    )
 
     def adapter_mistakes(self) -> Iterator[str]:
         """Values that do not go together, each with its remedy."""

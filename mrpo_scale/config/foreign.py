@@ -9,7 +9,7 @@ from typing import Any
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.ds_config import resource
 from mrpo_scale.config.mixtures import with_subset
-from mrpo_scale.config.trl_keys import QUANTIZATION_KEYS, asks_for_nothing, take_trl_keys
+from mrpo_scale.config.trl_keys import asks_for_nothing, take_trl_keys
 
 Keys = dict[str, Any]
 
@@ -18,7 +18,6 @@ _LORA = "all weights train here; without an adapter the learning rate is usually
 LOST = {
     **dict.fromkeys(
         (
-            *QUANTIZATION_KEYS,
             "adapter",
             "lora_rank",
             "lora_target",

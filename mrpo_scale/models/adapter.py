@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.base.untrusted import parse_json, read_text
@@ -34,7 +34,20 @@ def needs_peft() -> None:
         raise ConfigError("adapters (`use_peft`, `mrpo merge`) need the package peft; `pip install 'mrpo-scale[peft]'`.")
 
 
-def check_adapter(source: ReferenceSource, config: PretrainedConfig, args: AdapterKeys) -> None:
+def _check_quantization(args: MRPOConfig) -> None:
+    if not args.load_in_4bit:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("`load_in_4bit: true` needs the package bitsandbytes; `pip install 'mrpo-scale[peft]'`.")
+    if not args.anchor and not args.anchor_is_policy:
+        asks = "`ref_weights: validation`" if args.weights_from_validation else "`ref_cache_dir` or `ref_scoring: precompute`"
+        raise ConfigError(
+            f"`load_in_4bit: true` with {asks}: those scores are made of unquantized weights, which the policy does not start from; score "
+            "live, or name the unquantized model as `anchor`."
+        )
+
+
+def check_adapter(source: ReferenceSource, config: PretrainedConfig, args: MRPOConfig) -> None:
     """Put the adapter of ``args`` on the model without its weights. Costs a second; nothing is read.
 
     Raises:
@@ -42,6 +55,7 @@ def check_adapter(source: ReferenceSource, config: PretrainedConfig, args: Adapt
             hidden states is never formed as a layer's output (kernels/).
     """
     needs_peft()
+    _check_quantization(args)
     model = build_on_meta(source, config)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     wrapped = _wrap(model, args)
@@ -58,6 +72,20 @@ def check_adapter(source: ReferenceSource, config: PretrainedConfig, args: Adapt
         )
 
 
+def quantization_of(args: MRPOConfig) -> BitsAndBytesConfig | None:
+    """How the policy's frozen weights are quantized as they load; None: not at all. The output head never is."""
+    if not args.load_in_4bit:
+        return None
+    computed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else args.policy_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=args.bnb_4bit_quant_storage,
+        bnb_4bit_compute_dtype=computed,
+    )
+
+
 def add_adapter(policy: PreTrainedModel, args: MRPOConfig) -> PreTrainedModel:
     """The policy with a fresh adapter, which changes nothing yet, its own weights frozen. The same on every rank and in every
     resumption: drawn from ``seed``.
@@ -68,6 +96,11 @@ def add_adapter(policy: PreTrainedModel, args: MRPOConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(args.seed)
         wrapped = _wrap(policy, args)
+    for module in policy.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes packs weights at the first forward in eval mode for products that have no backward:
+        # no gradient would reach what lies before such a layer, without a word.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     counts = count_parameters(wrapped)
     logger.info("LoRA: %s of the policy's %s weights train (%.2f%%)", f"{counts[1]:,}", f"{sum(counts):,}", 100 * counts[1] / sum(counts))
     return wrapped
@@ -103,7 +136,11 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many weights of a model are frozen, and how many train; under ZeRO-3 whole, not this rank's share."""
+    """How many weights of a model are frozen, and how many train; under ZeRO-3 whole, not this rank's share, and not packed bytes
+    where they are quantized."""
+    if has_adapter(model):
+        trained, total = cast(Any, model).get_nb_trainable_parameters()
+        return total - trained, trained
     counts = [0, 0]
     for parameter in model.parameters():
         counts[parameter.requires_grad] += int(getattr(parameter, "ds_numel", parameter.numel()))

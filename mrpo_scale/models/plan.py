@@ -145,8 +145,11 @@ def plan_models(
     return RunPlan(policy, tokenizer, texts, references, num_embeddings(policy_config))
 
 
-def load_policy(source: ReferenceSource) -> PreTrainedModel:
+def load_policy(source: ReferenceSource, quantization: Any = None) -> PreTrainedModel:
     """The policy's weights, partitioned on the way in when a ZeRO-3 config is alive.
+
+    Args:
+        quantization: transformers' config of frozen weights that are quantized as they load; see models/adapter.py.
 
     Raises:
         ConfigError: the files do not hold the whole model that config.json speaks of.
@@ -160,6 +163,7 @@ def load_policy(source: ReferenceSource) -> PreTrainedModel:
         trust_remote_code=source.trust_remote_code,
         attn_implementation=source.attn_implementation,
         use_safetensors=True,
+        **({} if quantization is None else {"quantization_config": quantization}),
     )
     _forget_unused_renamings(model)
     return model

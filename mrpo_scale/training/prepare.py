@@ -28,7 +28,7 @@ from mrpo_scale.data.window import WeightedPairs, WindowSampler
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date
 from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring
-from mrpo_scale.models.adapter import add_adapter
+from mrpo_scale.models.adapter import add_adapter, quantization_of
 from mrpo_scale.models.plan import RunPlan, disable_dropout, load_policy, plan_models
 from mrpo_scale.models.saving import check_small_files
 from mrpo_scale.objective import Objective
@@ -109,7 +109,7 @@ def prepare_run(
     _set_allocation(args)
     scores = open_scores(plan, args, pair_sets)
     objective = with_validation_weights(args, scores, pair_sets)
-    policy = _policy(model, plan)
+    policy = _policy(model, plan, args)
     use_cache = getattr(policy.config, "use_cache", None)
     check_optimizer(trainer_arguments, policy)
     enable_pair_scoring(policy, "policy", args.head_impl)
@@ -165,9 +165,9 @@ def _set_allocation(args: MRPOConfig) -> None:
         map_blocks_from(4 << 20)  # docs/performance.md: what each threshold costs in memory and time
 
 
-def _policy(model: str | PreTrainedModel, plan: RunPlan) -> PreTrainedModel:
+def _policy(model: str | PreTrainedModel, plan: RunPlan, args: MRPOConfig) -> PreTrainedModel:
     set_activity("loading the policy")
-    return load_policy(plan.policy) if isinstance(model, str) else model
+    return load_policy(plan.policy, quantization_of(args)) if isinstance(model, str) else model
 
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:

@@ -58,7 +58,7 @@ READING_ORDER = [
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
-        ". fields data_keys model_spec ds_config launcher hardware checks keys digest elsewhere mixtures trl_keys recipe foreign "
+        ". fields data_keys model_spec ds_config launcher hardware checks adapter_keys keys digest elsewhere mixtures trl_keys recipe foreign "
         "foreign_yaml foreign_commands foreign_keys",
     ),
     ("mrpo_scale.data", "pairs messages turns chat_template model_text ranking mixing toy_skills toy_world"),
@@ -73,8 +73,8 @@ READING_ORDER = [
         "mrpo_scale.logps",
         ". logit_transform span_attention pair_batch micro_batches pair_forward self_check flops",
     ),
-    ("mrpo_scale.models", ". source stored left_out saving tensor_check plan"),
-    ("mrpo_scale.references", ". placement mapped sharding live loading"),
+    ("mrpo_scale.models", ". source stored left_out saving tensor_check adapter plan"),
+    ("mrpo_scale.references", ". placement mapped sharding live adapter_off loading"),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
     ("mrpo_scale.references", "stores precompute scores validation_weights"),
     (
@@ -86,7 +86,7 @@ READING_ORDER = [
         "mrpo_scale.training",
         ". metrics preflight arguments prepare callbacks step held_out saver before_first_step facts run_report trainer",
     ),
-    ("mrpo_scale.commands", ". train score inspect_references convert"),
+    ("mrpo_scale.commands", ". train score inspect_references convert merge"),
     (
         "mrpo_scale.planner",
         ". cluster activations model_size data zero workload job live estimate search show command",

@@ -48,8 +48,8 @@ def tokenizer(template: str | None, vocabulary: int) -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_models(root: Path) -> dict[str, str]:
-    """{name: folder}. Weights are far from their initialisation, so that models disagree."""
+def write_models(root: Path, **larger: int) -> dict[str, str]:
+    """{name: folder}. Weights are far from their initialisation, so that models disagree. ``larger``: sizes of their configs."""
     folders = {}
     for seed, (name, (model_type, options, template, vocabulary)) in enumerate(MODELS.items()):
         tok = tokenizer(template, vocabulary)
@@ -66,7 +66,7 @@ def write_models(root: Path) -> dict[str, str]:
             "eos_token_id": tok.eos_token_id,
         }
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **options}))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **options, **larger}))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:

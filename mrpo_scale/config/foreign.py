@@ -13,22 +13,11 @@ from mrpo_scale.config.trl_keys import asks_for_nothing, take_trl_keys
 
 Keys = dict[str, Any]
 
-_LORA = "all weights train here; without an adapter the learning rate is usually 10 to 100 times lower"
 #: Of every trainer: keys that cannot be carried, with the reason.
 LOST = {
     **dict.fromkeys(
-        (
-            "adapter",
-            "lora_rank",
-            "lora_target",
-            "lora_target_linear",
-            "target_modules",
-            "use_lora",
-            "use_qlora",
-        ),
-        _LORA,
+        ("load_in_8bit", "quantization_bit", "quant_bits"), "frozen weights beside an adapter are quantized to 4 bits or not at all"
     ),
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit"), "weights are trained in full precision"),
     **dict.fromkeys(("fsdp", "fsdp_config"), "the policy is sharded by DeepSpeed ZeRO-3: `deepspeed: zero3`"),
     "use_liger_kernel": "Liger replaces the forward that scores pairs; the fused head here does its work already",
 }
@@ -173,6 +162,53 @@ def take_deepspeed(rest: Keys, done: Conversion) -> None:
         done.values["deepspeed"] = name
     elif value:
         done.lose("deepspeed", value, f"name your copy of that file, or one of {', '.join(sorted(known))}")
+
+
+#: Keys of an adapter, and their names elsewhere.
+_ADAPTER = {
+    "lora_r": ("lora_rank",),
+    "lora_alpha": (),
+    "lora_dropout": (),
+    "lora_target_modules": ("lora_target", "target_modules"),
+    "lora_modules_to_save": ("modules_to_save", "additional_target"),
+    "use_rslora": ("peft_use_rslora",),
+    "use_dora": ("peft_use_dora",),
+}
+_ALL_LINEAR = ("all", "all-linear", "all_linear")
+
+
+def take_adapter(rest: Keys, done: Conversion, on: bool, *, alpha_per_rank: float | None = None) -> None:
+    """LoRA's keys, by whichever of their names.
+
+    Args:
+        on: whether the recipe trains an adapter.
+        alpha_per_rank: the trainer's own `lora_alpha` of a recipe that names the rank alone.
+    """
+    given: Keys = {}
+    for key, names in _ADAPTER.items():
+        for name in (key, *names):
+            value = rest.pop(name, None)
+            if value not in (None, "", False):
+                given[key] = value
+    if rest.pop("lora_target_linear", False):
+        given["lora_target_modules"] = "all-linear"
+    four_bits = [key for key in ("quantization_bit", "quant_bits") if str(rest.get(key)) == "4"]
+    if not on:
+        done.needless |= {key: "no adapter is trained" for key in given}
+        return
+    for key in four_bits:
+        rest.pop(key)
+        given["load_in_4bit"] = True
+    for key in ("lora_target_modules", "lora_modules_to_save"):
+        if isinstance(given.get(key), str):
+            words = [word.strip() for word in given[key].split(",")]
+            given[key] = ["all-linear" if word in _ALL_LINEAR else word for word in words]
+    if alpha_per_rank is not None and "lora_r" in given:
+        given.setdefault("lora_alpha", int(alpha_per_rank * given["lora_r"]))
+    for key in ("lora_r", "lora_alpha"):
+        if key not in given:
+            done.lose(key, "not given", "every trainer has a default of its own; write it")
+    done.values |= {"use_peft": True, **given}
 
 
 def take_number(rest: Keys, key: str, default: float = 0.0) -> float:

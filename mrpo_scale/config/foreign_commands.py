@@ -20,6 +20,7 @@ from mrpo_scale.config.foreign import (
     Trainer,
     choose,
     sets_with_parts,
+    take_adapter,
     take_deepspeed,
     take_number,
 )
@@ -43,6 +44,9 @@ def _open_instruct(rest: Keys, done: Conversion, gpus: int | None) -> None:
             )
     done.values["label_smoothing"] = take_number(rest, "dpo_label_smoothing")
     _open_instruct_sets(rest, done)
+    asked = [key for key in ("use_lora", "use_qlora") if rest.pop(key, False)]
+    take_adapter(rest, done, bool(asked))
+    done.values |= {"load_in_4bit": True} if "use_qlora" in asked else {}
     if rest.pop("use_flash_attn", None):
         done.values["attn_implementation"] = "flash_attention_2"
     steps = rest.pop("checkpointing_steps", None)
@@ -153,6 +157,7 @@ def _openrlhf(rest: Keys, done: Conversion, gpus: int | None) -> None:
             False,
             "conversations are read with the model's chat template, rows of strings as they are",
         )
+    take_adapter(rest, done, float(rest.get("lora_rank") or 0) > 0)
     if rest.pop("use_wandb", None):
         done.values |= {"report_to": "wandb"}
 
@@ -232,9 +237,10 @@ OPENRLHF = Trainer(
 
 def _ms_swift(rest: Keys, done: Conversion, gpus: int | None) -> None:
     choose("rlhf_type", rest.pop("rlhf_type", None), {"dpo": "dpo"}, "no recipe of preference pairs around a reference")
-    for key in ("train_type", "tuner_type"):
-        if (tuning := rest.pop(key, "full")) != "full":
-            done.lose(key, tuning, "all weights train here, for which the learning rate is usually lower")
+    tuning = next((rest.pop(key) for key in ("train_type", "tuner_type") if key in rest), "lora")  # its default
+    if tuning not in ("full", "lora"):
+        done.lose("tuner_type", tuning, "all weights train here, or a LoRA adapter")
+    take_adapter(rest, done, tuning == "lora")
     names = rest.pop("dataset", None) or []
     parts = {}
     for name in [names] if isinstance(names, str) else names:

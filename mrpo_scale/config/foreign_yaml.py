@@ -20,6 +20,7 @@ from mrpo_scale.config.foreign import (
     Keys,
     Trainer,
     choose,
+    take_adapter,
     take_deepspeed,
     take_number,
 )
@@ -68,6 +69,10 @@ def _axolotl(rest: Keys, done: Conversion, gpus: int | None) -> None:
         done.needless["evals_per_epoch"] = "nothing is held out"
     _times_per_epoch(rest, done, "evals_per_epoch", "eval")
     _times_per_epoch(rest, done, "saves_per_epoch", "save")
+    on = rest.get("adapter") in ("lora", "qlora")
+    take_adapter(rest, done, on)
+    if on:
+        rest.pop("adapter")
     if project := rest.pop("wandb_project", None):
         done.values |= {"report_to": "wandb", "project": project}
     take_deepspeed(rest, done)
@@ -126,7 +131,8 @@ AXOLOTL = Trainer(
         **dict.fromkeys(("wandb_entity", "wandb_watch", "wandb_log_model", "wandb_run_id"), WANDB),
     },
     lost={
-        **dict.fromkeys(("lora_model_dir", "peft_use_dora"), "all weights train here"),
+        "lora_model_dir": "make a whole model of it first: `mrpo merge`",
+        "adapter": "LoRA is the one adapter here",
         "test_datasets": "name their split `dataset_test_split`, or hold out with `held_out`",
         "early_stopping_patience": "from Python: `callbacks=[EarlyStoppingCallback(...)]`",
         "dataset_exact_deduplication": "duplicates are not removed; remove them from the data",
@@ -147,8 +153,9 @@ def _llama_factory(rest: Keys, done: Conversion, gpus: int | None) -> None:
             "pref_bco_weight", bco, "taken as `bco_pair`, which subtracts no running mean of rewards (docs/losses.md)"
         )
     tuning = rest.pop("finetuning_type", "lora")
-    if tuning != "full":
-        done.lose("finetuning_type", tuning, "all weights train here, for which the learning rate is usually lower")
+    if tuning not in ("full", "lora"):
+        done.lose("finetuning_type", tuning, "all weights train here, or a LoRA adapter")
+    take_adapter(rest, done, tuning == "lora", alpha_per_rank=2)  # as its hparams/finetuning_args.py fills it in
     names = rest.pop("dataset", None)
     if names:
         done.lose(
@@ -197,6 +204,6 @@ LLAMA_FACTORY = Trainer(
         ),
         "eval_dataset": "name a split of the data with `dataset_test_split`",
         "max_samples": "write it as `subset` of each set of `dataset_name`",
-        "adapter_name_or_path": "merge the adapter into the model first",
+        "adapter_name_or_path": "make a whole model of it first: `mrpo merge`",
     },
 )

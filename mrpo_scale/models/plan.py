@@ -116,13 +116,11 @@ def plan_models(
     if not isinstance(model, str):
         if tokenizer is None:
             raise ConfigError("`processing_class` is missing: pass the policy's tokenizer beside a loaded model.")
-        if args.checkpoints_activations:
-            check_checkpointing(type(model))
         write_weights(model, Path(spec.model), is_main=args.process_index == 0)
     policy = _source(spec, args, args.policy_dtype)
     policy_config = check_policy(policy)
-    if args.checkpoints_activations and isinstance(model, str):
-        check_checkpointing(_class_of(policy, policy_config))
+    if args.checkpoints_activations:
+        check_checkpointing(_class_of(policy, policy_config) if isinstance(model, str) else type(model))
     if args.use_peft:
         check_adapter(policy, policy_config, args)
     tokenizer = tokenizer or load_tokenizer(spec)

@@ -14,8 +14,8 @@ from mrpo_scale.training.preflight import check_evaluation, preflight
 #: Arguments of TRL's DPOTrainer that have no counterpart, and what to do instead. None, their default, asks for nothing.
 TRL_ARGUMENTS = {
     "ref_model": "name the references in `ref_models`, a list; the policy's own starting weights are one already",
-    "peft_config": "this project finetunes all weights, leave it out",
-    "quantization_config": "this project finetunes all weights, leave it out",
+    "peft_config": "set `use_peft`, `lora_r`, `lora_target_modules`, ... in `args`",
+    "quantization_config": "set `use_peft` and `load_in_4bit` in `args`",
     "tokenizer": "its name is `processing_class`",
 }
 _NO_LOGITS = "logits are never formed; `compute_metrics` gets the log-probs of policy and references"
@@ -58,7 +58,7 @@ def check_arguments(
     elif ref_models is not None and not isinstance(ref_models, Sequence):
         problems.append(f"`ref_models` is a {type(ref_models).__name__}; give a list of names")
     if hasattr(model, "peft_config"):
-        problems.append("`model` has a PEFT adapter: call its merge_and_unload() first, all weights are finetuned here")
+        problems.append("`model` has a PEFT adapter already: call its merge_and_unload() first, and set `use_peft` in `args` for a new one")
     refuse(problems)
     own_optimizer = any(kwargs.get("optimizers") or ()) or kwargs.get("optimizer_cls_and_kwargs") is not None
     preflight(args, ref_models or (), own_optimizer=own_optimizer)

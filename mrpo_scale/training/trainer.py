@@ -80,6 +80,7 @@ class MRPOTrainer(ResumableTrainer):
     """
 
     args: MRPOConfig
+    _begin_evaluation: Callable[[], None] | None = None  #: what is done before the first batch of one
 
     def __init__(
         self,
@@ -117,7 +118,6 @@ class MRPOTrainer(ResumableTrainer):
         self._loss_of_batch: LossOfBatch | None = None
         self._policy_checked = self._save_as_source = False
         self._best_results: dict[str, float] = {}
-        self._begin_evaluation: Callable[[], None] | None = None
         for callback in (self.clock, FlushScores(run.scores), BeforeFirstStep(self._saver)):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:

@@ -178,12 +178,12 @@ def test_a_list_where_one_word_would_do(recipe):
 
 
 def test_all_mistakes_in_one_line(recipe):
-    text = "betta: 1\nuse_peft: true\nreference_free: true\nbeta: high\nref_modles: [B]\nlora_r: 8\n"
+    text = "betta: 1\nload_in_8bit: true\nreference_free: true\nbeta: high\nref_modles: [B]\nuse_weighting: true\n"
     with pytest.raises(ConfigError) as error:
         parse(["--config", recipe(text), "--sed", "3", "--held_outt", "4"])
     said = str(error.value)
     assert "\n" not in said and "did you mean `beta`?" in said and "did you mean `ref_models`?" in said
-    for key in ("`betta`", "`use_peft: True`", "`reference_free: True`", "high", "`lora_r: 8`", "`sed`", "`held_outt`"):
+    for key in ("`betta`", "`load_in_8bit: True`", "`reference_free: True`", "high", "`use_weighting: True`", "`sed`", "`held_outt`"):
         assert key in said, key
 
 
@@ -355,7 +355,7 @@ def test_a_mean_by_name_or_exponent(recipe, typed, expected):
         ("aggregate: .nan", ["`aggregate: nan`", "harmonic", "exponent"]),
         ("clip: hard", ["`clip: hard`", "adaptive", "none"]),
         ("loss_type: [sigmoid, ip]", ["loss_type", "did you mean `ipo`"]),
-        ("use_peft: true", ["use_peft", "all weights"]),
+        ("load_in_8bit: true", ["load_in_8bit", "load_in_4bit"]),
         ("beta: 0.1\nbeta: 0.2", ["`beta`", "twice"]),
         ("beta: [", ["not valid YAML"]),
         ("- a\n- b", ["must be a mapping"]),
@@ -378,7 +378,7 @@ def test_mistakes_on_the_command_line():
     for key, remedy in (
         ("--warmup_ratio", "write `warmup_steps`"),
         ("--rpo_alpha", "in a recipe"),
-        ("--use_peft", "all weights"),
+        ("--load_in_8bit", "load_in_4bit"),
     ):
         with pytest.raises(ConfigError, match=remedy):
             parse(["--model_name_or_path", "A", key, "1"])

@@ -12,11 +12,14 @@ from mrpo_scale.data.inputs import read_rows
 from tests.recipes.alignment_handbook import RECIPES
 from tests.recipes.local import ROWS, command_line, made_local
 from tests.tiny import write_models
+from tests.tools import require_module
+
+for package in ("peft", "bitsandbytes"):
+    require_module(package, f"pip install {package}")
 
 #: What stops a recipe: the keys that its one line names, and nothing else.
 STOPPED = {
     "smollm3 apo": ["use_liger_kernel"],
-    "zephyr-7b-beta qlora": ["use_peft", "load_in_4bit", "lora_alpha", "lora_target_modules"],
 }
 TRAINED = ("constitutional-ai", "zephyr-7b-beta full", "smollm3 apo", "starchat2")
 

@@ -86,7 +86,14 @@ REFUSED = {
         ["`evaluation_strategy` and `eval_strategy`", "leave `eval_strategy`"],
     ),
     "Liger": ({"use_liger_kernel": True}, ["`use_liger_kernel: True`", "remove the key"]),
-    "an adapter": ({"use_peft": True, "lora_r": 8}, ["`use_peft: True`", "`lora_r: 8`"]),
+    "an adapter's rank without one": ({"lora_r": 8}, ["`lora_r: 8`", "`use_peft: true`"]),
+    "an adapter on the head": ({"use_peft": True, "lora_target_modules": ["lm_head"]}, ["`lora_target_modules: ['lm_head']`", "head"]),
+    "an adapter on nothing": ({"use_peft": True, "lora_target_modules": ["attn"]}, ["`lora_target_modules: ['attn']`", "name layers"]),
+    "4 bits of all weights": ({"load_in_4bit": True}, ["`load_in_4bit: True`", "`use_peft: true`"]),
+    "4 bits and scores of whole weights": (
+        {"use_peft": True, "lora_target_modules": ["all-linear"], "load_in_4bit": True, "ref_scoring": "precompute"},
+        ["`load_in_4bit: true`", "unquantized"],
+    ),
     "an evaluation on nothing": (
         {"evaluation_strategy": "steps", "eval_steps": 1},
         ["`eval_strategy: steps`", "`held_out`"],

@@ -203,3 +203,22 @@ def test_an_adapter_of_another_base(folders, whole, tmp_path):
         merge([str(whole[0]), "--base", folders["gpt_neox"], "--output", str(tmp_path / "x")])
     config = json.loads((Path(whole[0]) / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == folders["llama"]
+
+
+def test_frozen_weights_in_four_bits(tmp_path):
+    """The base stays as it was, and gradients reach every adapter, through layers that bitsandbytes has other kernels for in eval
+    mode; the anchor is those same quantized weights."""
+    require_module("bitsandbytes", "pip install bitsandbytes")
+    folders = write_models(tmp_path / "models", hidden_size=64, intermediate_size=128)
+    run = trainer(folders, tmp_path / "run", refs=("qwen2",), load_in_4bit=True)
+    layers = [m for m in run.policy.modules() if type(m).__name__ == "Linear4bit" and "lora" not in type(m).__module__]
+    assert len(layers) == 14 and all(m.weight.dtype == torch.uint8 for m in layers)
+    before = [m.weight.clone() for m in layers]
+    run.train()
+    assert all(torch.equal(m.weight, old) for m, old in zip(layers, before, strict=True))
+    moved = [p for name, p in run.policy.named_parameters() if "lora_B" in name]
+    assert len(moved) == 14 and all(p.abs().max() > 0 for p in moved)
+    first = run.state.log_history[0]
+    assert first["anchor/rewards/margins"] == 0
+    with pytest.raises(ConfigError, match="`load_in_4bit: true` with .*unquantized"):
+        trainer(folders, tmp_path / "cached", load_in_4bit=True, ref_scoring="precompute")

@@ -86,7 +86,7 @@ def refusals(folders, tmp_path):
         ),
         "ref_model": ({"ref_model": model}, ["`ref_model`", "`ref_models`"]),
         "a loaded reference": ({"ref_models": [model]}, ["`ref_models` holds a Qwen2ForCausalLM", "save_pretrained"]),
-        "peft_config": ({"peft_config": object()}, ["`peft_config`", "finetunes all weights"]),
+        "peft_config": ({"peft_config": object()}, ["`peft_config`", "`use_peft`"]),
     }
 
 

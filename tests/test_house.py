@@ -58,8 +58,8 @@ READING_ORDER = [
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
-        ". fields data_keys model_spec ds_config launcher hardware checks adapter_keys keys digest elsewhere mixtures trl_keys recipe foreign "
-        "foreign_yaml foreign_commands foreign_keys",
+        ". fields data_keys model_spec ds_config launcher hardware checks adapter_keys keys digest elsewhere mixtures trl_keys "
+        "recipe foreign foreign_yaml foreign_commands foreign_keys",
     ),
     ("mrpo_scale.data", "pairs messages turns chat_template model_text ranking mixing toy_skills toy_world"),
     ("mrpo_scale.data.layouts", "base"),

@@ -63,6 +63,8 @@ def bench(argv: Sequence[str]) -> None:
     flags, rest = _flags().parse_known_args(list(argv))
     _check(flags)
     script, config = parse([*rest, *(f"--{key}={value}" for key, value in _STEPS_ALONE.items())])
+    if config.use_peft:
+        raise ConfigError("`use_peft: true`: mrpo bench measures the training of all weights; remove the key.")
     arms = plan_arms(flags.references, flags.scoring, flags.placement or [config.ref_placement])
     ref_models: list[Any] = _ref_models(script, arms[-1].references, flags.repeat_references)
     sizes = None if flags.random_weights is None else parse_sizes(flags.random_weights)

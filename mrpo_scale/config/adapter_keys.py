@@ -16,7 +16,8 @@ class AdapterKeys:
     """What of the policy trains: all weights, or a LoRA adapter beside frozen ones."""
 
     use_peft: Decides[bool] = key(
-        False, "Train a LoRA adapter instead of all weights (needs `peft`); the anchor is the policy with it switched off."
+        False,
+        "Train a LoRA adapter instead of all weights (needs `peft`); the anchor is the policy with it switched off.",
     )
     lora_r: Annotated[Decides[int], AtLeast(1)] = key(16, "Rank of the adapter.")
     lora_alpha: Annotated[Decides[int], AtLeast(1)] = key(32, "The adapter's output is scaled by lora_alpha / lora_r.")
@@ -43,7 +44,8 @@ class AdapterKeys:
         """Values that do not go together, each with its remedy."""
         if not self.use_peft:
             for field in fields(AdapterKeys):
-                if getattr(self, field.name) != field.default:
-                    yield f"`{field.name}: {getattr(self, field.name)}` has no effect without `use_peft: true`; set that, or remove it"
+                value = getattr(self, field.name)
+                if value != field.default:
+                    yield f"`{field.name}: {value}` has no effect without `use_peft: true`; set that, or remove it"
         if not 0 <= self.lora_dropout < 1:
             yield f"`lora_dropout: {self.lora_dropout}` must be from 0 to below 1"

@@ -16,7 +16,8 @@ Keys = dict[str, Any]
 #: Of every trainer: keys that cannot be carried, with the reason.
 LOST = {
     **dict.fromkeys(
-        ("load_in_8bit", "quantization_bit", "quant_bits"), "frozen weights beside an adapter are quantized to 4 bits or not at all"
+        ("load_in_8bit", "quantization_bit", "quant_bits"),
+        "frozen weights beside an adapter are quantized to 4 bits or not at all",
     ),
     **dict.fromkeys(("fsdp", "fsdp_config"), "the policy is sharded by DeepSpeed ZeRO-3: `deepspeed: zero3`"),
     "use_liger_kernel": "Liger replaces the forward that scores pairs; the fused head here does its work already",
@@ -194,7 +195,7 @@ def take_adapter(rest: Keys, done: Conversion, on: bool, *, alpha_per_rank: floa
         given["lora_target_modules"] = "all-linear"
     four_bits = [key for key in ("quantization_bit", "quant_bits") if str(rest.get(key)) == "4"]
     if not on:
-        done.needless |= {key: "no adapter is trained" for key in given}
+        done.needless |= dict.fromkeys(given, "no adapter is trained")
         return
     for key in four_bits:
         rest.pop(key)

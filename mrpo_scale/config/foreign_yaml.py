@@ -155,7 +155,7 @@ def _llama_factory(rest: Keys, done: Conversion, gpus: int | None) -> None:
     tuning = rest.pop("finetuning_type", "lora")
     if tuning not in ("full", "lora"):
         done.lose("finetuning_type", tuning, "all weights train here, or a LoRA adapter")
-    take_adapter(rest, done, tuning == "lora", alpha_per_rank=2)  # as its hparams/finetuning_args.py fills it in
+    take_adapter(rest, done, tuning == "lora", alpha_per_rank=2)  # as it fills in what is not given
     names = rest.pop("dataset", None)
     if names:
         done.lose(

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "load_in_8bit": (
         (False,),
-        "bitsandbytes' 8-bit products are others in training than in evaluation (a response's log-prob by 1.4%); use `load_in_4bit`",
+        "bitsandbytes' 8-bit products differ between training and evaluation (a response's log-prob by 1.4%); use `load_in_4bit`",
     ),
     "precompute_ref_batch_size": ((None,), "use `ref_tokens_per_forward`"),
     "truncation_mode": (("keep_start",), "long responses are cut at their end, as TRL's keep_start does"),

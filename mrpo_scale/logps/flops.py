@@ -175,11 +175,12 @@ def forward_flops(costs: UnitCosts, work: Work) -> ForwardFlops:
 
 
 def training_flops(
-    costs: UnitCosts, work: Work, *, gradient_checkpointing: bool, gradients_in_forward: bool
+    costs: UnitCosts, work: Work, *, gradient_checkpointing: bool, gradients_in_forward: bool, frozen: bool = False
 ) -> TrainingFlops:
     """Of the policy's forward and backward.
 
     Args:
+        frozen: its weights get no gradient of their own, as under an adapter, whose own products are left out (a percent).
         gradients_in_forward: ``head_backward``: 6TDV, or 8TDV where the backward computes the logits again.
     """
     forward = forward_flops(costs, work)
@@ -189,10 +190,10 @@ def training_flops(
     rerun = costs.recomputed_per_position * work.positions + forward.attention
     return TrainingFlops(
         forward=layers,
-        backward=2 * layers,
+        backward=2 * layers - frozen * forward.body,
         recompute=scores_again + rerun * gradient_checkpointing,
-        head=forward.head * (3 if gradients_in_forward else 4),
-        useful=3 * forward.total,
+        head=forward.head * ((3 if gradients_in_forward else 4) - frozen),
+        useful=3 * forward.total - frozen * (forward.body + forward.head),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,9 @@ def has_adapter(model: nn.Module) -> bool:
 def needs_peft() -> None:
     """Raises ConfigError where peft is not installed."""
     if importlib.util.find_spec("peft") is None:
-        raise ConfigError("adapters (`use_peft`, `mrpo merge`) need the package peft; `pip install 'mrpo-scale[peft]'`.")
+        raise ConfigError(
+            "adapters (`use_peft`, `mrpo merge`) need the package peft; `pip install 'mrpo-scale[peft]'`."
+        )
 
 
 def _check_quantization(args: MRPOConfig) -> None:
@@ -40,10 +43,14 @@ def _check_quantization(args: MRPOConfig) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("`load_in_4bit: true` needs the package bitsandbytes; `pip install 'mrpo-scale[peft]'`.")
     if not args.anchor and not args.anchor_is_policy:
-        asks = "`ref_weights: validation`" if args.weights_from_validation else "`ref_cache_dir` or `ref_scoring: precompute`"
+        asks = (
+            "`ref_weights: validation`"
+            if args.weights_from_validation
+            else "`ref_cache_dir` or `ref_scoring: precompute`"
+        )
         raise ConfigError(
-            f"`load_in_4bit: true` with {asks}: those scores are made of unquantized weights, which the policy does not start from; score "
-            "live, or name the unquantized model as `anchor`."
+            f"`load_in_4bit: true` with {asks}: those scores are made of unquantized weights, from which the "
+            "policy does not start; score live, or name the unquantized model as `anchor`."
         )
 
 
@@ -58,15 +65,15 @@ def check_adapter(source: ReferenceSource, config: PretrainedConfig, args: MRPOC
     _check_quantization(args)
     model = build_on_meta(source, config)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    wrapped = _wrap(model, args)
+    adapted = wrapped(model, args)
     named = _asked(args)
     # peft replaces what it adapts, so these are the same modules only where it left them alone.
-    if wrapped.get_output_embeddings() is not head:
+    if adapted.get_output_embeddings() is not head:
         raise ConfigError(
             f"{named} puts an adapter on the output head, which scores pairs in a kernel of its own; leave the head out "
             "(all-linear does)."
         )
-    if config.get_text_config().tie_word_embeddings and wrapped.get_input_embeddings() is not embedding:
+    if config.get_text_config().tie_word_embeddings and adapted.get_input_embeddings() is not embedding:
         raise ConfigError(
             f"{named} puts an adapter on the input embeddings, which are the output head of this model too; leave them out."
         )
@@ -95,15 +102,21 @@ def add_adapter(policy: PreTrainedModel, args: MRPOConfig) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(args.seed)
-        wrapped = _wrap(policy, args)
-    for module in policy.modules():
+        adapted = wrapped(policy, args)
+    modules: Iterable[Any] = policy.modules()
+    for module in modules:
         # On CPUs with AVX512-BF16 bitsandbytes packs weights at the first forward in eval mode for products that have no backward:
         # no gradient would reach what lies before such a layer, without a word.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    counts = count_parameters(wrapped)
-    logger.info("LoRA: %s of the policy's %s weights train (%.2f%%)", f"{counts[1]:,}", f"{sum(counts):,}", 100 * counts[1] / sum(counts))
-    return wrapped
+    counts = count_parameters(adapted)
+    logger.info(
+        "LoRA: %s of the policy's %s weights train (%.2f%%)",
+        f"{counts[1]:,}",
+        f"{sum(counts):,}",
+        100 * counts[1] / sum(counts),
+    )
+    return adapted
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
@@ -147,7 +160,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def _wrap(model: PreTrainedModel, args: AdapterKeys) -> Any:
+def wrapped(model: PreTrainedModel, args: AdapterKeys) -> Any:
+    """The peft model of these keys, around ``model``, which may be on the meta device. Raises ConfigError as check_adapter."""
     from peft import LoraConfig, get_peft_model
 
     targets: Any = args.lora_target_modules
@@ -166,7 +180,9 @@ def _wrap(model: PreTrainedModel, args: AdapterKeys) -> Any:
         # Adapters in the dtype of the weights: float32 copies are the optimizer's or the engine's business here as for all weights.
         return get_peft_model(model, config, autocast_adapter_dtype=False)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigError(f"{_asked(args)}: {one_line(error).rstrip('.')}; name layers of this model, or all-linear.") from error
+        raise ConfigError(
+            f"{_asked(args)}: {one_line(error).rstrip('.')}; name layers of this model, or all-linear."
+        ) from error
 
 
 def _asked(args: AdapterKeys) -> str:

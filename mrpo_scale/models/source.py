@@ -188,8 +188,8 @@ def snapshot(source: ReferenceSource, *, local_files_only: bool) -> Path:
 
 
 def refuse_adapter(folder: Path, name: str) -> None:
-    """Raises ConfigError for a folder with a PEFT adapter, also beside whole weights: `from_pretrained` then loads another model, the
-    one that the adapter's config names."""
+    """Raises ConfigError for a folder with a PEFT adapter, also beside whole weights: `from_pretrained` then loads another model,
+    the one that the adapter's config names."""
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(
             f"{name}: {folder} holds a PEFT adapter (adapter_config.json), not a whole model alone; make one of it with "

@@ -315,11 +315,16 @@ class _Check:
                 plan.policy,
                 itemsize=2 if half else plan.policy.dtype.itemsize,
                 compiled=bool(config.torch_compile),
+                adapter=config if config.use_peft else None,
                 **options,
             ),
             references=tuple(
-                PlannedModel(model_size(r.source, itemsize=r.source.dtype.itemsize, **options), r.tokenization)
-                for r in references
+                PlannedModel(
+                    model_size(r.source, itemsize=r.source.dtype.itemsize, **options),
+                    r.tokenization,
+                    is_policy=k == 0 and config.anchor_is_policy,
+                )
+                for k, r in enumerate(references)
             ),
             workload=Workload(read.pairs.lengths, config.seed),
             window=config.per_device_train_batch_size * self._accumulation() * self.cluster.gpus,

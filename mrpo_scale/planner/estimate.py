@@ -108,6 +108,7 @@ def _training(job: Job, setting: Setting, work: Work) -> TrainingFlops:
         work,
         gradient_checkpointing=setting.checkpointing,
         gradients_in_forward=job.gradients_in_forward,
+        frozen=job.policy.trained is not None,
     )
 
 
@@ -174,7 +175,7 @@ def _policy_phases(job: Job, setting: Setting, cluster: Cluster, share: Share) -
 
 
 def _optimizer_phase(size: ModelSize, zero: Zero, cluster: Cluster, step: Traffic) -> Phase:
-    shard, assumed = size.zero_shard(zero.ranks(cluster)), cluster.assumed
+    shard, assumed = size.trained_shard(zero.ranks(cluster)), cluster.assumed
     # Read master, two moments, gradient; write master, two moments, weight.
     moved = shard * (4 * 7 + size.itemsize)
     links = cluster.seconds(step)

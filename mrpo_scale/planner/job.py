@@ -16,10 +16,12 @@ MOVED_FORWARD, MOVED_BACKWARD = 3, 6
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A reference on its way into an estimate. ``tokenization``: which of the tokenizations it reads."""
+    """A reference on its way into an estimate. ``tokenization``: which of the tokenizations it reads. ``is_policy``: it is the
+    policy with its adapter off, which no rank holds twice."""
 
     size: ModelSize
     tokenization: int
+    is_policy: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,12 @@ class ScoredLive:
     @property
     def held(self) -> int:
         return int(
-            self.on_one_rank({k: m.size.itemsize * m.size.fsdp_shard(self.group[k]) for k, m in self.models.items()})
+            self.on_one_rank(
+                {
+                    k: 0 if m.is_policy else m.size.itemsize * m.size.fsdp_shard(self.group[k])
+                    for k, m in self.models.items()
+                }
+            )
         )
 
     def moment(self) -> dict[str, int]:
@@ -116,6 +121,9 @@ class ScoredLive:
         for k in which:
             size = self.models[k].size
             calls = size.activations.num_layers + 2  # layers, embedding and head
-            gather = self.cluster.gather(size.itemsize * size.parameters, self.group[k], calls)
+            group = self.group[k]
+            if self.models[k].is_policy:
+                group = self.cluster.gpus if self.setting.zero.stage == 3 else 1
+            gather = self.cluster.gather(size.itemsize * size.parameters, group, calls)
             total += gather * len(self.shares[k].forwards)
         return total

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.logps.flops import UnitCosts, decoder_layers, unit_costs
 from mrpo_scale.logps.pair_batch import supports_shared_prompt
 from mrpo_scale.logps.pair_forward import choose_end_to_end
+from mrpo_scale.models.adapter import wrapped
 from mrpo_scale.models.source import ReferenceSource, check_config
 from mrpo_scale.models.stored import build_on_meta
 from mrpo_scale.planner.activations import Activations, activations_of
@@ -38,6 +40,7 @@ class ModelSize:
     end_to_end: bool
     costs: UnitCosts
     activations: Activations
+    trained: tuple[Shape, ...] | None = None  #: of the parameters that train, an adapter's; None: all do
 
     @property
     def parameters(self) -> int:
@@ -51,6 +54,14 @@ class ModelSize:
         """Elements on each rank: ZeRO flattens each parameter and pads it to a multiple of the ranks."""
         return sum(-(-math.prod(shape) // ranks) for shape in self.shapes)
 
+    @property
+    def trained_parameters(self) -> int:
+        return sum(map(math.prod, self.shapes if self.trained is None else self.trained))
+
+    def trained_shard(self, ranks: int) -> int:
+        """:meth:`zero_shard` of the parameters that train."""
+        return sum(-(-math.prod(shape) // ranks) for shape in (self.shapes if self.trained is None else self.trained))
+
     def persistent(self, threshold: int) -> int:
         """Elements of the parameters that ZeRO-3 keeps whole on every rank."""
         return sum(n for n in map(math.prod, self.shapes) if n <= threshold)
@@ -63,12 +74,14 @@ def model_size(
     shared_prompt: str = "auto",
     device_type: str = "cuda",
     compiled: bool = False,
+    adapter: MRPOConfig | None = None,
 ) -> ModelSize:
     """Of a causal LM. Reads config.json; opens no weights.
 
     Args:
         itemsize: bytes of one weight where it runs.
         shared_prompt: the recipe's key.
+        adapter: of the policy, where `use_peft` puts one on it.
         device_type, compiled: where it runs, and whether through ``torch.compile``; they decide which attention it has.
 
     Raises:
@@ -82,7 +95,7 @@ def model_size(
     layers = decoder_layers(model)
     costs = unit_costs(model)  # first: it complains of what a config lacks
     embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
-    return ModelSize(
+    size = ModelSize(
         name=source.name,
         model_type=model.config.model_type,
         shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
@@ -98,6 +111,11 @@ def model_size(
         costs=costs,
         activations=activations_of(model),
     )
+    if adapter is None:
+        return size
+    parameters = list(wrapped(model, adapter).parameters())
+    shapes = [tuple(tuple(p.shape) for p in some) for some in (parameters, [p for p in parameters if p.requires_grad])]
+    return replace(size, shapes=shapes[0], trained=shapes[1])
 
 
 def assumed_fields(source: ReferenceSource) -> list[str]:

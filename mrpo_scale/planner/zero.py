@@ -103,7 +103,7 @@ def policy_states(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyStates
     DeepSpeed, mixed precision keeps float32 weights and gradients.
     """
     ranks, b, n = zero.ranks(cluster), size.itemsize, size.parameters
-    shard = size.zero_shard(ranks)
+    shard, trained = size.zero_shard(ranks), size.trained_shard(ranks)
     parts: dict[str, int] = {}
     if zero.stage == 3:
         whole = size.persistent(zero.number("stage3_param_persistence_threshold", size.hidden))
@@ -111,24 +111,24 @@ def policy_states(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyStates
         extra = b * whole
         if zero.secondary > 1:
             extra += b * size.zero_shard(zero.secondary)
-        gradients = b * shard
-        bucket = b * zero.number("reduce_bucket_size", size.hidden)
+        gradients = b * trained
+        bucket = b * min(zero.number("reduce_bucket_size", size.hidden), size.trained_parameters)
         live = min(n - whole, zero.number("stage3_max_live_parameters", size.hidden))
         gathered = b * max(live, min(size.embedding, n), size.layer)
     else:
         b_weights = b if zero.stage else 4
         parts["parameters"], extra, gathered = b_weights * n, (2 * n if zero.stage == 0 and b == 2 else 0), 0
-        gradients = b * shard if zero.stage else 4 * n
+        gradients = b * trained if zero.stage else 4 * size.trained_parameters
         bucket = 2 * b * zero.number("reduce_bucket_size", size.hidden) if zero.stage else 0
-    master = 4 * shard if zero.stage else 0
-    optimizer = {"optimizer": master + 8 * shard}
-    step = min(shard, zero.number("sub_group_size", size.hidden)) * 4 if b < 4 and zero.stage else 0
+    master = 4 * trained if zero.stage else 0
+    optimizer = {"optimizer": master + 8 * trained}
+    step = min(trained, zero.number("sub_group_size", size.hidden)) * 4 if b < 4 and zero.stage else 0
     device: dict[str, int] = {}
     host: dict[str, int] = {}
     (host if zero.offload_parameters else device).update(parts)
     device["parameters"] = device.get("parameters", 0) + extra
     if zero.offload_optimizer:
-        host |= optimizer | {"gradients": gradients + 4 * shard}
+        host |= optimizer | {"gradients": gradients + 4 * trained}
         device["gradients"], step = bucket, 0
     else:
         device |= optimizer
@@ -144,13 +144,14 @@ def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> tuple[Traff
     gathers the updated weights once; plain data parallelism does both in one all-reduce.
     """
     ranks, total, h = cluster.gpus, size.itemsize * size.parameters, size.hidden
-    buckets = size.parameters / zero.number("reduce_bucket_size", h)
+    trained = size.itemsize * size.trained_parameters
+    buckets = size.trained_parameters / zero.number("reduce_bucket_size", h)
     if zero.stage == 3:
         calls = size.parameters / zero.number("stage3_prefetch_bucket_size", h)
         forward = cluster.gather(total, ranks, calls)
         again = cluster.gather(total, min(zero.secondary, ranks), calls) if zero.secondary > 1 else forward
-        return forward, again + cluster.gather(total, ranks, buckets), Traffic()
+        return forward, again + cluster.gather(trained, ranks, buckets), Traffic()
     if zero.stage == 2:
-        calls = size.parameters / zero.number("allgather_bucket_size", h)
-        return Traffic(), cluster.gather(total, ranks, buckets), cluster.gather(total, ranks, calls)
-    return Traffic(), cluster.gather(4 * size.parameters, ranks, buckets) * 2, Traffic()
+        calls = size.trained_parameters / zero.number("allgather_bucket_size", h)
+        return Traffic(), cluster.gather(trained, ranks, buckets), cluster.gather(trained, ranks, calls)
+    return Traffic(), cluster.gather(4 * size.trained_parameters, ranks, buckets) * 2, Traffic()

@@ -58,7 +58,9 @@ def check_arguments(
     elif ref_models is not None and not isinstance(ref_models, Sequence):
         problems.append(f"`ref_models` is a {type(ref_models).__name__}; give a list of names")
     if hasattr(model, "peft_config"):
-        problems.append("`model` has a PEFT adapter already: call its merge_and_unload() first, and set `use_peft` in `args` for a new one")
+        problems.append(
+            "`model` has a PEFT adapter already: call its merge_and_unload() first, and set `use_peft` in `args` for a new one"
+        )
     refuse(problems)
     own_optimizer = any(kwargs.get("optimizers") or ()) or kwargs.get("optimizer_cls_and_kwargs") is not None
     preflight(args, ref_models or (), own_optimizer=own_optimizer)

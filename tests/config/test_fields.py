@@ -25,8 +25,10 @@ from mrpo_scale.config.keys import MRPOConfig, ScriptArguments, keys_of_role
 DECIDING = """objective beta epsilon_max clip ref_weights weights_split aggregate loss_type loss_weights label_smoothing
     discopop_tau reference_margin disable_dropout neftune_noise_alpha seed data_seed train_sampling_strategy dataloader_drop_last
     num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args
-    use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora
-    load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 tf32"""
+    use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save
+    use_rslora use_dora
+    load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage
+    weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 tf32"""
 
 
 def test_every_key_of_ours_has_one_role():

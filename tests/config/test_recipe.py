@@ -183,7 +183,15 @@ def test_all_mistakes_in_one_line(recipe):
         parse(["--config", recipe(text), "--sed", "3", "--held_outt", "4"])
     said = str(error.value)
     assert "\n" not in said and "did you mean `beta`?" in said and "did you mean `ref_models`?" in said
-    for key in ("`betta`", "`load_in_8bit: True`", "`reference_free: True`", "high", "`use_weighting: True`", "`sed`", "`held_outt`"):
+    for key in (
+        "`betta`",
+        "`load_in_8bit: True`",
+        "`reference_free: True`",
+        "high",
+        "`use_weighting: True`",
+        "`sed`",
+        "`held_outt`",
+    ):
         assert key in said, key
 
 

@@ -18,7 +18,13 @@ AT = 4
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     keys = {"use_peft": True, "lora_target_modules": ["query_key_value", "dense"], "gradient_checkpointing": True}
-    keys |= {"disable_dropout": True, "save_total_limit": None, "max_steps": 8, "logging_steps": 1, "learning_rate": 1e-2}
+    keys |= {
+        "disable_dropout": True,
+        "save_total_limit": None,
+        "max_steps": 8,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+    }
     return write_recipe(tmp_path_factory.mktemp("recipe"), **keys)
 
 

@@ -21,7 +21,7 @@ from mrpo_scale.logps.flops import (
     work_of_lengths,
 )
 from mrpo_scale.logps.pair_batch import collate_pairs
-from mrpo_scale.logps.pair_forward import choose_end_to_end, enable_pair_scoring, score_pairs
+from mrpo_scale.logps.pair_forward import choose_end_to_end, enable_pair_scoring, preference_step, score_pairs
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 from mrpo_scale.models.plan import disable_dropout
 
@@ -110,6 +110,25 @@ def test_gradient_checkpointing_runs_the_layers_once_more(model_type):
         unit_costs(model), work_of_batch(batch), gradient_checkpointing=True, gradients_in_forward=False
     )
     assert counted(step) == expected.total
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_frozen_weights_get_no_gradient(early):
+    """As beside an adapter; here the first norm trains, so that a gradient goes through every layer."""
+    model = build("llama", "eager")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    batch = collate_pairs(PAIRS, shared_prompt=True)
+
+    def step():
+        if early:
+            preference_step(model, batch, lambda logps_P2, pairs: logps_P2.sum(-1)).loss.backward()
+        else:
+            score_pairs(model, batch).sum().backward()
+
+    options = {"gradient_checkpointing": False, "gradients_in_forward": early, "frozen": True}
+    assert counted(step) == training_flops(unit_costs(model), work_of_batch(batch), **options).total
 
 
 def test_sizes_are_read_where_weights_are_not():

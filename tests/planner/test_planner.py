@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.predict_scale import size_of
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.models.source import ReferenceSource
 from mrpo_scale.planner.cluster import Traffic, make_cluster
 from mrpo_scale.planner.estimate import estimate
@@ -19,6 +20,7 @@ from mrpo_scale.planner.model_size import assumed_fields, model_size
 from mrpo_scale.planner.search import search, settings, shard_sizes, smallest_that_fits
 from mrpo_scale.planner.workload import Workload
 from mrpo_scale.planner.zero import policy_states, policy_traffic, read_zero
+from tests.tools import require_module
 
 LLAMA = {
     "model_type": "llama",
@@ -52,6 +54,22 @@ def job_of(policy, references=1, window=64):
     return Job(
         policy, tuple(PlannedModel(policy, 0) for _ in range(references)), Workload(lengths), window, 65536, False
     )
+
+
+def test_an_adapter_has_states_and_frozen_weights_have_none(tmp_path):
+    require_module("peft", "pip install peft")
+    keys = MRPOConfig(
+        str(tmp_path), use_cpu=True, use_peft=True, lora_r=4, lora_target_modules=["q_proj"], report_to="none"
+    )
+    size = model_size(source(tmp_path / "small", LLAMA), itemsize=2, adapter=keys)
+    adapter = 3 * 4 * (64 + 64)
+    plain = model_size(source(tmp_path / "small", LLAMA), itemsize=2)
+    assert size.trained_parameters == adapter and size.parameters == plain.parameters + adapter
+    cluster = make_cluster("h100-80gb", 2, 2, None)
+    states = policy_states(size, read_zero("zero3"), cluster)
+    assert states.device["optimizer"] == 12 * adapter // 2
+    assert states.device["parameters"] > policy_states(plain, read_zero("zero3"), cluster).device["parameters"]
+    assert states.device["gradients"] <= 2 * adapter // 2 + 2 * adapter
 
 
 def test_sizes_are_those_of_the_model(small):

@@ -87,8 +87,14 @@ REFUSED = {
     ),
     "Liger": ({"use_liger_kernel": True}, ["`use_liger_kernel: True`", "remove the key"]),
     "an adapter's rank without one": ({"lora_r": 8}, ["`lora_r: 8`", "`use_peft: true`"]),
-    "an adapter on the head": ({"use_peft": True, "lora_target_modules": ["lm_head"]}, ["`lora_target_modules: ['lm_head']`", "head"]),
-    "an adapter on nothing": ({"use_peft": True, "lora_target_modules": ["attn"]}, ["`lora_target_modules: ['attn']`", "name layers"]),
+    "an adapter on the head": (
+        {"use_peft": True, "lora_target_modules": ["lm_head"]},
+        ["`lora_target_modules: ['lm_head']`", "head"],
+    ),
+    "an adapter on nothing": (
+        {"use_peft": True, "lora_target_modules": ["attn"]},
+        ["`lora_target_modules: ['attn']`", "name layers"],
+    ),
     "4 bits of all weights": ({"load_in_4bit": True}, ["`load_in_4bit: True`", "`use_peft: true`"]),
     "4 bits and scores of whole weights": (
         {"use_peft": True, "lora_target_modules": ["all-linear"], "load_in_4bit": True, "ref_scoring": "precompute"},

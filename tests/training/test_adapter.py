@@ -116,7 +116,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(folders, whole, tmp_path):
 
 @pytest.mark.parametrize(
     "keys",
-    [{"gradient_checkpointing": False}, {"head_backward": "recompute"}, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}],
+    [
+        {"gradient_checkpointing": False},
+        {"head_backward": "recompute"},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ],
     ids=["kept activations", "recomputed head", "reentrant"],
 )
 def test_any_way_of_the_backward(folders, whole, tmp_path, keys):
@@ -127,9 +131,17 @@ def test_any_way_of_the_backward(folders, whole, tmp_path, keys):
 
 def test_gradients_are_the_chain_rule_on_full_finetuning(folders, tmp_path):
     """W + s B A: dL/dB = s dL/dW A^T and, where B is not zero, dL/dA = s B^T dL/dW."""
-    adapted = trainer(folders, tmp_path / "a", lora_r=4, lora_alpha=8, learning_rate=0.0, max_steps=1, max_grad_norm=0.0)
+    adapted = trainer(
+        folders, tmp_path / "a", lora_r=4, lora_alpha=8, learning_rate=0.0, max_steps=1, max_grad_norm=0.0
+    )
     full = trainer(
-        folders, tmp_path / "f", use_peft=False, lora_target_modules=None, learning_rate=0.0, max_steps=1, max_grad_norm=0.0
+        folders,
+        tmp_path / "f",
+        use_peft=False,
+        lora_target_modules=None,
+        learning_rate=0.0,
+        max_steps=1,
+        max_grad_norm=0.0,
     )
     layer = "model.layers.0.self_attn.q_proj"
     lora = adapted.policy.get_base_model().get_submodule(layer)
@@ -187,7 +199,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "why"), REFUSED, ids=[next(iter(keys)) + str(i) for i, (keys, _) in enumerate(REFUSED)])
+@pytest.mark.parametrize(
+    ("keys", "why"), REFUSED, ids=[next(iter(keys)) + str(i) for i, (keys, _) in enumerate(REFUSED)]
+)
 def test_what_cannot_be_adapted(folders, tmp_path, keys, why):
     with pytest.raises(ConfigError, match=why):
         trainer(folders, tmp_path, **{"lora_target_modules": None, **keys} if not keys.get("use_peft", True) else keys)
@@ -220,5 +234,5 @@ def test_frozen_weights_in_four_bits(tmp_path):
     assert len(moved) == 14 and all(p.abs().max() > 0 for p in moved)
     first = run.state.log_history[0]
     assert first["anchor/rewards/margins"] == 0
-    with pytest.raises(ConfigError, match="`load_in_4bit: true` with .*unquantized"):
+    with pytest.raises(ConfigError, match=r"`load_in_4bit: true` with .*unquantized"):
         trainer(folders, tmp_path / "cached", load_in_4bit=True, ref_scoring="precompute")

@@ -1,5 +1,5 @@
-"""Every outer loss of a step through a real policy: both ways through the head, one and three references, any micro-batches, held to
-plain transformers' logits and the formulas of tests/loss_formulas.py."""
+"""Every outer loss of a step through a real policy: both ways through the head, one and three references, any micro-batches,
+held to plain transformers' logits and the formulas of tests/loss_formulas.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every outer loss against formulas written apart from the code, in numpy's float64, and against TRL's own lines."""
+"""Every outer loss against formulas written apart from the code, in float64 (through a model: training/test_losses.py)."""
 
 from __future__ import annotations
 
@@ -10,46 +10,7 @@ import torch
 from mrpo_kernels.outer_losses import LEVELLED, LOSSES
 
 from mrpo_scale.objective import Objective, combine, loss_against, preference_loss
-
-BETA, E, TAU = 0.7, 0.1, 0.05
-
-
-def objective(name, **keys):
-    return Objective(
-        beta=BETA,
-        loss_type=name,
-        label_smoothing=E if name in ("robust", "exo_pair") else 0.0,
-        discopop_tau=TAU,
-        **keys,
-    )
-
-
-def by_hand(name, policy, reference, anchor, lengths):
-    def sig(x):
-        return 1 / (1 + np.exp(-x))
-
-    s = policy - reference
-    d = BETA * (s[:, 0] - s[:, 1])
-    mean = s / lengths
-    shifted = policy - (reference - reference.mean(-1, keepdims=True) + anchor.mean(-1, keepdims=True))
-    w, l = BETA * shifted[:, 0], BETA * shifted[:, 1]  # noqa: E741
-    p = sig(d)
-    return {
-        "sigmoid": -np.log(p),
-        "hinge": np.maximum(0, 1 - d),
-        "ipo": (mean[:, 0] - mean[:, 1] - 1 / (2 * BETA)) ** 2,
-        "ipo_whole": (s[:, 0] - s[:, 1] - 1 / (2 * BETA)) ** 2,
-        "sigmoid_norm": -np.log(sig(BETA * (mean[:, 0] - mean[:, 1]))),
-        "robust": (-(1 - E) * np.log(p) + E * np.log(1 - p)) / (1 - 2 * E),
-        "exo_pair": p * np.log(p / (1 - E)) + (1 - p) * np.log((1 - p) / E),
-        "discopop": -np.log(p) * (1 - sig(d / TAU)) + np.exp(-d) * sig(d / TAU),
-        "sft": -policy[:, 0] / lengths[:, 0],
-        "nca_pair": -np.log(sig(w)) - 0.5 * np.log(sig(-w)) - 0.5 * np.log(sig(-l)),
-        "bco_pair": -np.log(sig(w)) - np.log(sig(-l)),
-        "sppo_hard": (w / BETA - 0.5 / BETA) ** 2 + (l / BETA + 0.5 / BETA) ** 2,
-        "apo_zero": 1 - sig(w) + sig(l),
-        "apo_down": sig(w) + 1 - sig(d),
-    }[name]
+from tests.loss_formulas import BETA, loss_by_formula, objective
 
 
 def some_pairs(pairs=6, references=3):
@@ -63,8 +24,8 @@ def some_pairs(pairs=6, references=3):
 def test_a_loss_is_its_formula(name):
     policy, refs, lengths = some_pairs()
     got = preference_loss(policy, refs, objective(name), lengths_P2=lengths)
-    expected = by_hand(name, *(x.numpy() for x in (policy, got.virtual_logps_P2, refs[0], lengths)))
-    np.testing.assert_allclose(got.losses_P.numpy(), expected, rtol=1e-12, atol=1e-12)
+    expected = loss_by_formula(name, policy, got.virtual_logps_P2, refs[0], lengths)
+    torch.testing.assert_close(got.losses_P, expected, rtol=1e-12, atol=1e-12)
     policy.requires_grad_()
     references = combine(refs, objective(name))
     assert torch.autograd.gradcheck(lambda x: loss_against(x, references, objective(name), lengths).losses_P, policy)

@@ -47,3 +47,11 @@ def require_module(name: str, remedy: str) -> ModuleType:
         if os.environ.get("MRPO_REQUIRE_TOOLS"):
             raise
         pytest.skip(f"{name} is not installed: {remedy}", allow_module_level=True)
+
+
+def module_of_extra(name: str, extra: str) -> ModuleType:
+    """Import a module of an extra that `dev`, and so CI, does not install: without it the file skips, in CI too."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        pytest.skip(f"{name} is not installed: pip install 'mrpo-scale[{extra}]'", allow_module_level=True)

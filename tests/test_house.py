@@ -54,7 +54,7 @@ READING_ORDER = [
         "linear_preference_loss .",
     ),
     ("mrpo_scale", "."),
-    ("mrpo_scale.base", ". errors atomic_files untrusted gpus device heartbeat ranks tables"),
+    ("mrpo_scale.base", ". errors endpoint atomic_files untrusted gpus device heartbeat ranks tables"),
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",

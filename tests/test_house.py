@@ -76,7 +76,7 @@ READING_ORDER = [
     ("mrpo_scale.models", ". source stored left_out saving tensor_check plan"),
     ("mrpo_scale.references", ". placement mapped sharding live loading"),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
-    ("mrpo_scale.references", "stores precompute scores validation_weights"),
+    ("mrpo_scale.references", "stores prompt_logps served precompute scores validation_weights"),
     (
         "mrpo_scale.lifecycle",
         ". output_folder checkpoints template_date fingerprint preemption universal resume",

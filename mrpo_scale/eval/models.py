@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from mrpo_scale.base.errors import refuse
 from mrpo_scale.base.ranks import broadcast_from_rank0, world_group
 from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
@@ -68,6 +69,13 @@ def plan_models(args: EvalConfig, device: torch.device) -> tuple[list[EvalModel]
         args.template_date = broadcast_from_rank0(first_recorded([Path(args.output_dir)]), world_group())
     specs = parse_ref_models(list(args.model), "model")
     reference = parse_ref_models([args.reference], "reference") if args.reference else []
+    refuse(
+        [
+            f"`{spec.model}` at {spec.url}: a served model is not evaluated; name its folder"
+            for spec in [*specs, *reference]
+            if spec.url
+        ]
+    )
     texts: list[ModelText] = []
     models = [
         _plan(spec, name, args, device, texts)

@@ -27,8 +27,19 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
+class Server:
+    """Who scores with a model that is not loaded here; see :class:`~mrpo_scale.config.model_spec.ModelSpec`."""
+
+    url: str
+    kind: str
+    api_key_env: str | None
+    concurrency: int
+
+
+@dataclass(frozen=True)
 class ReferenceSource:
-    """Where a reference comes from. ``path`` is a local folder, or a hub id with an optional ``revision``."""
+    """Where a reference comes from. ``path`` is a local folder, or a hub id with an optional ``revision``; of a model that a
+    ``server`` scores with, what that calls it, and ``revision`` the user's word for its weights."""
 
     name: str
     path: str
@@ -36,6 +47,7 @@ class ReferenceSource:
     dtype: torch.dtype = torch.float32
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    server: Server | None = None
 
 
 def check_source(source: ReferenceSource) -> PretrainedConfig:

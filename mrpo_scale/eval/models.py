@@ -69,13 +69,8 @@ def plan_models(args: EvalConfig, device: torch.device) -> tuple[list[EvalModel]
         args.template_date = broadcast_from_rank0(first_recorded([Path(args.output_dir)]), world_group())
     specs = parse_ref_models(list(args.model), "model")
     reference = parse_ref_models([args.reference], "reference") if args.reference else []
-    refuse(
-        [
-            f"`{spec.model}` at {spec.url}: a served model is not evaluated; name its folder"
-            for spec in [*specs, *reference]
-            if spec.url
-        ]
-    )
+    served = [spec for spec in [*specs, *reference] if spec.url]
+    refuse([f"`{spec.model}` at {spec.url}: a served model is not evaluated; name its folder" for spec in served])
     texts: list[ModelText] = []
     models = [
         _plan(spec, name, args, device, texts)

@@ -32,7 +32,7 @@ from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.models.saving import unvalidated_generation_config
-from mrpo_scale.models.source import ReferenceSource, Server, check_config, check_source, snapshot
+from mrpo_scale.models.source import ReferenceSource, Server, check_config, check_source, resolve_source, snapshot
 from mrpo_scale.models.tensor_check import check_model, check_tensors
 
 logger = logging.getLogger(__name__)
@@ -121,11 +121,11 @@ def plan_models(
         if args.checkpoints_activations:
             check_checkpointing(type(model))
         write_weights(model, Path(spec.model), is_main=args.process_index == 0)
-    policy = _source(spec, args, args.policy_dtype)
+    policy = resolve_source(_source(spec, args, args.policy_dtype))
     policy_config = check_policy(policy)
     if args.checkpoints_activations and isinstance(model, str):
         check_checkpointing(_class_of(policy, policy_config))
-    tokenizer = tokenizer or load_tokenizer(spec)
+    tokenizer = tokenizer or load_tokenizer(replace(spec, model=policy.files))
     texts = [_text(spec, args, tokenizer, policy_config)]
 
     ref_specs = parse_ref_models(list(ref_models))
@@ -136,8 +136,10 @@ def plan_models(
     for k, (ref_spec, name) in enumerate(zip([anchor_spec, *ref_specs], _names(ref_specs), strict=True)):
         source = _source(ref_spec, args, args.reference_dtype(ref_spec.dtype), name)
         if k == 0 and not args.anchor:
+            source = replace(source, commit=policy.commit, folder=policy.folder)
             references.append(PlannedReference(source, 0, pad_token_id(tokenizer, rows), rows))
         else:
+            source = resolve_source(source)
             references.append(_planned(ref_spec, source, args, texts, None if source.server else check(source)))
     args.build_objective().check_references(len(references))
     return RunPlan(policy, tokenizer, texts, references, rows)
@@ -151,7 +153,9 @@ def _planned(
     Args:
         config: None for a model that is served elsewhere, of which only the tokenizer is here.
     """
-    tokenizer = load_tokenizer(spec, source.name)
+    # Of a served model the tokenizer alone may come from the hub.
+    tokenizer_of = resolve_source(ReferenceSource(source.name, spec.tokenizer_from)) if source.server else source
+    tokenizer = load_tokenizer(replace(spec, model=tokenizer_of.files, tokenizer=None), source.name)
     rows = None if config is None else num_embeddings(config)
     tokenization = shared_tokenization(texts, _text(spec, args, tokenizer, config, source.name))
     return PlannedReference(source, tokenization, pad_token_id(tokenizer, rows), rows)
@@ -166,8 +170,7 @@ def load_policy(source: ReferenceSource) -> PreTrainedModel:
     folder = Path(source.path) if Path(source.path).is_dir() else snapshot(source, local_files_only=is_offline_mode())
     check_tensors(source, folder, check_config(source))
     model = AutoModelForCausalLM.from_pretrained(
-        source.path,
-        revision=source.revision,
+        folder,
         dtype=source.dtype,
         trust_remote_code=source.trust_remote_code,
         attn_implementation=source.attn_implementation,
@@ -198,7 +201,7 @@ def _class_of(source: ReferenceSource, config: PretrainedConfig) -> type[PreTrai
     """The class that ``AutoModelForCausalLM`` makes of a config that check_config has let through."""
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if own_code and source.trust_remote_code:
-        return get_class_from_dynamic_module(own_code, source.path, revision=source.revision)
+        return get_class_from_dynamic_module(own_code, source.files, revision=source.revision)
     return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
@@ -297,14 +300,12 @@ def _names(specs: Sequence[ModelSpec]) -> list[str]:
 def load_tokenizer(spec: ModelSpec, name: str = "policy") -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(
-            spec.tokenizer_from,
+            spec.model,
             revision=None if spec.url else spec.revision,
             trust_remote_code=spec.trust_remote_code,
         )
     except Exception as error:
-        raise ConfigError(
-            f"{name}: no tokenizer could be read from `{spec.tokenizer_from}`: {one_line(error)}"
-        ) from error
+        raise ConfigError(f"{name}: no tokenizer could be read from `{spec.model}`: {one_line(error)}") from error
 
 
 def _text(

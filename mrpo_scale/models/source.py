@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -20,10 +27,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mrpo_scale.base.errors import ConfigError, one_line
-from mrpo_scale.base.ranks import fail_together
+from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, is_first_of_node, world_group
 from mrpo_scale.base.untrusted import read_json
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SECOND_COPIES = ["consolidated*", "*/*"]  #: of the weights, for other programs
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  #: configs, tokenizers, chat templates
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,42 @@ class ReferenceSource:
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     server: Server | None = None
+    commit: str | None = (
+        None  #: of a hub id, what ``revision`` stood for when the run began; see :func:`resolve_source`
+    )
+    folder: Path | None = None  #: the snapshot of that commit on this machine, without the weights perhaps
+
+    @property
+    def files(self) -> str:
+        """What transformers reads the small files from."""
+        return str(self.folder or self.path)
+
+
+def resolve_source(source: ReferenceSource) -> ReferenceSource:
+    """Of a hub id: its commit, asked for once for all ranks, and the folder with its small files, downloaded once on each node.
+    From then on no rank asks the hub for anything but weights. Collective over the world.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be read or downloaded.
+    """
+    if source.server is not None or Path(source.path).is_dir():
+        return source
+    commit = None
+    with fail_together(world_group()):
+        if get_rank() == 0:
+            commit = _small_files(source, local_files_only=is_offline_mode()).name
+    pinned = replace(source, commit=broadcast_from_rank0(commit, world_group()))
+    with fail_together(world_group()):
+        if is_first_of_node() and get_rank() != 0:
+            _small_files(pinned, local_files_only=is_offline_mode())
+    with fail_together(world_group()):
+        return replace(pinned, folder=_small_files(pinned, local_files_only=True))
+
+
+def _small_files(source: ReferenceSource, *, local_files_only: bool) -> Path:
+    code = ["*.py"] if source.trust_remote_code else []
+    ignored = [] if source.trust_remote_code else _SECOND_COPIES
+    return _download(source, [*_SMALL_FILES, *code], ignored, local_files_only=local_files_only)
 
 
 def check_source(source: ReferenceSource) -> PretrainedConfig:
@@ -83,7 +128,7 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     """
     name = source.name
     try:
-        raw, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
+        raw, _ = PretrainedConfig.get_config_dict(source.files, revision=source.revision)
     except (OSError, ValueError, RecursionError) as error:
         here = Path(source.path).is_dir()
         remedy = "get the model again" if here else _NOT_HERE
@@ -114,7 +159,7 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+            source.files, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (StrictDataclassError, OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
@@ -172,30 +217,53 @@ def local_folder(source: ReferenceSource, group: dist.ProcessGroup | None) -> Pa
     """The folder of the weights. A hub id is downloaded by one rank of each node, while the group waits. Collective."""
     if Path(source.path).is_dir():
         return Path(source.path)
-    downloads = group is None or group.rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
     with fail_together(group):
-        if downloads:
-            snapshot(source, local_files_only=False)
+        if group is None or group.rank() == 0 or is_first_of_node():
+            snapshot(source, local_files_only=is_offline_mode())
     with fail_together(group):
         return snapshot(source, local_files_only=True)
 
 
 def snapshot(source: ReferenceSource, *, local_files_only: bool) -> Path:
+    """The folder of a hub id's weights and configs on this machine. Raises ConfigError, see :func:`resolve_source`."""
+    return _download(source, ["*.safetensors", "*.json"], _SECOND_COPIES, local_files_only=local_files_only)
+
+
+def _download(source: ReferenceSource, allowed: list[str], ignored: list[str], *, local_files_only: bool) -> Path:
     try:
         return Path(
             snapshot_download(
                 source.path,
-                revision=source.revision,
-                allow_patterns=["*.safetensors", "*.json"],
-                ignore_patterns=["consolidated*", "*/*"],  # second copies of the weights for other programs
+                revision=source.commit or source.revision,
+                allow_patterns=allowed,
+                ignore_patterns=ignored,
                 local_files_only=local_files_only,
             )
         )
-    except LocalEntryNotFoundError as error:
-        raise ConfigError(
-            f"{source.name}: `{source.path}` is neither a folder nor in the hub cache, and it cannot be downloaded now; download "
-            "it where there is a network, or give its folder."
-        ) from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(f"{source.name}: `{source.path}` {_why_not(source, error)}.") from error
+
+
+def _why_not(source: ReferenceSource, error: Exception) -> str:
+    """Why a hub id cannot be had, and what to do."""
+    keys = "`model_name_or_path` or `ref_models`"
+    if isinstance(error, GatedRepoError):
+        return "is gated on the hub: accept its terms there, and log in here (`hf auth login`, or HF_TOKEN)"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"is neither a folder here nor a model on the hub that this machine may see; correct {keys}, or log in "
+            "(`hf auth login`, or HF_TOKEN) if it is private"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no revision `{source.revision}` on the hub; correct it"
+    if isinstance(error, HFValidationError):
+        return f"is neither a folder here nor the name of a model on the hub; correct {keys}"
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            f"is neither a folder nor whole in the hub cache, and it cannot be downloaded now; correct {keys}, or download it "
+            "where there is a network"
+        )
+    return f"could not be downloaded ({one_line(error)}); start again: what has arrived is not downloaded twice"
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

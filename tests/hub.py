@@ -27,7 +27,7 @@ class Hub:
 
     Attributes:
         requests: (method, path, status), in order.
-        cut: {file name: bytes after which its next GET breaks off}; once.
+        cut: {file name: after how many bytes each of its next GETs breaks off}.
         gated: repositories that only a request with :data:`TOKEN` sees.
         ranges: Range headers of GETs that had one.
         tokens: Authorization headers seen.
@@ -35,7 +35,7 @@ class Hub:
 
     root: Path
     requests: list[tuple[str, str, int]] = field(default_factory=list)
-    cut: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, list[int]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     ranges: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
@@ -171,7 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.ranges.append(self.headers["Range"])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             status, data = 206, data[start:]
-        cut = self.hub.cut.pop(file.name, None) if self.command == "GET" else None
+        breaks = self.hub.cut.get(file.name) if self.command == "GET" else None
+        cut = breaks.pop(0) if breaks else None
         return self._send(status, data, headers, cut)
 
     def _create(self, *_: str) -> None:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -240,7 +240,7 @@ def _download(source: ReferenceSource, allowed: list[str], ignored: list[str], *
                 local_files_only=local_files_only,
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise ConfigError(f"{source.name}: `{source.path}` {_why_not(source, error)}.") from error
 
 
@@ -263,7 +263,7 @@ def _why_not(source: ReferenceSource, error: Exception) -> str:
             f"is neither a folder nor whole in the hub cache, and it cannot be downloaded now; correct {keys}, or download it "
             "where there is a network"
         )
-    return f"could not be downloaded ({one_line(error)}); start again: what has arrived is not downloaded twice"
+    return f"could not be downloaded ({one_line(error)}); start again: files that have arrived whole are not downloaded twice"
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

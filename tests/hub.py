@@ -29,6 +29,7 @@ class Hub:
         requests: (method, path, status), in order.
         cut: {file name: after how many bytes each of its next GETs breaks off}.
         gated: repositories that only a request with :data:`TOKEN` sees.
+        busy: status of every answer, where it is set.
         ranges: Range headers of GETs that had one.
         tokens: Authorization headers seen.
     """
@@ -37,6 +38,7 @@ class Hub:
     requests: list[tuple[str, str, int]] = field(default_factory=list)
     cut: dict[str, list[int]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
+    busy: int | None = None
     ranges: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
     url: str = ""
@@ -80,6 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "POST":
             self.body = self._read()
         self.hub.tokens.add(self.headers["Authorization"])
+        if self.hub.busy is not None:
+            return self._json({"error": "come back later"}, self.hub.busy)
         for pattern, answer in (
             (r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(.*))?", self._api),
             (r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", self._file),

@@ -259,9 +259,10 @@ def _why_not(source: ReferenceSource, error: Exception) -> str:
     if isinstance(error, HFValidationError):
         return f"is neither a folder here nor the name of a model on the hub; correct {keys}"
     if isinstance(error, LocalEntryNotFoundError):
+        said = f" ({one_line(error.__cause__)})" if isinstance(error.__cause__, HTTPError) else ""
         return (
-            f"is neither a folder nor whole in the hub cache, and it cannot be downloaded now; correct {keys}, or download it "
-            "where there is a network"
+            f"is neither a folder nor whole in the hub cache, and it cannot be downloaded now{said}; correct {keys}, or "
+            "download it where there is a network"
         )
     return f"could not be downloaded ({one_line(error)}); start again: files that have arrived whole are not downloaded twice"
 

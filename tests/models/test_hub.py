@@ -128,6 +128,14 @@ def test_without_a_network_and_without_a_copy(hub, here, monkeypatch, capsys):
     assert not hub.requests
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_is_busy_is_named_with_what_it_says(hub, here, monkeypatch, capsys, status):
+    (here / "local.jsonl").write_text(lines(8))
+    hub.busy = status
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client tries again
+    refused(capsys, words(here, dataset_name=str(here / "local.jsonl")), "cannot be downloaded now", str(status))
+
+
 def test_a_token_opens_what_is_gated_and_is_in_no_log_and_no_file(hub, here, models, monkeypatch, capsys, caplog):
     hub.gated |= {"org/qwen2", "org/llama"}
     patched(monkeypatch, hub.url, here / "home", token=TOKEN)

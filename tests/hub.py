@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(self, kind: str, name: str, rest: str | None) -> None:
         what, _, rest = (rest or "").partition("/")
         if what == "preupload":
-            asked = json.loads(self.body)["files"]
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]
+            asked = json.loads(self.body)
+            lines = (asked.get("gitIgnore") or "").splitlines()
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": _ignored(f["path"], lines)}
+                for f in asked["files"]
+            ]
             return self._json({"files": files})
         if what == "commit":
             return self._commit(kind, name)
@@ -218,6 +223,18 @@ def commit(name: str, revision: str) -> str:
     return hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
 
 
+def _ignored(path: str, lines: list[str]) -> bool:
+    """What a .gitignore of plain patterns says: of names in any folder, or with a slash in front, in the first."""
+    parts = path.split("/")
+    return any(
+        fnmatch(parts[0], line.strip("/"))
+        if line.startswith("/")
+        else any(fnmatch(part, line.rstrip("/")) for part in parts)
+        for line in lines
+        if line.strip() and not line.startswith("#")
+    )
+
+
 def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -242,6 +259,7 @@ def use(url: str, home: str, offline: bool = False, token: str | None = None) ->
 def _settings(url: str, home: str, offline: bool) -> list[tuple[Any, str, Any]]:
     import datasets
     from huggingface_hub import constants, hf_api
+    from transformers.utils import hub as transformers_hub
 
     cache = str(Path(home) / "hub")
     rows = Path(home) / "datasets"
@@ -254,6 +272,7 @@ def _settings(url: str, home: str, offline: bool) -> list[tuple[Any, str, Any]]:
         (constants, "HF_HUB_DISABLE_XET", True),
         (constants, "AGENT_HARNESSES_PATH", str(Path(home) / ".agent_harnesses.json")),
         (hf_api.api, "endpoint", url),
+        (transformers_hub, "_hf_api", None),  # made once, for the hub of that moment
         (datasets.config, "HF_ENDPOINT", url),
         (datasets.config, "HF_HUB_OFFLINE", offline),
         (datasets.config, "HF_DATASETS_CACHE", rows),

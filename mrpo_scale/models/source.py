@@ -9,16 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -29,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, is_first_of_node, world_group
 from mrpo_scale.base.untrusted import read_json
+from mrpo_scale.models.hub import download
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SECOND_COPIES = ["consolidated*", "*/*"]  #: of the weights, for other programs
@@ -230,41 +223,8 @@ def snapshot(source: ReferenceSource, *, local_files_only: bool) -> Path:
 
 
 def _download(source: ReferenceSource, allowed: list[str], ignored: list[str], *, local_files_only: bool) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                source.path,
-                revision=source.commit or source.revision,
-                allow_patterns=allowed,
-                ignore_patterns=ignored,
-                local_files_only=local_files_only,
-            )
-        )
-    except (HTTPError, HFValidationError, OSError) as error:
-        raise ConfigError(f"{source.name}: `{source.path}` {_why_not(source, error)}.") from error
-
-
-def _why_not(source: ReferenceSource, error: Exception) -> str:
-    """Why a hub id cannot be had, and what to do."""
-    keys = "`model_name_or_path` or `ref_models`"
-    if isinstance(error, GatedRepoError):
-        return "is gated on the hub: accept its terms there, and log in here (`hf auth login`, or HF_TOKEN)"
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"is neither a folder here nor a model on the hub that this machine may see; correct {keys}, or log in "
-            "(`hf auth login`, or HF_TOKEN) if it is private"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"has no revision `{source.revision}` on the hub; correct it"
-    if isinstance(error, HFValidationError):
-        return f"is neither a folder here nor the name of a model on the hub; correct {keys}"
-    if isinstance(error, LocalEntryNotFoundError):
-        said = f" ({one_line(error.__cause__)})" if isinstance(error.__cause__, HTTPError) else ""
-        return (
-            f"is neither a folder nor whole in the hub cache, and it cannot be downloaded now{said}; correct {keys}, or "
-            "download it where there is a network"
-        )
-    return f"could not be downloaded ({one_line(error)}); start again: files that have arrived whole are not downloaded twice"
+    revision = source.commit or source.revision
+    return download(source.name, source.path, revision, allowed, ignored, local_files_only=local_files_only)
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

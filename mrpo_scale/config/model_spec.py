@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mrpo_scale.base.endpoint import check_url, is_variable
+from mrpo_scale.base.endpoint import check_url, is_variable, read_key
 from mrpo_scale.base.errors import ConfigError, check_one_of
 from mrpo_scale.base.untrusted import parse_json
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SYSTEM_TURNS = ("native", "merge", "error")
 SERVERS = ("auto", "vllm", "sglang")
+SERVER_EXAMPLE = "http://host:8000/v1"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ _TYPES = {
     "trust_remote_code": (bool, "true or false, without quotes"),
     "concurrency": (int, "a whole number of 1 or more"),
 }
+
+
+def server_key(url: str, api_key_env: str | None) -> str | None:
+    """The API key of a server; None where it wants none. Raises ConfigError where it is missing or cannot be sent safely."""
+    parts = check_url(url, "ref_models.url", SERVER_EXAMPLE)
+    if api_key_env is None:
+        return None
+    return read_key(api_key_env, key="ref_models.api_key_env", url_key="ref_models.url", parts=parts, required=True)
 
 
 def parse_ref_models(ref_models: Sequence[str | Mapping[str, Any]], key: str = "ref_models") -> list[ModelSpec]:
@@ -116,7 +125,7 @@ def _check_served(key: str, values: Mapping[str, Any]) -> None:
         raise ConfigError(f"`{key}.{wrong[0]}` {whose}.")
     if not url:
         return
-    check_url(url, f"{key}.url", "http://host:8000/v1")
+    check_url(url, f"{key}.url", SERVER_EXAMPLE)
     if "?" in url or "#" in url:
         raise ConfigError(f"`{key}.url` has a query, which may hold a key; name the address alone, and `api_key_env`.")
     for k, why in (

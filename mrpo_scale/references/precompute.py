@@ -97,14 +97,15 @@ def score_ahead(
     with fail_together(world_group()):
         for k in which:
             stores[k].prepare_to_write()
-    loaded = [k for k in which if plan.references[k].source.server is None]
+    served = _connect(plan, stores, [k for k in which if plan.references[k].source.server], pair_sets, args)
+    loaded = [k for k in which if k not in served]
     nodes = ranks_that_share([plan.references[k].source for k in loaded], args)
     placement = spread(loaded, nodes, args.ref_shard_size)
     groups = process_groups(placement, timedelta(seconds=args.ddp_timeout), of_one=args.ref_offload)
     for k in which:
         set_activity(f"scoring all pairs with {plan.names[k]}")
-        if k not in loaded:
-            _fill_from_server(plan, k, stores[k], pair_sets, args)
+        if k in served:
+            _fill_from_server(served[k], stores[k], pair_sets, args)
             continue
         ranks = placement.group_of(k, args.process_index)
         assert ranks is not None
@@ -138,17 +139,29 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
     _fill(reference.name, rows, chunks, score, store, args)
 
 
-def _fill_from_server(
-    plan: RunPlan, k: int, store: ReferenceStore, pair_sets: Mapping[str, PairDataset], args: MRPOConfig
-) -> None:
-    """The same with a reference that is served elsewhere. The first rank asks, so that ``concurrency`` is the job's; a batch is
-    written as soon as it is scored."""
-    planned = plan.references[k]
-    rows = _Rows.of(pair_sets, planned.tokenization)
+def _connect(
+    plan: RunPlan,
+    stores: Sequence[ReferenceStore],
+    which: Sequence[int],
+    pair_sets: Mapping[str, PairDataset],
+    args: MRPOConfig,
+) -> dict[int, ServedReference]:
+    """The references ``which``, whose servers answer and are the ones that they were: before any other is loaded. Collective."""
+    served = {}
     with fail_together(world_group()):
-        reference = ServedReference(planned, plan.texts[planned.tokenization], store.folder)
-        if args.process_index == 0:
-            reference.connect(rows.longest())
+        for k in which:
+            text = plan.texts[plan.references[k].tokenization]
+            served[k] = ServedReference(plan.references[k], text, stores[k].folder)
+            if args.process_index == 0:
+                served[k].connect(_Rows.of(pair_sets, served[k].tokenization).longest())
+    return served
+
+
+def _fill_from_server(
+    reference: ServedReference, store: ReferenceStore, pair_sets: Mapping[str, PairDataset], args: MRPOConfig
+) -> None:
+    """As :func:`fill`. The first rank asks, so that ``concurrency`` is the job's; a batch is written as soon as it is scored."""
+    rows = _Rows.of(pair_sets, reference.tokenization)
 
     def score(todo: np.ndarray, writer: PartWriter, bar: tqdm) -> None:
         with fail_together(world_group()):
@@ -156,7 +169,7 @@ def _fill_from_server(
                 writer.add(rows.key_N[todo], reference.score([rows.tokens(i) for i in todo]), rows.token_counts(todo))
                 writer.flush()
 
-    _fill(planned.name, rows, rows.batches(reference.rows_per_batch), score, store, args)
+    _fill(reference.name, rows, rows.batches(reference.rows_per_batch), score, store, args)
 
 
 def _fill(

@@ -21,9 +21,10 @@ from urllib.parse import urlsplit, urlunsplit
 import numpy as np
 
 from mrpo_scale.base.atomic_files import atomic_write
-from mrpo_scale.base.endpoint import CallRefusedError, Endpoint, StoppedError, check_url, read_key
+from mrpo_scale.base.endpoint import CallRefusedError, Endpoint, StoppedError
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.untrusted import parse_json, printable, read_json
+from mrpo_scale.config.model_spec import server_key
 from mrpo_scale.data.model_text import ModelText
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.models.plan import PlannedReference, RunPlan
@@ -48,7 +49,7 @@ CANARIES = (
 _TIMES, _LEAST = 4.0, 1e-3
 _MOST_BYTES = 1 << 28  #: an answer tells about 80 bytes of each token
 RETRIES, FIRST_WAIT = 8, 1.0  #: three minutes in all: a server that is started again is waited for
-TIMEOUT = 600.0  #: seconds without a byte, which a long queue may take
+TIMEOUT = 120.0  #: seconds without a byte; all repetitions take less than the half hour that other ranks wait
 GLANCE = 5.0  #: the same where nothing is to be scored
 
 
@@ -119,16 +120,13 @@ class ServedReference:
         assert isinstance(server, Server)
         self.name, self.tokenization, self.model = planned.name, planned.tokenization, planned.source.path
         self.server, self.folder, self._text = server, folder, text
-        parts = check_url(server.url, "ref_models.url", "http://host:8000/v1")
+        parts = urlsplit(server.url)
         self.base = urlunsplit((*parts[:2], parts.path.rstrip("/").removesuffix("/v1"), "", ""))
-        env = server.api_key_env
         self._endpoint = Endpoint(
             key="ref_models.url",
             check=f"`model: {self.model}`, `url` and the key in `api_key_env`",
             kept="Scores so far are kept: run the same command again",
-            api_key=read_key(env, key="ref_models.api_key_env", url_key="ref_models.url", parts=parts, required=True)
-            if env
-            else None,
+            api_key=server_key(server.url, server.api_key_env),
             timeout=TIMEOUT if patient else GLANCE,
             retries=RETRIES if patient else 0,
             first_wait=FIRST_WAIT,

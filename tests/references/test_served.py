@@ -121,6 +121,7 @@ def test_the_cache_is_filled_as_by_the_model_itself(server, models, tmp_path, ca
     assert server.texts.total() == before + len(served.CANARIES)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_killed_job_goes_on_and_scores_no_more_than_a_batch_again(jobs, vllm, models, tmp_path):
     recipe = Recipe(tmp_path, models, vllm.spec(models["qwen2"]))
@@ -205,7 +206,8 @@ def test_scores_without_their_canaries_are_not_added_to(vllm, models, tmp_path, 
 
 @pytest.mark.slow
 def test_a_run_trains_from_its_scores_and_needs_no_server_for_it(vllm, models, tmp_path, capsys, caplog):
-    recipe = Recipe(tmp_path, models, vllm.spec(models["qwen2"]), ref_scoring="precompute")
+    keys = {"ref_scoring": "precompute", "save_strategy": "steps", "save_steps": 1}  # a checkpoint names its references
+    recipe = Recipe(tmp_path, models, vllm.spec(models["qwen2"]), **keys)
     run_command("train", recipe.words())
     run_command("inspect", recipe.words())
     printed = capsys.readouterr().out
@@ -411,6 +413,20 @@ def test_live_scoring_is_refused(vllm, models, tmp_path, capsys):
         capsys, "train", recipe.words(), "`ref_scoring: live`: served is served elsewhere", "`ref_scoring: precompute`"
     )
     assert not vllm.keys
+
+
+@pytest.mark.parametrize("command", ["train", "score"])
+def test_a_key_that_is_not_there_is_missed_before_anything_is_read(vllm, models, tmp_path, capsys, command):
+    spec = vllm.spec(models["qwen2"], api_key_env="NOT_EXPORTED")
+    recipe = Recipe(tmp_path, models, spec, ref_scoring="precompute", dataset_name="not/there")
+    refused(capsys, command, recipe.words(), "`ref_models.api_key_env: NOT_EXPORTED`", "not set")
+
+
+def test_a_server_is_asked_before_another_reference_is_loaded(vllm, models, tmp_path, capsys):
+    recipe = Recipe(tmp_path, models, models["gpt_neox"], vllm.spec(models["qwen2"]))
+    vllm.name = "large"
+    refused(capsys, "score", recipe.words(), "serves no `tiny`")
+    assert not list(recipe.cache.rglob("part-*"))
 
 
 def test_a_served_anchor_is_warned_of(vllm, models, tmp_path, caplog):

@@ -54,7 +54,7 @@ READING_ORDER = [
         "linear_preference_loss .",
     ),
     ("mrpo_scale", "."),
-    ("mrpo_scale.base", ". errors atomic_files untrusted gpus device heartbeat ranks tables"),
+    ("mrpo_scale.base", ". errors endpoint atomic_files untrusted gpus device heartbeat ranks tables"),
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
@@ -73,10 +73,10 @@ READING_ORDER = [
         "mrpo_scale.logps",
         ". logit_transform span_attention pair_batch micro_batches pair_forward self_check flops",
     ),
-    ("mrpo_scale.models", ". source stored left_out saving tensor_check adapter plan"),
+    ("mrpo_scale.models", ". hub source stored left_out saving tensor_check adapter plan"),
     ("mrpo_scale.references", ". placement mapped sharding live adapter_off loading"),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
-    ("mrpo_scale.references", "stores precompute scores validation_weights"),
+    ("mrpo_scale.references", "stores prompt_logps served precompute scores validation_weights"),
     (
         "mrpo_scale.lifecycle",
         ". output_folder checkpoints template_date fingerprint preemption universal resume",

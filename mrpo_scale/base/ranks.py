@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -28,6 +32,11 @@ def get_rank() -> int:
 def get_world_size() -> int:
     """How many ranks there are; 1 for a process that is alone."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first_of_node() -> bool:
+    """Whether this rank is the one of its node that downloads and prepares what the others then read."""
+    return get_rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -70,6 +79,30 @@ def broadcast_from_rank0(mine: T, group: dist.ProcessGroup | None) -> T:
     if group is not None:
         dist.broadcast_object_list(said, group=group, group_src=0)
     return said[0]
+
+
+def share_within_node(make: Callable[[], T]) -> T:
+    """What ``make`` returns to the first rank of a node, on all of its ranks: the others get it through a file. Collective over the
+    world.
+
+    Raises:
+        ConfigError, TrainingError: on every rank if ``make`` fails on one.
+    """
+    if not dist.is_initialized():
+        return make()
+    with tempfile.TemporaryDirectory(prefix="mrpo-") as folder:  # only this user's
+        file = Path(folder) / "shared"
+        value: list[T] = []
+        with fail_together(world_group()):
+            if is_first_of_node():
+                value.append(make())
+                file.write_bytes(pickle.dumps(value[0]))
+        files = all_gather_object(str(file) if value else None, world_group())
+        with fail_together(world_group()):  # its end is also when the file may go
+            if not value:
+                (*_, nearest) = (path for path in files[: get_rank()] if path)
+                value.append(pickle.loads(Path(nearest).read_bytes()))  # noqa: S301 (of this run)
+    return value[0]
 
 
 def all_reduce_max(counts: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:

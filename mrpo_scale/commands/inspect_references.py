@@ -15,10 +15,12 @@ from torch import Tensor
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.tables import aligned
-from mrpo_scale.base.untrusted import refuse_links
+from mrpo_scale.base.untrusted import printable, refuse_links
 from mrpo_scale.commands.score import Recipe
 from mrpo_scale.data.inputs import WEIGHTS_SET
 from mrpo_scale.objective import Objective, combine
+from mrpo_scale.references.served import read_kept
+from mrpo_scale.references.store.cache import ReferenceStore
 from mrpo_scale.references.stores import distinct_rows, open_stores
 from mrpo_scale.references.validation_weights import validation_weights
 from mrpo_scale.reports.pictures import DECIDES_NOTHING, PALETTE
@@ -102,27 +104,46 @@ def inspect(argv: Sequence[str]) -> None:
         )
     ref_logps_KP2 = torch.stack([torch.from_numpy(s.logps_N2[everywhere_N]) for s in stored])
     tokens_KP2 = torch.stack([torch.from_numpy(s.tokens_N2[everywhere_N]) for s in stored])
-    objective = recipe.config.build_objective()
-    if recipe.config.weights_from_validation:
-        aside = [store.lookup(recipe.pair_sets[WEIGHTS_SET].row_keys) for store in stores]
-        both_N = np.logical_and.reduce([s.found_N for s in aside])
-        objective = replace(
-            objective,
-            ref_weights=validation_weights(
-                torch.stack([torch.from_numpy(s.logps_N2[both_N]) for s in aside]), recipe.plan.names
-            ),
-        )
+    objective = _objective(recipe, stores)
     found = worth_of_references(ref_logps_KP2, tokens_KP2, objective, recipe.plan.names)
     disagree = _disagree(ref_logps_KP2)
     pairs = int(everywhere_N.sum())
     print(f"\n{worth_table(found, pairs, len(keys), disagree)}\n")
+    precision = _served_precision(stores, tokens_KP2)
     folder.mkdir(parents=True, exist_ok=True)
-    summary = {"pairs": pairs, "rows": len(keys), "references_disagree": disagree}
+    summary = {"pairs": pairs, "rows": len(keys), "references_disagree": disagree, "served_precision": precision}
     (folder / "inspect.json").write_text(
         json.dumps({**summary, "references": [asdict(worth) for worth in found]}, indent=2) + "\n"
     )
     plot_worth(found, ref_logps_KP2, folder / "inspect.png")
     print(f"{folder}/inspect.json, {folder}/inspect.png")
+
+
+def _objective(recipe: Recipe, stores: Sequence[ReferenceStore]) -> Objective:
+    """The recipe's; `ref_weights: validation` replaced by what the cached scores give."""
+    objective = recipe.config.build_objective()
+    if not recipe.config.weights_from_validation:
+        return objective
+    aside = [store.lookup(recipe.pair_sets[WEIGHTS_SET].row_keys) for store in stores]
+    both_N = np.logical_and.reduce([s.found_N for s in aside])
+    logps_KP2 = torch.stack([torch.from_numpy(s.logps_N2[both_N]) for s in aside])
+    return replace(objective, ref_weights=validation_weights(logps_KP2, recipe.plan.names))
+
+
+def _served_precision(stores: Sequence[ReferenceStore], tokens_KP2: Tensor) -> dict[str, float]:
+    """{name: nats per token, root mean square} of the references that a server has scored; each is printed."""
+    precision = {}
+    for store, tokens_P2 in zip(stores, tokens_KP2, strict=True):
+        kept = read_kept(store.folder)
+        if kept is not None:
+            name, length = store.identity.name, tokens_P2.double().mean().item()
+            precision[name] = kept.precision
+            print(
+                f"{name}: served by {kept.server} as {printable(kept.root)}; measured precision {kept.precision:.2g} nats per "
+                f"token (root mean square), {kept.precision * length**0.5:.2g} on a response of {length:.0f} tokens if errors are "
+                "independent.\n"
+            )
+    return precision
 
 
 def worth_table(found: Sequence[Worth], pairs: int, rows: int, disagree: float) -> str:

@@ -13,7 +13,7 @@ from mrpo_scale.models.adapter import base_of, needs_peft
 from mrpo_scale.models.adapter import merge as merge_adapter
 from mrpo_scale.models.plan import load_policy
 from mrpo_scale.models.saving import cast_as_stored, read_source_files, share_weights, unvalidated_generation_config
-from mrpo_scale.models.source import ReferenceSource
+from mrpo_scale.models.source import ReferenceSource, resolve_source
 
 HELP = """usage: mrpo merge ADAPTER --output FOLDER [--base MODEL] [--trust_remote_code]
 
@@ -58,7 +58,7 @@ def merge(argv: Sequence[str]) -> int:
 
 def merge_folder(adapter: Path, base: str, revision: str | None, output: Path, *, trust_remote_code: bool) -> None:
     """Write the whole model of an adapter and its base. Raises ConfigError as :func:`merge`."""
-    source = ReferenceSource(base, base, revision, torch.float32, trust_remote_code, None)
+    source = resolve_source(ReferenceSource(base, base, revision, torch.float32, trust_remote_code))
     model = load_policy(source)
     files = read_source_files(model, source, tokenizer=True, chat_template=None)
     merged = merge_adapter(model, adapter)

@@ -21,6 +21,7 @@ from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date
 from mrpo_scale.models.plan import RunPlan, plan_models
 from mrpo_scale.references.precompute import score_ahead
+from mrpo_scale.references.served import compare_served
 from mrpo_scale.references.store.cache import CacheEntry, ReferenceStore, list_cache
 from mrpo_scale.references.store.part_files import PART_NAME
 from mrpo_scale.references.stores import count_missing, distinct_rows, open_stores
@@ -89,6 +90,7 @@ def _score(flags: argparse.Namespace, recipe: Recipe) -> int:
     keys = distinct_rows(recipe.pair_sets)
     missing = count_missing(stores, keys, recipe.config.device)
     if not flags.list:
+        compare_served(recipe.plan, stores, missing, is_main=recipe.config.process_index == 0)
         score_ahead(recipe.plan, stores, [k for k in chosen if missing[k]], recipe.pair_sets, recipe.config)
     if recipe.config.process_index == 0:
         print(f"\n{_overview(recipe, stores, len(keys))}\n", flush=True)

@@ -56,7 +56,8 @@ class ScriptArguments:
     )
     ref_models: list[str] = key(
         [],
-        "References 1..K-1: hub ids, folders, or mappings {model, revision, dtype, chat_template, system, name, ...}.",
+        "References 1..K-1: hub ids, folders, or mappings {model, revision, dtype, chat_template, system, name, ...}; {url, model, "
+        "tokenizer, revision, api_key_env, concurrency} of a model that vLLM or SGLang serves.",
     )
     dataset_name: str | list[str] = key(
         [],

@@ -14,6 +14,7 @@ import datasets
 import pyarrow as pa
 
 from mrpo_scale.base.errors import ConfigError, one_line
+from mrpo_scale.base.ranks import share_within_node
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.data import find_layout, load_rows
 from mrpo_scale.data.tokenization import (
@@ -33,7 +34,7 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 def read_rows(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
-    """The training and the held-out rows (None where there are none); the first rank of each host reads them first.
+    """The training and the held-out rows (None where there are none); the first rank of each host reads them for the others.
 
     Raises:
         ConfigError: no model or no data set is named, or it cannot be read.
@@ -41,9 +42,13 @@ def read_rows(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
     for key in ("model_name_or_path", "dataset_name"):
         if not getattr(script, key):
             raise ConfigError(f"`{key}` is missing; name it in the recipe or as --{key}.")
-    with config.main_process_first(local=True, desc="reading the data set"):
+
+    def read() -> tuple[Any, Any]:
         _make_toy_world(script)
         return _load_data(script, config)
+
+    # Tables of `datasets` are files that are mapped, and travel as their names.
+    return share_within_node(read)
 
 
 def as_datasets(train: Any, evals: Any) -> tuple[datasets.Dataset | None, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import yaml
+from huggingface_hub.errors import HTTPError
 
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.config.data_keys import DatasetSpec, Entry, PairOptions, parse_datasets
@@ -38,7 +39,7 @@ _ARCHIVES |= {b"\x04\x22\x4d\x18": "lz4", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": 
 # README.md that are not what they should be.
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
-    *(yaml.YAMLError, datasets.exceptions.DatasetsError),
+    *(yaml.YAMLError, datasets.exceptions.DatasetsError, HTTPError),
 )
 
 

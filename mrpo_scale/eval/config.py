@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from mrpo_scale.base.endpoint import check_url, read_key
 from mrpo_scale.base.errors import ConfigError, refuse
 from mrpo_scale.config.checks import iso_date, value_mistakes
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE
 from mrpo_scale.config.fields import AtLeast, OneOf, key
 from mrpo_scale.config.model_spec import DTYPES
-from mrpo_scale.eval.judge import check_url
+from mrpo_scale.eval.judge import EXAMPLE, URL_KEY
 
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"
 
@@ -140,7 +139,7 @@ class EvalConfig:
                 f"`judge_price: {' '.join(map(str, self.judge_price))}` must be two numbers: the price of a million prompt "
                 "tokens and of a million completion tokens."
             )
-        check_url(self.judge_url)
+        check_url(self.judge_url, URL_KEY, EXAMPLE)
         self.request_options()
         self.api_key()
 
@@ -158,22 +157,10 @@ class EvalConfig:
 
     def api_key(self) -> str | None:
         """The key from the environment. No error of it shows a value, which may be a key put in the wrong place."""
-        name = DEFAULT_KEY_ENV if self.judge_key_env is None else self.judge_key_env
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ConfigError(
-                "`judge_key_env` must be the name of an environment variable; what it got is not shown, as it may be the key."
-            )
-        key = os.environ.get(name, "").strip()
-        if not key:
-            if self.judge_key_env is not None:
-                raise ConfigError(f"`judge_key_env: {name}`: this environment variable is not set; export the key.")
-            return None
-        if not re.fullmatch(r"[!-~]+", key):
-            raise ConfigError(f"the environment variable {name} holds blanks or non-ASCII characters; export the key.")
-        parts = check_url(str(self.judge_url))
-        if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-            raise ConfigError(
-                f"`judge_url` at {parts.hostname} is plain http, which would send the key in {name} readable to all; use https, "
-                f"or unset {name} if that endpoint needs no key."
-            )
-        return key
+        return read_key(
+            DEFAULT_KEY_ENV if self.judge_key_env is None else self.judge_key_env,
+            key="judge_key_env",
+            url_key=URL_KEY,
+            parts=check_url(str(self.judge_url), URL_KEY, EXAMPLE),
+            required=self.judge_key_env is not None,
+        )

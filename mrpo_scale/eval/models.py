@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from mrpo_scale.base.errors import refuse
 from mrpo_scale.base.ranks import broadcast_from_rank0, world_group
 from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
@@ -19,7 +20,7 @@ from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.lifecycle.template_date import first_recorded
 from mrpo_scale.models.plan import load_tokenizer, num_embeddings, pad_token_id, shared_tokenization
-from mrpo_scale.models.source import ReferenceSource
+from mrpo_scale.models.source import ReferenceSource, resolve_source
 from mrpo_scale.models.tensor_check import check_model
 
 
@@ -53,7 +54,7 @@ class EvalModel:
             files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
             weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         else:
-            weights = [[self.source.path, getattr(self.config, "_commit_hash", None)]]
+            weights = [[self.source.path, self.source.commit]]
         parts = [weights, self.text.fingerprint(), str(self.source.dtype), self.source.attn_implementation]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -68,6 +69,8 @@ def plan_models(args: EvalConfig, device: torch.device) -> tuple[list[EvalModel]
         args.template_date = broadcast_from_rank0(first_recorded([Path(args.output_dir)]), world_group())
     specs = parse_ref_models(list(args.model), "model")
     reference = parse_ref_models([args.reference], "reference") if args.reference else []
+    served = [spec for spec in [*specs, *reference] if spec.url]
+    refuse([f"`{spec.model}` at {spec.url}: a served model is not evaluated; name its folder" for spec in served])
     texts: list[ModelText] = []
     models = [
         _plan(spec, name, args, device, texts)
@@ -78,18 +81,20 @@ def plan_models(args: EvalConfig, device: torch.device) -> tuple[list[EvalModel]
 
 def _plan(spec: ModelSpec, name: str, args: EvalConfig, device: torch.device, texts: list[ModelText]) -> EvalModel:
     dtype = spec.dtype if spec.dtype != "auto" else args.dtype
-    source = ReferenceSource(
-        name=name,
-        path=resolve(spec.model),
-        revision=spec.revision,
-        dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
-        trust_remote_code=spec.trust_remote_code,
-        attn_implementation=spec.attn_implementation or args.attn_implementation,
+    source = resolve_source(
+        ReferenceSource(
+            name=name,
+            path=resolve(spec.model),
+            revision=spec.revision,
+            dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation=spec.attn_implementation or args.attn_implementation,
+        )
     )
     config = check_model(source)
     if dtype == "auto" and device.type != "cpu":
         source = replace(source, dtype=getattr(config, "dtype", None) or torch.float32)
-    tokenizer = load_tokenizer(replace(spec, model=source.path), name)
+    tokenizer = load_tokenizer(replace(spec, model=source.files), name)
     text = ModelText(
         tokenizer,
         name=name,

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
+from mrpo_scale.base.endpoint import CallRefusedError, StoppedError
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.eval.judge import INSTRUCTIONS, CallRefusedError, Judge, StoppedError, Verdict, parse_verdict, question
+from mrpo_scale.eval.judge import INSTRUCTIONS, Judge, Verdict, parse_verdict, question
 from mrpo_scale.eval.records import RecordFile
 
 ASK_AT_MOST = 2  #: a judge that answers nonsense is asked once more

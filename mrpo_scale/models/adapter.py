@@ -93,9 +93,12 @@ def quantization_of(args: MRPOConfig) -> BitsAndBytesConfig | None:
     )
 
 
-def add_adapter(policy: PreTrainedModel, args: MRPOConfig) -> PreTrainedModel:
+def add_adapter(policy: PreTrainedModel, source: ReferenceSource, args: MRPOConfig) -> PreTrainedModel:
     """The policy with a fresh adapter, which changes nothing yet, its own weights frozen. The same on every rank and in every
     resumption: drawn from ``seed``.
+
+    Args:
+        source: of the policy; the adapter's folder names it as its base.
 
     Returns:
         a peft model, which passes on whatever else is asked of the policy.
@@ -103,6 +106,10 @@ def add_adapter(policy: PreTrainedModel, args: MRPOConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(args.seed)
         adapted = wrapped(policy, args)
+    adapted.active_peft_config.base_model_name_or_path = (
+        source.path
+    )  # as the user wrote it: a hub id, and not where it lies here
+    adapted.active_peft_config.revision = source.revision
     modules: Iterable[Any] = policy.modules()
     for module in modules:
         # On CPUs with AVX512-BF16 bitsandbytes packs weights at the first forward in eval mode for products that have no backward:

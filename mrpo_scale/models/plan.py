@@ -6,6 +6,7 @@ Reference 0, the anchor, is the policy's own starting weights unless ``anchor`` 
 from __future__ import annotations
 
 import datetime
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,8 +33,10 @@ from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.models.adapter import check_adapter
 from mrpo_scale.models.saving import unvalidated_generation_config
-from mrpo_scale.models.source import ReferenceSource, check_config, check_source, snapshot
+from mrpo_scale.models.source import ReferenceSource, Server, check_config, check_source, resolve_source, snapshot
 from mrpo_scale.models.tensor_check import check_model, check_tensors
+
+logger = logging.getLogger(__name__)
 
 ANCHOR = "anchor"  #: the name of reference 0
 
@@ -117,30 +120,46 @@ def plan_models(
         if tokenizer is None:
             raise ConfigError("`processing_class` is missing: pass the policy's tokenizer beside a loaded model.")
         write_weights(model, Path(spec.model), is_main=args.process_index == 0)
-    policy = _source(spec, args, args.policy_dtype)
+    policy = resolve_source(_source(spec, args, args.policy_dtype))
     policy_config = check_policy(policy)
     if args.checkpoints_activations:
         check_checkpointing(_class_of(policy, policy_config) if isinstance(model, str) else type(model))
     if args.use_peft:
         check_adapter(policy, policy_config, args)
-    tokenizer = tokenizer or load_tokenizer(spec)
+    tokenizer = tokenizer or load_tokenizer(replace(spec, model=policy.files))
     texts = [_text(spec, args, tokenizer, policy_config)]
 
     ref_specs = parse_ref_models(list(ref_models))
-    anchor_spec = parse_ref_models([args.anchor])[0] if args.anchor else spec
+    anchor_spec = parse_ref_models([args.anchor], "anchor")[0] if args.anchor else spec
+    _warn_of_served_anchor(anchor_spec)
+    rows = num_embeddings(policy_config)
     references: list[PlannedReference] = []
     for k, (ref_spec, name) in enumerate(zip([anchor_spec, *ref_specs], _names(ref_specs), strict=True)):
         source = _source(ref_spec, args, args.reference_dtype(ref_spec.dtype), name)
-        own_text = k == 0 and not args.anchor
-        config = policy_config if own_text else check(source)
-        ref_tokenizer = tokenizer if own_text else load_tokenizer(ref_spec, name)
-        tokenization = shared_tokenization(
-            texts, texts[0] if own_text else _text(ref_spec, args, ref_tokenizer, config, name)
-        )
-        rows = num_embeddings(config)
-        references.append(PlannedReference(source, tokenization, pad_token_id(ref_tokenizer, rows), rows))
+        if k == 0 and not args.anchor:
+            source = replace(source, commit=policy.commit, folder=policy.folder)
+            references.append(PlannedReference(source, 0, pad_token_id(tokenizer, rows), rows))
+        else:
+            source = resolve_source(source)
+            references.append(_planned(ref_spec, source, args, texts, None if source.server else check(source)))
     args.build_objective().check_references(len(references))
-    return RunPlan(policy, tokenizer, texts, references, num_embeddings(policy_config))
+    return RunPlan(policy, tokenizer, texts, references, rows)
+
+
+def _planned(
+    spec: ModelSpec, source: ReferenceSource, args: MRPOConfig, texts: list[ModelText], config: PretrainedConfig | None
+) -> PlannedReference:
+    """A reference with a tokenizer of its own, whose tokenization joins ``texts`` unless one of them is the same.
+
+    Args:
+        config: None for a model that is served elsewhere, of which only the tokenizer is here.
+    """
+    # Of a served model the tokenizer alone may come from the hub.
+    tokenizer_of = resolve_source(ReferenceSource(source.name, spec.tokenizer_from)) if source.server else source
+    tokenizer = load_tokenizer(replace(spec, model=tokenizer_of.files, tokenizer=None), source.name)
+    rows = None if config is None else num_embeddings(config)
+    tokenization = shared_tokenization(texts, _text(spec, args, tokenizer, config, source.name))
+    return PlannedReference(source, tokenization, pad_token_id(tokenizer, rows), rows)
 
 
 def load_policy(source: ReferenceSource, quantization: Any = None) -> PreTrainedModel:
@@ -155,8 +174,7 @@ def load_policy(source: ReferenceSource, quantization: Any = None) -> PreTrained
     folder = Path(source.path) if Path(source.path).is_dir() else snapshot(source, local_files_only=is_offline_mode())
     check_tensors(source, folder, check_config(source))
     model = AutoModelForCausalLM.from_pretrained(
-        source.path,
-        revision=source.revision,
+        folder,
         dtype=source.dtype,
         trust_remote_code=source.trust_remote_code,
         attn_implementation=source.attn_implementation,
@@ -188,7 +206,7 @@ def _class_of(source: ReferenceSource, config: PretrainedConfig) -> type[PreTrai
     """The class that ``AutoModelForCausalLM`` makes of a config that check_config has let through."""
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if own_code and source.trust_remote_code:
-        return get_class_from_dynamic_module(own_code, source.path, revision=source.revision)
+        return get_class_from_dynamic_module(own_code, source.files, revision=source.revision)
     return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
@@ -257,7 +275,18 @@ def _source(spec: ModelSpec, args: MRPOConfig, dtype: torch.dtype, name: str = "
         dtype=dtype,
         trust_remote_code=spec.trust_remote_code,
         attn_implementation=spec.attn_implementation or args.attn_implementation,
+        server=Server(spec.url, spec.server, spec.api_key_env, spec.concurrency) if spec.url else None,
     )
+
+
+def _warn_of_served_anchor(spec: ModelSpec) -> None:
+    if spec.url:
+        logger.warning(
+            "anchor: %s is scored by a server, whose kernels round otherwise than the policy's: at the start the policy's rewards "
+            "against it are not 0, and the trust region has the wrong centre, by the precision that `mrpo inspect` prints, summed "
+            "over a response. For the policy's own starting weights leave `anchor` out; other references bear it.",
+            spec.model,
+        )
 
 
 def _names(specs: Sequence[ModelSpec]) -> list[str]:
@@ -276,7 +305,9 @@ def _names(specs: Sequence[ModelSpec]) -> list[str]:
 def load_tokenizer(spec: ModelSpec, name: str = "policy") -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(
-            spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            spec.model,
+            revision=None if spec.url else spec.revision,
+            trust_remote_code=spec.trust_remote_code,
         )
     except Exception as error:
         raise ConfigError(f"{name}: no tokenizer could be read from `{spec.model}`: {one_line(error)}") from error
@@ -288,7 +319,7 @@ def _text(
     return ModelText(
         tokenizer,
         name=name,
-        max_context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        max_context=getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None,
         chat_template=spec.chat_template,
         plain_template=args.plain_template,
         system=spec.system,

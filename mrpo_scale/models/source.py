@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -20,15 +19,29 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mrpo_scale.base.errors import ConfigError, one_line
-from mrpo_scale.base.ranks import fail_together
+from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, is_first_of_node, world_group
 from mrpo_scale.base.untrusted import read_json
+from mrpo_scale.models.hub import download
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SECOND_COPIES = ["consolidated*", "*/*"]  #: of the weights, for other programs
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  #: configs, tokenizers, chat templates
+
+
+@dataclass(frozen=True)
+class Server:
+    """Who scores with a model that is not loaded here; see :class:`~mrpo_scale.config.model_spec.ModelSpec`."""
+
+    url: str
+    kind: str
+    api_key_env: str | None
+    concurrency: int
 
 
 @dataclass(frozen=True)
 class ReferenceSource:
-    """Where a reference comes from. ``path`` is a local folder, or a hub id with an optional ``revision``."""
+    """Where a reference comes from. ``path`` is a local folder, or a hub id with an optional ``revision``; of a model that a
+    ``server`` scores with, what that calls it, and ``revision`` the user's word for its weights."""
 
     name: str
     path: str
@@ -36,6 +49,43 @@ class ReferenceSource:
     dtype: torch.dtype = torch.float32
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    server: Server | None = None
+    commit: str | None = (
+        None  #: of a hub id, what ``revision`` stood for when the run began; see :func:`resolve_source`
+    )
+    folder: Path | None = None  #: the snapshot of that commit on this machine, without the weights perhaps
+
+    @property
+    def files(self) -> str:
+        """What transformers reads the small files from."""
+        return str(self.folder or self.path)
+
+
+def resolve_source(source: ReferenceSource) -> ReferenceSource:
+    """Of a hub id: its commit, asked for once for all ranks, and the folder with its small files, downloaded once on each node.
+    From then on no rank asks the hub for anything but weights. Collective over the world.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be read or downloaded.
+    """
+    if source.server is not None or Path(source.path).is_dir():
+        return source
+    commit = None
+    with fail_together(world_group()):
+        if get_rank() == 0:
+            commit = _small_files(source, local_files_only=is_offline_mode()).name
+    pinned = replace(source, commit=broadcast_from_rank0(commit, world_group()))
+    with fail_together(world_group()):
+        if is_first_of_node() and get_rank() != 0:
+            _small_files(pinned, local_files_only=is_offline_mode())
+    with fail_together(world_group()):
+        return replace(pinned, folder=_small_files(pinned, local_files_only=True))
+
+
+def _small_files(source: ReferenceSource, *, local_files_only: bool) -> Path:
+    code = ["*.py"] if source.trust_remote_code else []
+    ignored = [] if source.trust_remote_code else _SECOND_COPIES
+    return _download(source, [*_SMALL_FILES, *code], ignored, local_files_only=local_files_only)
 
 
 def check_source(source: ReferenceSource) -> PretrainedConfig:
@@ -71,7 +121,7 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     """
     name = source.name
     try:
-        raw, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
+        raw, _ = PretrainedConfig.get_config_dict(source.files, revision=source.revision)
     except (OSError, ValueError, RecursionError) as error:
         here = Path(source.path).is_dir()
         remedy = "get the model again" if here else _NOT_HERE
@@ -103,7 +153,7 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+            source.files, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (StrictDataclassError, OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
@@ -161,30 +211,21 @@ def local_folder(source: ReferenceSource, group: dist.ProcessGroup | None) -> Pa
     """The folder of the weights. A hub id is downloaded by one rank of each node, while the group waits. Collective."""
     if Path(source.path).is_dir():
         return Path(source.path)
-    downloads = group is None or group.rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
     with fail_together(group):
-        if downloads:
-            snapshot(source, local_files_only=False)
+        if group is None or group.rank() == 0 or is_first_of_node():
+            snapshot(source, local_files_only=is_offline_mode())
     with fail_together(group):
         return snapshot(source, local_files_only=True)
 
 
 def snapshot(source: ReferenceSource, *, local_files_only: bool) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                source.path,
-                revision=source.revision,
-                allow_patterns=["*.safetensors", "*.json"],
-                ignore_patterns=["consolidated*", "*/*"],  # second copies of the weights for other programs
-                local_files_only=local_files_only,
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        raise ConfigError(
-            f"{source.name}: `{source.path}` is neither a folder nor in the hub cache, and it cannot be downloaded now; download "
-            "it where there is a network, or give its folder."
-        ) from error
+    """The folder of a hub id's weights and configs on this machine. Raises ConfigError, see :func:`resolve_source`."""
+    return _download(source, ["*.safetensors", "*.json"], _SECOND_COPIES, local_files_only=local_files_only)
+
+
+def _download(source: ReferenceSource, allowed: list[str], ignored: list[str], *, local_files_only: bool) -> Path:
+    revision = source.commit or source.revision
+    return download(source.name, source.path, revision, allowed, ignored, local_files_only=local_files_only)
 
 
 def refuse_adapter(folder: Path, name: str) -> None:

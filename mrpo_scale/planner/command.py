@@ -203,7 +203,12 @@ class _Check:
         return None
 
     def _look_for_weights(self, plan: RunPlan) -> None:
-        sources = [plan.policy, *(reference.source for reference in plan.references)]
+        self.warnings += [
+            f"{r.name} is served at {r.source.server.url}: nothing was asked of that server, and scoring there is in no figure"
+            for r in plan.references
+            if r.source.server is not None
+        ]
+        sources = [plan.policy, *(r.source for r in plan.references if r.source.server is None)]
         for source in {(source.path, source.revision): source for source in reversed(sources)}.values():
             try:
                 check_weight_files(source)
@@ -250,7 +255,7 @@ class _Check:
         cluster = self.cluster
         print(f"COST on {cluster.gpus} x {cluster.name}, {cluster.per_node} a node", end="")
         print(f", {cluster.network * 8 / 1e9:.0f} Gbit/s of network each" if cluster.num_nodes > 1 else "")
-        print(f"\n{models_table(job, plan.names)}\n\n{job.window} pairs per optimizer step; ", end="")
+        print(f"\n{models_table(job)}\n\n{job.window} pairs per optimizer step; ", end="")
         print(f"{setting_in_words(setting, self._accumulation())}\n")
         live = estimate(job, replace(setting, live=True, only_anchor=True), cluster)
         estimates = {"DPO, live": live}
@@ -310,6 +315,7 @@ class _Check:
         device_type: Literal["cuda", "cpu"] = "cpu" if self.cluster.name == "cpu" else "cuda"
         options: Any = {"shared_prompt": config.shared_prompt, "device_type": device_type}
         references = plan.references[:1] if config.objective == "dpo" else plan.references
+        here = [reference for reference in references if reference.source.server is None]
         return Job(
             policy=model_size(
                 plan.policy,
@@ -324,7 +330,7 @@ class _Check:
                     r.tokenization,
                     is_policy=k == 0 and config.anchor_is_policy,
                 )
-                for k, r in enumerate(references)
+                for k, r in enumerate(here)
             ),
             workload=Workload(read.pairs.lengths, config.seed),
             window=config.per_device_train_batch_size * self._accumulation() * self.cluster.gpus,

@@ -120,7 +120,7 @@ def model_size(
 
 def assumed_fields(source: ReferenceSource) -> list[str]:
     """``name: value`` of sizes that config.json leaves to the defaults of transformers' class, as loading it does."""
-    raw, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
+    raw, _ = PretrainedConfig.get_config_dict(source.files, revision=source.revision)
     config = check_config(source).get_text_config()
     said = {**raw, **raw.get("text_config", {})}
     aliases = config.attribute_map

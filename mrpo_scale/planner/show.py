@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,11 @@ def setting_in_words(setting: Setting, accumulation: int) -> str:
     return ", ".join(words)
 
 
-def models_table(job: Job, names: Sequence[str]) -> str:
+def models_table(job: Job) -> str:
     """The models of the run, the policy first."""
     header = ("model", "type", "parameters", "bytes each", "forward")
     rows = []
-    for name, size in [("policy", job.policy), *zip(names, (m.size for m in job.references), strict=True)]:
+    for name, size in [("policy", job.policy), *((m.size.name, m.size) for m in job.references)]:
         way = "shared prompt" if size.shared_prompt else "two sequences per pair"
         rows.append(
             (

@@ -11,9 +11,11 @@ from datetime import timedelta
 import numpy as np
 from tqdm.auto import tqdm
 
+from mrpo_scale.base.errors import refuse
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import all_gather_object, world_group
 from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.config.model_spec import LIVE_SERVED
 from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.models.source import local_folder, num_parameters
@@ -64,6 +66,7 @@ def load_references(
     references: dict[int, Reference] = {}
     if not which:
         return LiveReferences(which, references, SpreadScorer(references, tokens_per_forward=tokens, impl=impl))
+    refuse([LIVE_SERVED.format(plan.names[k]) for k in which if plan.references[k].source.server])
     pool = {} if pool is None else pool
     lengths = {k: _mean_length(pair_sets, plan.references[k].tokenization) for k in which}
     placement = _place(plan, args, which, lengths)

@@ -10,7 +10,7 @@ import gc
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,6 +27,7 @@ from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.references.live import Reference, load_reference, score_in_step
 from mrpo_scale.references.mapped import ranks_that_share
 from mrpo_scale.references.placement import process_groups, spread
+from mrpo_scale.references.served import ServedReference
 from mrpo_scale.references.store.cache import PartWriter, ReferenceStore
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,15 @@ class _Rows:
         starts = np.flatnonzero(np.diff(ends // max(tokens, 1), prepend=-1))
         return np.split(np.arange(len(ends)), starts[1:])
 
+    def batches(self, size: int) -> list[np.ndarray]:
+        """Consecutive rows, ``size`` at a time, as indices."""
+        return np.split(np.arange(len(self.key_N)), range(size, len(self.key_N), size))
+
+    def longest(self) -> int:
+        """Tokens of the longest prompt with a response."""
+        lengths = [p.lengths[:, self.tokenization] for p in self.pairs if len(p)]
+        return max((int((one[:, 0] + one[:, 1:].max(-1)).max()) for one in lengths), default=0)
+
     def tokens(self, i: int) -> PairTokens:
         return self.pairs[self.set_N[i]].tokens(int(self.row_N[i]))[self.tokenization]
 
@@ -87,13 +97,18 @@ def score_ahead(
     with fail_together(world_group()):
         for k in which:
             stores[k].prepare_to_write()
-    nodes = ranks_that_share([plan.references[k].source for k in which], args)
-    placement = spread(which, nodes, args.ref_shard_size)
+    served = _connect(plan, stores, [k for k in which if plan.references[k].source.server], pair_sets, args)
+    loaded = [k for k in which if k not in served]
+    nodes = ranks_that_share([plan.references[k].source for k in loaded], args)
+    placement = spread(loaded, nodes, args.ref_shard_size)
     groups = process_groups(placement, timedelta(seconds=args.ddp_timeout), of_one=args.ref_offload)
     for k in which:
+        set_activity(f"scoring all pairs with {plan.names[k]}")
+        if k in served:
+            _fill_from_server(served[k], stores[k], pair_sets, args)
+            continue
         ranks = placement.group_of(k, args.process_index)
         assert ranks is not None
-        set_activity(f"scoring all pairs with {plan.names[k]}")
         reference = load_reference(plan.references[k], groups.get(ranks), args)
         fill(reference, stores[k], pair_sets, args)
         del reference
@@ -105,33 +120,80 @@ def score_ahead(
 def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, PairDataset], args: MRPOConfig) -> None:
     """Score every row that ``store`` lacks. Collective over the world."""
     rows = _Rows.of(pair_sets, reference.tokenization)
-    rank, world_size = args.process_index, args.world_size
-    chunks = rows.chunks(FORWARDS_PER_CHUNK * args.ref_tokens_per_forward * world_size)
+    chunks = rows.chunks(FORWARDS_PER_CHUNK * args.ref_tokens_per_forward * args.world_size)
+
+    def score(todo: np.ndarray, writer: PartWriter, bar: tqdm) -> None:
+        mine = todo[args.process_index :: args.world_size]
+        tokens = [rows.tokens(i) for i in mine]
+        failure: TrainingError | None = None
+        for part, logps_P2 in score_in_step(reference, tokens, args.ref_tokens_per_forward):
+            try:
+                writer.add(rows.key_N[mine[part]], logps_P2.cpu().numpy(), rows.token_counts(mine[part]))
+            except TrainingError as error:
+                failure = error  # raised below: the group still waits for the forwards that are left
+            bar.update(len(logps_P2) * args.world_size)  # the other ranks are about as far
+        with fail_together(world_group()):
+            if failure is not None:
+                raise failure
+
+    _fill(reference.name, rows, chunks, score, store, args)
+
+
+def _connect(
+    plan: RunPlan,
+    stores: Sequence[ReferenceStore],
+    which: Sequence[int],
+    pair_sets: Mapping[str, PairDataset],
+    args: MRPOConfig,
+) -> dict[int, ServedReference]:
+    """The references ``which``, whose servers answer and are the ones that they were: before any other is loaded. Collective."""
+    served = {}
+    with fail_together(world_group()):
+        for k in which:
+            text = plan.texts[plan.references[k].tokenization]
+            served[k] = ServedReference(plan.references[k], text, stores[k].folder)
+            if args.process_index == 0:
+                served[k].connect(_Rows.of(pair_sets, served[k].tokenization).longest())
+    return served
+
+
+def _fill_from_server(
+    reference: ServedReference, store: ReferenceStore, pair_sets: Mapping[str, PairDataset], args: MRPOConfig
+) -> None:
+    """As :func:`fill`. The first rank asks, so that ``concurrency`` is the job's; a batch is written as soon as it is scored."""
+    rows = _Rows.of(pair_sets, reference.tokenization)
+
+    def score(todo: np.ndarray, writer: PartWriter, bar: tqdm) -> None:
+        with fail_together(world_group()):
+            if args.process_index == 0 and len(todo):
+                writer.add(rows.key_N[todo], reference.score([rows.tokens(i) for i in todo]), rows.token_counts(todo))
+                writer.flush()
+
+    _fill(reference.name, rows, rows.batches(reference.rows_per_batch), score, store, args)
+
+
+def _fill(
+    name: str,
+    rows: _Rows,
+    chunks: list[np.ndarray],
+    score: Callable[[np.ndarray, PartWriter, tqdm], None],
+    store: ReferenceStore,
+    args: MRPOConfig,
+) -> None:
+    """``score`` what ``store`` lacks of each chunk, in an order of this job's own. Collective over the world."""
     # Another job's order is another one, so that the two rarely work on the same rows.
     random.Random(broadcast_from_rank0(time.time_ns(), world_group())).shuffle(chunks)
     missing_N = broadcast_from_rank0(store.missing(rows.key_N), world_group())
     missing = int(missing_N.sum())
     started, scored, done, repeats = time.perf_counter(), 0, 0, store.repeats
+    disable = args.disable_tqdm or args.process_index != 0
     with (
         PartWriter(store, seconds=SECONDS_PER_PART) as writer,
-        tqdm(
-            total=missing, desc=f"Scoring with {reference.name}", unit="row", disable=args.disable_tqdm or rank != 0
-        ) as bar,
+        tqdm(total=missing, desc=f"Scoring with {name}", unit="row", disable=disable) as bar,
     ):
         for chunk in chunks:
             todo = chunk[_still_missing(store, rows.key_N[chunk])]
-            mine = todo[rank::world_size]
-            tokens = [rows.tokens(i) for i in mine]
-            failure: TrainingError | None = None
-            for part, logps_P2 in score_in_step(reference, tokens, args.ref_tokens_per_forward):
-                try:
-                    writer.add(rows.key_N[mine[part]], logps_P2.cpu().numpy(), rows.token_counts(mine[part]))
-                except TrainingError as error:
-                    failure = error  # raised below: the group still waits for the forwards that are left
-                bar.update(len(logps_P2) * world_size)  # the other ranks are about as far
-            with fail_together(world_group()):
-                if failure is not None:
-                    raise failure
+            score(todo, writer, bar)
             scored += len(todo)
             done += int(missing_N[chunk].sum())  # those that another job has scored meanwhile too
             bar.update(done - bar.n)
@@ -142,9 +204,7 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
     others = f", {missing - scored} came from another job" if missing > scored else ""
     if store.repeats > repeats:
         others += f", {store.repeats - repeats} were scored by both"
-    logger.info(
-        "%s: scored %d rows in %.1f s, %.1f rows/s%s", reference.name, scored, seconds, scored / seconds, others
-    )
+    logger.info("%s: scored %d rows in %.1f s, %.1f rows/s%s", name, scored, seconds, scored / seconds, others)
 
 
 def _still_missing(store: ReferenceStore, keys: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from mrpo_scale.references.adapter_off import AdapterOffAnchor
 from mrpo_scale.references.live import Reference
 from mrpo_scale.references.loading import LiveReferences, Pool, load_references
 from mrpo_scale.references.precompute import score_ahead
+from mrpo_scale.references.served import compare_served
 from mrpo_scale.references.store.cache import PartWriter, ReferenceStore, StoredScores
 from mrpo_scale.references.stores import count_missing, distinct_rows, open_stores, report_stores, wait_for_scores
 
@@ -102,6 +103,7 @@ def open_scores(
     if args.ref_scoring == "follow":
         wait_for_scores(stores, everything, args)
     missing = count_missing(stores, everything, args.device)
+    compare_served(plan, stores, missing, is_main=args.process_index == 0)
     if args.ref_scoring == "precompute":
         score_ahead(plan, stores, [k for k, count in enumerate(missing) if count], pair_sets, args)
         missing = [0] * len(missing)

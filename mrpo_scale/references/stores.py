@@ -19,7 +19,7 @@ from mrpo_scale.data.tokenization import ModelText, PairDataset
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.models.source import ReferenceSource, local_folder
 from mrpo_scale.references.store.cache import ReferenceStore
-from mrpo_scale.references.store.identity import ReferenceIdentity, identify
+from mrpo_scale.references.store.identity import ReferenceIdentity, identify, identify_served
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,13 @@ def identify_models(
     models: Sequence[tuple[ReferenceSource, ModelText]], args: MRPOConfig, memo_dir: Path
 ) -> list[ReferenceIdentity]:
     """Of each model; one process of each node reads its files, and all nodes must have the same. Collective over the world."""
-    folders = [local_folder(source, world_group()) for source, _ in models]
+    folders = [None if source.server else local_folder(source, world_group()) for source, _ in models]
     mine: list[ReferenceIdentity] | None = None
     with fail_together(world_group()):
         if args.local_process_index == 0:
             mine = [
-                identify(source, folder, text, memo_dir) for (source, text), folder in zip(models, folders, strict=True)
+                identify_served(source, text) if folder is None else identify(source, folder, text, memo_dir)
+                for (source, text), folder in zip(models, folders, strict=True)
             ]
     everybody = all_gather_object(mine, world_group())
     first = everybody[0]

@@ -21,7 +21,7 @@ from transformers.utils import is_kernels_available
 from mrpo_scale.base.errors import ConfigError, one_line, refuse
 from mrpo_scale.config.ds_config import read_ds_config
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.config.model_spec import parse_ref_models
+from mrpo_scale.config.model_spec import LIVE_SERVED, ModelSpec, parse_ref_models, server_key
 from mrpo_scale.training.metrics import metric_names
 
 RefModels = Sequence[str | Mapping[str, Any]]
@@ -57,7 +57,7 @@ def preflight_problems(
     config: MRPOConfig, ref_models: RefModels, *, trains: bool = True, own_optimizer: bool = False
 ) -> list[str]:
     """What :func:`preflight` refuses, one sentence each."""
-    problems = list(_attention(config, ref_models))
+    problems = [*_attention(config, ref_models), *_served(config, ref_models, trains)]
     if trains:
         problems += [*_reporting(config), *_compilation(config), *_zero(config)]
     if trains and not own_optimizer:
@@ -187,10 +187,24 @@ def _compilation(config: MRPOConfig) -> Iterator[str]:
             yield f"`torch_compile_mode: {config.torch_compile_mode}` is not known; choose one of {', '.join(known)}"
 
 
+def _specs(config: MRPOConfig, ref_models: RefModels) -> list[ModelSpec]:
+    return [*parse_ref_models(ref_models), *parse_ref_models([config.anchor] if config.anchor else [], "anchor")]
+
+
+def _served(config: MRPOConfig, ref_models: RefModels, trains: bool) -> Iterator[str]:
+    for spec in _specs(config, ref_models):
+        if spec.url and trains and config.ref_scoring == "live":
+            yield LIVE_SERVED.format(spec.name or spec.model)
+        elif spec.url and not (trains and config.ref_scoring == "follow"):
+            try:
+                server_key(spec.url, spec.api_key_env)
+            except ConfigError as error:
+                yield str(error)
+
+
 def _attention(config: MRPOConfig, ref_models: RefModels) -> Iterator[str]:
     asked = {config.attn_implementation: "attn_implementation"}
-    specs = [*parse_ref_models(ref_models), *parse_ref_models([config.anchor] if config.anchor else [], "anchor")]
-    for spec in specs:
+    for spec in _specs(config, ref_models):
         asked.setdefault(spec.attn_implementation, "ref_models.attn_implementation")
     for name, key in asked.items():
         problem = _attention_problem(name) if name else ""

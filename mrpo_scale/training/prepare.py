@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mrpo_scale.base.device import map_blocks_from
 from mrpo_scale.base.heartbeat import set_activity
+from mrpo_scale.base.ranks import world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.inputs import (
     EVAL_SET,
@@ -31,6 +32,7 @@ from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_promp
 from mrpo_scale.models.adapter import add_adapter, quantization_of
 from mrpo_scale.models.plan import RunPlan, disable_dropout, load_policy, plan_models
 from mrpo_scale.models.saving import check_small_files
+from mrpo_scale.models.source import local_folder
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.scores import open_scores as open_reference_scores
@@ -114,7 +116,7 @@ def prepare_run(
     check_optimizer(trainer_arguments, policy)
     enable_pair_scoring(policy, "policy", args.head_impl)
     if args.use_peft:  # around the forward that scores pairs, which peft passes everything on to
-        policy = add_adapter(policy, args)
+        policy = add_adapter(policy, plan.policy, args)
     weighted = {split: WeightedPairs(pairs) for split, pairs in pair_sets.items() if split != WEIGHTS_SET}
     return PreparedRun(
         args=args,
@@ -167,7 +169,10 @@ def _set_allocation(args: MRPOConfig) -> None:
 
 def _policy(model: str | PreTrainedModel, plan: RunPlan, args: MRPOConfig) -> PreTrainedModel:
     set_activity("loading the policy")
-    return load_policy(plan.policy, quantization_of(args)) if isinstance(model, str) else model
+    if not isinstance(model, str):
+        return model
+    local_folder(plan.policy, world_group())  # one rank of each node downloads it
+    return load_policy(plan.policy, quantization_of(args))
 
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:

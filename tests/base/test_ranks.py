@@ -14,6 +14,29 @@ def test_a_process_that_is_alone_is_its_own_world():
     assert ranks.all_gather_object("mine", None) == ["mine"] and ranks.broadcast_from_rank0("mine", None) == "mine"
 
 
+def make_on_rank(broken):
+    """What each rank gets of a value that only the first may make."""
+    made = []
+
+    def make():
+        made.append(ranks.get_rank())
+        if broken:
+            raise ConfigError("no such data set")
+        return {"rows": [made[0], "of the first"]}
+
+    try:
+        return ranks.share_within_node(make), made
+    except ConfigError as error:
+        return str(error), made
+
+
+def test_one_rank_of_a_node_makes_what_all_get(pool2):
+    value = {"rows": [0, "of the first"]}
+    assert pool2.run(make_on_rank, False) == [(value, [0]), (value, [])]
+    (first, _), (second, _) = pool2.run(make_on_rank, True)
+    assert first == "no such data set" and second.startswith("rank 0 failed: ConfigError: no such data set")
+
+
 def test_words_of_errors():
     assert one_line(ValueError("two\n  lines")) == "two lines"
     check_one_of("clip", "none", ("none", "fixed"))

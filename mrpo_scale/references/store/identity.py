@@ -88,6 +88,17 @@ def identify(source: ReferenceSource, folder: Path, text: ModelText, memo_dir: P
     return ReferenceIdentity(source.name, parts, source.path)
 
 
+def identify_served(source: ReferenceSource, text: ModelText) -> ReferenceIdentity:
+    """The identity of a reference whose files are a server's: by the names that the user and the server have for it. Whether the
+    weights behind them are still the same is found out by other means, see references/served.py."""
+    parts = {
+        "served": {"model": source.path, "revision": source.revision},
+        "text": text.fingerprint(),
+        "scoring": SCORING,
+    }
+    return ReferenceIdentity(source.name, parts, source.path)
+
+
 def canonical_json(value: Any) -> bytes:
     """The one spelling of a JSON value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

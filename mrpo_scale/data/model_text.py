@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SLOW_TO_FAST_CONVERTERS
 
 from mrpo_scale.base.errors import ConfigError
@@ -43,10 +43,10 @@ def fast_counterpart(tokenizer: PreTrainedTokenizerBase) -> str:
     listed = auto_map.get("AutoTokenizer") if isinstance(auto_map, Mapping) else auto_map
     named = listed[1] if isinstance(listed, (list, tuple)) and len(listed) == 2 else None
     kinds = type(tokenizer).__mro__
-    beside = (
-        f"{kind.__name__}Fast" for kind in kinds if hasattr(sys.modules.get(kind.__module__), f"{kind.__name__}Fast")
-    )
-    fast = str(named).rpartition(".")[2] if named else next(beside, None)
+    beside = (getattr(sys.modules.get(kind.__module__), f"{kind.__name__}Fast", None) for kind in kinds)
+    # transformers 5 gives slow classes without a counterpart a second name that ends in Fast.
+    real = (kind.__name__ for kind in beside if isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerFast))
+    fast = str(named).rpartition(".")[2] if named else next(real, None)
     if fast:
         return f"its fast counterpart is {fast}: save that one into the model's folder, with its `tokenizer.json`"
     if any(kind.__name__ in SLOW_TO_FAST_CONVERTERS for kind in kinds):

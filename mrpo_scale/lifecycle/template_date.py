@@ -118,6 +118,8 @@ def recorded_date(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     try:
+        if path.is_symlink() and not path.exists():  # nothing would be recorded over it, and every day be another date
+            raise ValueError(f"is a link to {path.readlink()}, which does not exist")
         found = read_json(path, _MOST_BYTES)
         return datetime.date.fromisoformat(found[TEMPLATE_DATE]).isoformat()
     except FileNotFoundError:

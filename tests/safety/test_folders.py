@@ -1,6 +1,8 @@
 """What a run writes, and over what: models, links, other people's folders. And what `report`, `eval` and `compare` find there."""
 
+import datetime
 import json
+import os
 import pickle
 import shutil
 
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 
 from mrpo_scale.cli import run_command
+from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.lifecycle.template_date import decide_date
 from mrpo_scale.training.held_out import HeldOutScores
 from tests.safety.hostile import Trap, bounded
 
@@ -185,3 +189,46 @@ def test_held_out_scores_hold_no_pickles(tmp_path):
     with pytest.raises(ValueError, match="allow_pickle"):
         HeldOutScores.load(tmp_path / "eval_logps.npz")
     assert not (tmp_path / "executed").exists()
+
+
+def of_text(text):
+    return lambda path: path.write_text(text)
+
+
+#: {what a record of the date is: (how it is made, what is said of it)}
+DATES = {
+    "no JSON": (of_text("{"), "is not JSON"),
+    "a list": (of_text("[]"), "list indices"),
+    "null": (of_text("null"), "NoneType"),
+    "an empty object": (of_text("{}"), "'template_date'"),
+    "a number": (of_text('{"template_date": 20261126}'), "must be str"),
+    "a template": (of_text('{"template_date": "{{ 7 * 7 }}"}'), "{{ 7 * 7 }}"),
+    "a day that is none": (of_text('{"template_date": "2026-02-30"}'), "day"),
+    "brackets": (of_text("[" * 1000), "nested too deep"),
+    "no text": (lambda path: path.write_bytes(b"\xff\xfe"), "is not UTF-8"),
+    "a megabyte": (of_text('{"template_date": "2026-11-26"}' + " " * (1 << 20)), "more than 1024 bytes"),
+    "a folder": (lambda path: path.mkdir(), "is no plain file"),
+    "a pipe": (os.mkfifo, "is no plain file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "is no plain file"),
+    "a link to nothing": (lambda path: path.symlink_to("nothing"), "which does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", DATES, ids=lambda name: name.replace(" ", "-"))
+def test_a_record_of_the_date_that_is_none(case, place):
+    """In a cache; in a run's own folder a link is refused before it is read."""
+    make, says = DATES[case]
+    (place.root / "cache").mkdir()
+    make(place.root / "cache" / "template_date.json")
+    words = place.words(ref_cache_dir=place.root / "cache")
+    for command in ("train", "score"):
+        place.refused(command, words, "template_date.json", says, "delete it and set `template_date`")
+
+
+def test_a_record_of_another_century_is_a_date(place):
+    """It is taken, said and kept: nobody knows why a cache is of that day. The key counts more."""
+    day = place.write("cache/template_date.json", '{"template_date": "2126-11-26"}')
+    args = MRPOConfig(output_dir=str(place.run), ref_cache_dir=str(day.parent), use_cpu=True, report_to="none")
+    assert decide_date(args) == datetime.date(2126, 11, 26)
+    args.template_date = "2026-11-26"
+    assert decide_date(args) == datetime.date(2026, 11, 26)

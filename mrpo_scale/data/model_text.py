@@ -1,4 +1,4 @@
-"""One model's view of text: its tokenizer, its chat template, where a response begins and what ends a turn."""
+"""How one model reads text: its tokenizer, its chat template, where a response begins and what ends a turn."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def fast_counterpart(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class ModelText:
-    """One model's view of text: tokenizer, chat template, boundary and end of turn.
+    """How one model reads text: tokenizer, chat template, boundary and end of turn.
 
     Args:
         name: the model in error messages and in the reasons of bad rows: ``policy`` or the reference's name.

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.ranks import get_rank, get_world_size, sum_over_ranks
 from mrpo_scale.base.tables import aligned_table, number, percent
-from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
 from mrpo_scale.references.live import cut_by_tokens, segment_lengths

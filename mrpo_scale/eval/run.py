@@ -20,8 +20,9 @@ from mrpo_scale.base.untrusted import refuse_links
 from mrpo_scale.config.checks import check_world_size
 from mrpo_scale.config.recipe import parse_keys
 from mrpo_scale.data import find_layout, load_rows
+from mrpo_scale.data.pair_dataset import PairDataset, check_token_ids, prepare_pairs
 from mrpo_scale.data.pairs import PreferencePair
-from mrpo_scale.data.tokenization import ModelText, PairDataset, check_token_ids, prepare_pairs
+from mrpo_scale.data.tokenization import ModelText
 from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.generation import first_prompts, generate_responses

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mrpo_scale.base.tables import aligned, aligned_table
-from mrpo_scale.data.tokenization import ModelText, PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
+from mrpo_scale.data.tokenization import ModelText
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.reports.pictures import PALETTE
 
@@ -41,7 +42,7 @@ class ReadSet:
         }
 
 
-def view_names(plan: RunPlan) -> list[str]:
+def reader_names(plan: RunPlan) -> list[str]:
     """Of each model's tokenization, the models that read it."""
     readers: list[list[str]] = [["policy"], *([] for _ in plan.texts[1:])]
     for reference in plan.references:

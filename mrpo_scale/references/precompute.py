@@ -22,7 +22,8 @@ from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, world_group
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.data.tokenization import PairDataset, PairTokens
+from mrpo_scale.data.pair_dataset import PairDataset
+from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.references.live import Reference, load_reference, score_in_step
 from mrpo_scale.references.mapped import ranks_that_share

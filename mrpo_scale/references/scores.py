@@ -18,7 +18,7 @@ from torch import Tensor
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.ranks import all_reduce_max, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.window import PairExample, TokenizedPairs
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.objective import Objective, combine

@@ -7,7 +7,8 @@ import datasets
 import pytest
 
 from mrpo_scale.data import LAYOUTS, BadRow, PreferencePair
-from mrpo_scale.data.tokenization import ModelText, prepare_pairs, tokenize_pair
+from mrpo_scale.data.pair_dataset import prepare_pairs
+from mrpo_scale.data.tokenization import ModelText, tokenize_pair
 from tests.data.test_tokenization import CHATML, chatml, say, text_of, tiny
 
 #: Writes an empty think block where the last answer has no reasoning, and drops the reasoning of earlier ones.

@@ -12,7 +12,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data import LAYOUTS, BadRow, PreferencePair
-from mrpo_scale.data.tokenization import ModelText, PairTokens, prepare_pairs, row_key, tokenize_pair
+from mrpo_scale.data.pair_dataset import prepare_pairs
+from mrpo_scale.data.tokenization import ModelText, PairTokens, row_key, tokenize_pair
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -496,7 +497,7 @@ def test_cache_is_read_for_the_same_inputs_and_written_anew_for_others(tmp_path,
         raise AssertionError("tokenized again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mrpo_scale.data.tokenization.tokenize_pair", must_not_run)
+        patch.setattr("mrpo_scale.data.pair_dataset.tokenize_pair", must_not_run)
         again = prepare(rows, STRINGS, cache_dir=cache)
         with pytest.raises(AssertionError, match="tokenized again"):
             prepare(rows, STRINGS, cache_dir=cache, max_length=81)

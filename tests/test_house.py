@@ -61,7 +61,10 @@ READING_ORDER = [
         ". fields data_keys model_spec ds_config launcher hardware checks keys digest elsewhere mixtures trl_keys recipe foreign "
         "foreign_yaml foreign_commands foreign_keys",
     ),
-    ("mrpo_scale.data", "pairs messages turns chat_template model_text ranking mixing toy_skills toy_world"),
+    (
+        "mrpo_scale.data",
+        "pairs messages turns response_turns chat_template model_text ranking mixing toy_skills toy_world",
+    ),
     ("mrpo_scale.data.layouts", "base"),
     ("mrpo_scale.data", "pair_table"),
     (

@@ -7,14 +7,14 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import torch
@@ -24,14 +24,16 @@ from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.data_keys import PairOptions
 from mrpo_scale.data.layouts import AnyLayout, Layout
 from mrpo_scale.data.pair_table import as_pairs, describe_source, source_of
-from mrpo_scale.data.pairs import NO_PAIR, BadRow, PreferencePair
-from mrpo_scale.data.tokenization import ModelText, PairTokens, TextReader, row_key, tokenize_pair
+from mrpo_scale.data.pairs import NO_CUTS, NO_PAIR, SIDES, BadRow, Cut, Cuts, PairTokens, PreferencePair
+from mrpo_scale.data.tokenization import ModelText, TextReader, cut_pair, row_key, tokenize_pair
 
 logger = logging.getLogger(__name__)
 
 #: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
-SCHEME = 3
-_TEMPLATE_FLAGS = ("merged", "trimmed", "changed")  #: what a template did to a pair, per ModelText
+SCHEME = 4
+_TEMPLATE_FLAGS = ("merged", "trimmed", "changed", "no_tools")  #: what a template did to a pair, per ModelText
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_CONTEXT = ("chosen_context", "rejected_context")
 
 
 class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
@@ -43,6 +45,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         merged: pairs whose turns had to be merged, by model name; models without any are left out.
         trimmed, changed: pairs with a response off which a template trims white space, or of which it drops or rewrites more; the
             same way. Such a model scores what its template makes of the response.
+        no_tools: pairs of whose prompts a template leaves out tools, tool calls or tool results; the same way.
         num_texts: number of ModelTexts.
         row_keys: [N] 16-byte strings (numpy S16), see :func:`row_key`.
         fingerprint: what the tokens depend on, as a hex digest.
@@ -62,10 +65,11 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         reasons = tokenized["reason"][:]
         self.counts = dict(Counter(reason for reason in reasons if reason).most_common())
         self._good = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
-        cut = _flags(tokenized, ["chosen_cut", "rejected_cut"])[:, self._good]
+        cut = np.array([tokenized[f"{side}_messages"][:] for side in SIDES], dtype=np.int64)[:, self._good] > 0
         self.cut_rows = np.flatnonzero(cut.any(axis=0))
         self.truncated = len(self.cut_rows)
-        self.merged, self.trimmed, self.changed = (self._by_model(flag, names) for flag in _TEMPLATE_FLAGS)
+        flags = (self._by_model(flag, names) for flag in _TEMPLATE_FLAGS)
+        self.merged, self.trimmed, self.changed, self.no_tools = flags
 
     def _by_model(self, flag: str, names: Sequence[str]) -> dict[str, int]:
         counts = _flags(self._tokenized, [f"{flag}_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
@@ -79,15 +83,23 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """[N, texts, 3] int64: tokens of prompt, chosen and rejected for each ModelText."""
-        table = self._tokenized.data
-        columns = [f"{field}_{i}" for i in range(self.num_texts) for field in PairTokens.__dataclass_fields__]
-        counts = [pc.list_value_length(table.column(name)).to_numpy() for name in columns]
-        return np.stack(counts, axis=1).astype(np.int64)[self._good].reshape(-1, self.num_texts, 3)
+        return self._counts(_IDS, _list_lengths)
+
+    @cached_property
+    def scored(self) -> np.ndarray:
+        """[N, texts, 2] int64: tokens of chosen and rejected that are scored, for each ModelText: all but the context in them."""
+        return self.lengths[..., 1:] - self._counts(_CONTEXT, _run_lengths)
+
+    def _counts(self, fields: Sequence[str], count: Callable[[pa.ChunkedArray], np.ndarray]) -> np.ndarray:
+        """[N, texts, fields] int64: ``count`` of these columns of each ModelText."""
+        columns = [f"{field}_{i}" for i in range(self.num_texts) for field in fields]
+        counts = [count(self._tokenized.data.column(name)) for name in columns]
+        return np.stack(counts, axis=1).astype(np.int64)[self._good].reshape(-1, self.num_texts, len(fields))
 
     def largest_id(self, text: int) -> tuple[int, int]:
         """The largest token id of a ModelText, and the first pair that has it; (-1, -1) without pairs."""
         largest, where = -1, -1
-        for field in PairTokens.__dataclass_fields__:
+        for field in _IDS:
             column = self._tokenized.data.column(f"{field}_{text}")
             # Bad rows have no tokens, and `parents` counts the rows of the table.
             start = 0
@@ -118,7 +130,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
     def select(self, rows: Sequence[int]) -> PairDataset:
         """Only these pairs, in this order; ``counts``, ``truncated`` and ``merged`` stay those of the whole set."""
         selected = copy.copy(self)
-        for computed in ("row_keys", "lengths"):
+        for computed in ("row_keys", "lengths", "scored"):
             vars(selected).pop(computed, None)
         selected._good = self._good[np.asarray(rows, dtype=np.int64)]
         return selected
@@ -133,8 +145,8 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
 
     def cut(self, row: int) -> tuple[bool, bool]:
         """Whether chosen, rejected lost their end to ``max_length``."""
-        stored = self._stored(row)
-        return stored["chosen_cut"], stored["rejected_cut"]
+        chosen, rejected = self._cuts(row)
+        return chosen is not None, rejected is not None
 
     def uncut(self, row: int) -> PreferencePair:
         """The text as the data set has it."""
@@ -142,17 +154,21 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
 
     def pair(self, row: int) -> PreferencePair:
         """The text that is scored, after cuts."""
-        stored = self._stored(row)
-        pair = self.uncut(row)
-        return replace(
-            pair, chosen=pair.chosen[: stored["chosen_chars"]], rejected=pair.rejected[: stored["rejected_chars"]]
-        )
+        return cut_pair(self.uncut(row), self._cuts(row))
 
     def bad_rows(self) -> list[dict[str, Any]]:
         """``{row, reason, detail}`` of every pair left out, in order; ``other_row`` and ``dataset``: see ``source_of``."""
         bad = np.setdiff1d(np.arange(len(self._tokenized)), self._good)
         verdicts = self._tokenized.select_columns(["reason", "detail"]).select(bad)
         return [{**source_of(self._rows, int(i)), **row} for i, row in zip(bad, verdicts, strict=True)]
+
+    def _cuts(self, row: int) -> Cuts:
+        stored = self._stored(row)
+        kept = ((stored[f"{side}_messages"], stored[f"{side}_chars"]) for side in SIDES)
+        chosen, rejected = (
+            Cut(messages, None if characters < 0 else characters) if messages else None for messages, characters in kept
+        )
+        return chosen, rejected
 
     def _stored(self, row: int) -> dict[str, Any]:
         return self._tokenized[int(self._good[row])]
@@ -264,30 +280,34 @@ def _tokenize_row(
     except BadRow as bad:
         tokens: dict[str, list[int]] = {f"{field}_{i}": [] for i in range(len(texts)) for field in fields}
         flags = {f"{flag}_{i}": False for i in range(len(texts)) for flag in _TEMPLATE_FLAGS}
-        lengths: dict[str, Any] = {"chosen_chars": 0, "rejected_chars": 0, "chosen_cut": False, "rejected_cut": False}
-        lengths |= {"row_key_0": 0, "row_key_1": 0}
-        return {"reason": bad.reason, "detail": bad.detail, **lengths, **flags, **tokens}
-    halves = np.frombuffer(row_key(done.pair, done.cut, done.whole), dtype="<i8").tolist()
+        row_keys = {"row_key_0": 0, "row_key_1": 0}
+        return {"reason": bad.reason, "detail": bad.detail, **row_keys, **_columns(NO_CUTS), **flags, **tokens}
+    halves = np.frombuffer(row_key(done.pair, done.cuts, done.whole), dtype="<i8").tolist()
     return {
         "reason": "",
         "detail": "",
         "row_key_0": halves[0],
         "row_key_1": halves[1],
-        "chosen_chars": len(done.pair.chosen),
-        "rejected_chars": len(done.pair.rejected),
-        "chosen_cut": done.cut[0],
-        "rejected_cut": done.cut[1],
+        **_columns(done.cuts),
         **{f"{flag}_{i}": value for flag in _TEMPLATE_FLAGS for i, value in enumerate(getattr(done, flag))},
         **{f"{field}_{i}": ids for i, tokens in enumerate(done.tokens) for field, ids in vars(tokens).items()},
     }
+
+
+def _columns(cuts: Cuts) -> dict[str, int]:
+    """Messages and characters that are left of each response. No messages: it was not cut; -1 characters: to the end of a turn."""
+    columns = {}
+    for side, cut in zip(SIDES, cuts, strict=True):
+        columns[f"{side}_messages"] = 0 if cut is None else cut.messages
+        columns[f"{side}_chars"] = -1 if cut is None or cut.characters is None else cut.characters
+    return columns
 
 
 def _features(num_texts: int) -> datasets.Features:
     """Columns of the tokenized table, fixed so that a first block of bad rows does not decide their types."""
     columns: dict[str, Any] = {"reason": datasets.Value("string"), "detail": datasets.Value("string")}
     columns |= {f"row_key_{i}": datasets.Value("int64") for i in (0, 1)}
-    columns |= {f"{side}_chars": datasets.Value("int64") for side in ("chosen", "rejected")}
-    columns |= {f"{side}_cut": datasets.Value("bool") for side in ("chosen", "rejected")}
+    columns |= {f"{side}_{what}": datasets.Value("int64") for side in SIDES for what in ("messages", "chars")}
     for i in range(num_texts):
         columns |= {f"{flag}_{i}": datasets.Value("bool") for flag in _TEMPLATE_FLAGS}
         columns |= {f"{field}_{i}": datasets.List(datasets.Value("int32")) for field in PairTokens.__dataclass_fields__}
@@ -312,6 +332,18 @@ def _flags(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
     return np.array([table[column][:] for column in columns], dtype=bool)
 
 
+def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.list_value_length(column).to_numpy()
+
+
+def _run_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """[rows] of lists of bounds [start, end, start, end, ...]: the sum of end - start."""
+    bounds = _list_lengths(column)
+    values = pc.list_flatten(column).to_numpy()
+    runs = values[1::2] - values[::2]
+    return np.bincount(np.repeat(np.arange(len(bounds)), bounds // 2), weights=runs, minlength=len(bounds))
+
+
 def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: int) -> None:
     if pairs.counts:
         logger.info("%s: skipped %d of %d pairs: %s", split, num_rows - len(pairs), num_rows, _by_reason(pairs.counts))
@@ -327,6 +359,13 @@ def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: in
             "its template makes of them",
             split, name, n,
         )  # fmt: skip
+    for name, n in pairs.no_tools.items():
+        logger.warning(
+            "%s: the chat template of %s leaves tools, tool calls or tool results out of the prompts of %d pairs",
+            split,
+            name,
+            n,
+        )
 
 
 def _by_reason(counts: Mapping[str, int]) -> str:

@@ -44,11 +44,11 @@ class Reading:
 @dataclass(frozen=True)
 class _Sequence:
     """Prompt and response in tokens. ``start``: how many end before the response begins; ``context``: which ones the assistant does
-    not write, where that is not simply those of the prompt."""
+    not write."""
 
     ids: list[int]
     start: int
-    context: list[bool] | None
+    context: list[bool]
 
 
 def fast_counterpart(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -193,12 +193,14 @@ class ModelText:
             both.append(self._sequence(turn, head, body, raw=reading.raw, cut=cut is not None))
         chosen, rejected = both
         shared = min(chosen.start, rejected.start, shared_length(chosen.ids, rejected.ids))
+        # Of two texts all that is not prompt is scored: what a template writes before one of them belongs to it.
+        several = isinstance(reading.chosen, Turns) or isinstance(reading.rejected, Turns)
         return PairTokens(
             prompt_ids=chosen.ids[:shared],
             chosen_ids=chosen.ids[shared:],
             rejected_ids=rejected.ids[shared:],
-            chosen_context=_runs(chosen.context, shared),
-            rejected_context=_runs(rejected.context, shared),
+            chosen_context=_runs(chosen.context[shared:]) if several else [],
+            rejected_context=_runs(rejected.context[shared:]) if several else [],
         )
 
     def fit(self, pair: PreferencePair, reading: Reading, max_length: int) -> Cuts:
@@ -269,9 +271,7 @@ class ModelText:
     ) -> Turn:
         """Raises TemplateError."""
         if not isinstance(response, str):
-            # Templates that end no turn with a special token end none of several turns with one.
-            ending = self._up_to_special if self._end_text else lambda _: ""
-            return read_turns(self._renderer(pair.tools), messages, response, ending, self._added_prompt)
+            return read_turns(self._renderer(pair.tools), messages, response, self._turn_end, self._added_prompt)
 
         def answered(text: str) -> str:
             answer = {"role": "assistant", "content": text}
@@ -315,8 +315,8 @@ class ModelText:
         if len(sequence.ids) <= max_length:
             return None
         ends = [i + 1 for i, message in enumerate(response) if message["role"] == "assistant"]
-        offsets = self._offsets(turns.head + turns.lead + turns.body)
-        fitting = sum(sum(start < end for start, _ in offsets) <= max_length for _, end in turns.spans)
+        offsets = self._offsets(turns.lead)
+        fitting = sum(sum(start < end for start, _ in offsets) <= max_length for _, end in turns.spans[:-1])
         for kept in reversed(ends[: fitting + 1]):
             whole_turns = Cut(kept, None)
             left = whole_turns.of(response)
@@ -350,41 +350,47 @@ class ModelText:
         They are those of the text as one where that has a token boundary at the end of the generation prompt, else of the two
         texts: when a model generates, no token spans that place.
         """
-        text, ending = turn.lead + body, turn.ending if isinstance(turn, Turns) else None
-        ids = [] if raw else self._ended(turn.head + text, raw=raw, cut=cut, ending=ending)
+        if isinstance(turn, Turns):
+            return self._sequence_of_turns(turn, body, cut)
+        text = turn.lead + body
+        ids = [] if raw else self._ended(turn.head + text, raw=raw, cut=cut)
         apart = raw or ids[: len(head)] != head
         if apart:
-            ids = head + self._ended(text, raw=raw, cut=cut, ending=ending)
-        start, context = len(head), None
-        if isinstance(turn, Turns):
-            offsets = self._offsets_of(turn.head, text, apart)
-            start = sum(end <= turn.begin for _, end in offsets)
-            context = [not turn.scores(*offset) for offset in offsets]
-            context += [False] * (len(ids) - len(context))  # the end of turn
-        elif turn.lead:
-            start = sum(end <= len(turn.head + turn.lead) for _, end in self._offsets_of(turn.head, text, apart))
+            ids = head + self._ended(text, raw=raw, cut=cut)
+        start = len(head)
+        if turn.lead:
+            before = turn.lead if apart else turn.head + turn.lead
+            within = sum(end <= len(before) for _, end in self._offsets(before + body))
+            start = start + within if apart else within
         complete = self._with_bos(ids, raw)
         added = len(complete) - len(ids)
-        return _Sequence(complete, start + added, None if context is None else [True] * added + context)
+        of_prompt = added + (len(head) or start)
+        context = [True] * of_prompt + [False] * (len(complete) - of_prompt)
+        return _Sequence(complete, start + added, context)
 
-    def _offsets_of(self, head: str, text: str, apart: bool) -> list[tuple[int, int]]:
-        """Of the tokens of ``head + text``, or of those of ``head`` and those of ``text``."""
-        if not apart:
-            return self._offsets(head + text)
-        n = len(head)
-        return self._offsets(head) + [(start + n, end + n) for start, end in self._offsets(text)]
+    def _sequence_of_turns(self, turns: Turns, body: str, cut: bool) -> _Sequence:
+        """The same, with the same rule at the end of every generation prompt."""
+        text = turns.lead + body + ("" if cut else turns.ending)
+        offsets = self._offsets(text)
+        apart = [start for start, _ in turns.spans if any(a < start < b for a, b in offsets)]
+        pieces = [(start, text[start:end]) for start, end in pairwise([0, *apart, len(text)])]
+        ids = [token for _, piece in pieces for token in self._encode(piece)]
+        if apart:
+            offsets = [(start + a, start + b) for start, piece in pieces for a, b in self._offsets(piece)]
+        context = [not turns.scores(*offset) for offset in offsets]
+        if not cut and not turns.ending and ids[-len(self._end_ids) :] != self._end_ids:
+            ids += self._end_ids
+            context += [False] * len(self._end_ids)
+        complete = self._with_bos(ids, False)
+        added = len(complete) - len(ids)
+        start = added + sum(end <= turns.begin for _, end in offsets)
+        return _Sequence(complete, start, [True] * added + context)
 
-    def _ended(self, text: str, *, raw: bool, cut: bool, ending: str | None = None) -> list[int]:
-        """Tokens of a text and its end of turn. One that already spells out its end (`...</s>`) does not end twice.
-
-        Args:
-            ending: where it is not what this model's turns end with.
-        """
-        end_text = ending or self._end_text
+    def _ended(self, text: str, *, raw: bool, cut: bool) -> list[int]:
+        """Tokens of a text and its end of turn. One that already spells out its end (`...</s>`) does not end twice."""
+        end_text = self._end_text
         if end_text and not raw and not cut and not text.endswith(end_text):
             return self._encode(text + end_text)
-        if ending and not cut:
-            return self._encode(text)
         ids = self._encode(text)
         end = self._raw_end_ids if raw else self._end_ids
         return ids if cut or ids[-len(end) :] == end else ids + end
@@ -447,12 +453,22 @@ class ModelText:
         # White space alone is no header: a token that it makes with the answer is the answer's.
         return (opening, "", after) if bare == prompt and opening.strip() else ("", opening, after)
 
+    def _turn_end(self, text: str, end: int) -> tuple[int, int]:
+        """See :data:`~mrpo_scale.data.response_turns.Ending`: the first special or added token that ends after ``end`` ends the
+        turn. Templates that end no turn with such a token end none of several turns with one."""
+        ends = zip(self._encode(text), self._offsets(text), strict=True) if self._end_text else ()
+        ending = next(((a, b) for token, (a, b) in ends if token in self._added and b > end), None)
+        return (end, end) if ending is None else (min(end, ending[0]), ending[1])
+
+    @cached_property
+    def _added(self) -> set[int]:
+        # Some vocabularies (Gemma's) list runs of white space among their added tokens: those end nothing.
+        return {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip(" \n\t\r▁")}
+
     def _up_to_special(self, ending: str) -> str:
         """``ending`` up to its first special or added token; empty if it has none."""
-        # Some vocabularies (Gemma's) list runs of white space among their added tokens: those end nothing.
-        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip(" \n\t\r▁")}
         ends = zip(self._encode(ending), self._offsets(ending), strict=True) if ending else ()
-        return next((ending[:end] for token, (_, end) in ends if token in added), "")
+        return next((ending[:end] for token, (_, end) in ends if token in self._added), "")
 
 
 def _raw(prompt: str, response: Response) -> Turn:
@@ -461,7 +477,7 @@ def _raw(prompt: str, response: Response) -> Turn:
     return Turn(prompt, "", response, response)
 
 
-def _runs(context: list[bool] | None, start: int) -> list[int]:
-    """Bounds of the runs of True from ``start`` on, counted from there."""
-    marks = [False, *(context or [])[start:], False]
+def _runs(context: list[bool]) -> list[int]:
+    """Bounds of the runs of True."""
+    marks = [False, *context, False]
     return [i for i, (before, after) in enumerate(pairwise(marks)) if before != after]

@@ -17,19 +17,21 @@ from mrpo_scale.data.messages import called, with_function
 from mrpo_scale.data.pairs import Message
 from mrpo_scale.data.turns import SENTINEL, Turn, shared_length
 
+#: Of a text that begins with a turn, and where what the turn says ends: where its text ends and where its end of turn does.
+Ending = Callable[[str, int], tuple[int, int]]
 #: The conversation as text, with a generation prompt or without. Raises TemplateError.
 Render = Callable[[Sequence[Message], bool], str]
 
 
 @dataclass(frozen=True)
 class Turns(Turn):
-    """A response of several turns as one model's template renders it; ``body`` is all that the assistant writes in the last one.
+    """A response of several turns as one model's template renders it. ``lead`` is all that stands before the last turn, ``body``
+    all that the assistant writes in it, ``head`` empty.
 
     Attributes:
-        head: the generation prompt of the last turn with all that stands before it; empty where the rendering begins otherwise.
         response: the text of the last turn; empty where it calls tools, so that it cannot be cut.
-        begin: the character of ``head + lead + body`` at which the first turn begins to depend on what the assistant says.
-        spans: the characters of ``head + lead + body`` that the assistant writes in earlier turns, each with its end of turn.
+        begin: the character of ``lead + body`` at which the first turn begins to depend on what the assistant says.
+        spans: the characters of ``lead + body`` that the assistant writes in each turn, ends of turn included but for the last.
         ending: what ends the last turn; empty where the template writes nothing that does.
         texts: every text of an assistant turn as the row has it, and what the template writes in that turn.
     """
@@ -55,25 +57,25 @@ class Turns(Turn):
         return None if at < 0 else self.response.index(text) - at
 
     def scores(self, start: int, end: int) -> bool:
-        """Whether the assistant writes any of these characters of ``head + lead + body``."""
-        last = len(self.head) + len(self.lead)
-        return end > last or any(start < b and end > a for a, b in self.spans)
+        """Whether the assistant writes any of these characters of ``lead + body`` and the end of turn after them."""
+        return end > len(self.lead) or any(start < b and end > a for a, b in self.spans)
 
 
 class _Place(NamedTuple):
-    """Of what a message says, in characters of the rendering."""
+    """Of one message, in characters of the rendering: where a model that answers takes over (of the assistant's turns), where what
+    the message says begins, and where it ends."""
 
+    start: int
     begin: int
     end: int
 
 
 def read_turns(
-    render: Render, prompt: Sequence[Message], response: Sequence[Message], ending: Callable[[str], str], header: str
+    render: Render, prompt: Sequence[Message], response: Sequence[Message], ending: Ending, header: str
 ) -> Turns:
     """The response as the template renders it after ``prompt``.
 
     Args:
-        ending: of a text that follows a turn, what ends that turn.
         header: the assistant's header, where the template writes none for a generation prompt.
 
     Raises:
@@ -82,35 +84,28 @@ def read_turns(
     """
     messages = [*prompt, *response]
     whole = render(messages, False)
-    mark = SENTINEL
-    while mark in whole:
-        mark += "X"
-    numbers = range(len(prompt), len(messages))
-    places = [_place(render, messages, i, whole, mark) for i in numbers]
-    nexts = [place.begin for place in places[1:]] + [len(whole)]
+    mark = _unused(whole)
+    places: list[_Place] = []
+    for i in range(len(prompt), len(messages)):
+        places.append(_place(render, messages, i, whole, mark, places[-1].end if places else 0, header))
+    _check_calls(render, messages, len(prompt), mark)
     found: list[
         tuple[int, int, int]
     ] = []  # of each assistant turn: where it starts, where its text and its end of turn end
-    reached = 0
-    for i, place, following in zip(numbers, places, nexts, strict=True):
-        if place.begin < reached:
-            raise TemplateError(f"turn {i - len(prompt) + 1} of the response cannot be told from the one before it")
-        reached = place.end
-        if messages[i]["role"] == "assistant":
-            start = _start(render, messages[:i], whole, place, found[-1][2] if found else 0, header)
-            reached += len(ending(whole[place.end : following]))
-            found.append((start, place.end, reached))
-    _check_calls(render, messages, len(prompt), mark)
+    for message, place, after in zip(response, places, [*places[1:], None], strict=True):
+        if message["role"] == "assistant":
+            following = len(whole) if after is None else after.begin
+            text_end, closed = ending(whole[place.start : following], place.end - place.start)
+            found.append((place.start, place.start + text_end, place.start + closed))
     start, end, closed = found[-1]
-    is_prompt = whole[:start] == render(messages[:-1], True) + header
     turns = [message for message in response if message["role"] == "assistant"]
     return Turns(
-        head=whole[:start] if is_prompt else "",
-        lead="" if is_prompt else whole[:start],
+        head="",
+        lead=whole[:start],
         body=whole[start:end],
         response="" if response[-1].get("tool_calls") else response[-1]["content"],
-        begin=max(places[0].begin, found[0][0]),
-        spans=tuple((start, closed) for start, _, closed in found[:-1]),
+        begin=max(places[0].begin, places[0].start),
+        spans=(*((start, closed) for start, _, closed in found[:-1]), (start, end)),
         ending=whole[end:closed],
         texts=tuple(
             (text, whole[start:end])
@@ -135,9 +130,7 @@ def drops_tools(render: Render, prompt: Sequence[Message], without_tools: Render
         pass  # it asks for tools, so it sees them
     if not any(message.get("tool_calls") or message["role"] == "tool" for message in prompt):
         return False
-    mark = SENTINEL
-    while mark in text:
-        mark += "X"
+    mark = _unused(text)
     results = [i for i, message in enumerate(prompt) if message["role"] == "tool"]
     marked, marks = _with_names(prompt, 0, mark)
     for i in results:
@@ -146,11 +139,13 @@ def drops_tools(render: Render, prompt: Sequence[Message], without_tools: Render
     return not all(name in text for name in [*marks, *(f"{mark}-{i}-" for i in results)])
 
 
-def _place(render: Render, messages: Sequence[Message], i: int, whole: str, mark: str) -> _Place:
-    """Of message ``i``: what changes when it says something else."""
+def _place(
+    render: Render, messages: Sequence[Message], i: int, whole: str, mark: str, reached: int, header: str
+) -> _Place:
+    """Of message ``i``, which stands after character ``reached``: what changes when it says something else."""
     message = messages[i]
-    spoken = {"role": message["role"]} if message["role"] == "assistant" else message
-    other = {**spoken, "content": mark}
+    is_answer = message["role"] == "assistant"
+    other = {**({"role": message["role"]} if is_answer else message), "content": mark}
     text = whole
     try:
         marked = render([*messages[:i], other, *messages[i + 1 :]], False)
@@ -162,20 +157,28 @@ def _place(render: Render, messages: Sequence[Message], i: int, whole: str, mark
     before, after = marked.partition(mark)[0], marked.rpartition(mark)[2]
     begin = shared_length(text, before)
     end = max(begin, len(text) - shared_length(text[::-1], after[::-1]))
-    if not whole.startswith(text[:end]):
-        raise TemplateError(f"it writes a {message['role']} turn of the response otherwise once others follow")
-    return _Place(begin, end)
+    start = _start(render, messages[:i], text, begin, end, header) if is_answer else begin
+    if text is not whole:  # where the same stands in the whole
+        moved = whole.find(text[start:end], reached) - start
+        start, begin, end = start + moved, begin + moved, end + moved
+    if start < reached:
+        raise TemplateError(f"the {message['role']} turn in message {i + 1} cannot be told from what stands before it")
+    return _Place(start, begin, end)
 
 
-def _start(render: Render, before: Sequence[Message], whole: str, place: _Place, reached: int, header: str) -> int:
+def _start(render: Render, before: Sequence[Message], text: str, begin: int, end: int, header: str) -> int:
     """Where a model that is given ``before`` begins to write."""
     prompt = render(before, True) + header
-    if whole.startswith(prompt) and len(prompt) <= place.end:
+    if text.startswith(prompt) and len(prompt) <= end:
         return len(prompt)
     # Earlier turns were rewritten, or the generation prompt begins a reasoning that the template drops later on.
-    opening = prompt.removeprefix(render(before, False))
-    at = whole.rfind(opening, reached, place.begin) if opening and opening != prompt else -1
-    return place.begin if at < 0 else at + len(opening)
+    bare = render(before, False)
+    opening = prompt.removeprefix(bare) if prompt.startswith(bare) else header
+    if not opening:
+        # White space alone is no header: it is the answer's, unless it ends what stands before.
+        return min(begin, len(text[:begin].rstrip()) + len(bare) - len(bare.rstrip()))
+    at = text.rfind(opening, 0, begin)
+    return begin if at < 0 else at + len(opening)
 
 
 def _check_calls(render: Render, messages: Sequence[Message], first: int, mark: str) -> None:
@@ -199,3 +202,11 @@ def _with_names(messages: Sequence[Message], first: int, mark: str) -> tuple[lis
         if calls:
             marked[i] = {**message, "tool_calls": calls}
     return marked, names
+
+
+def _unused(text: str) -> str:
+    """A word that is not in ``text``."""
+    mark = SENTINEL
+    while mark in text:
+        mark += "X"
+    return mark

@@ -1,5 +1,10 @@
 """Chat templates that know tools, in the manner of today's models but written anew; shared by the tests of several turns."""
 
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from tests.tiny import tokenizer
 
 #: Tool calls in tags of their own, results in user turns, reasoning written after the last user turn only.
@@ -110,6 +115,74 @@ def rows(count=12):
     for i in range(count):
         kind = i % 3
         chosen = [CHOSEN, [assistant("maybe"), user(f"why {i}?"), assistant("one two")], [call("red")]][kind]
-        rejected = [[assistant("no")], [assistant("no"), user("why?"), assistant("three")], [assistant("no no")]][kind]
+        again = [assistant("no no"), user("why?"), assistant("no")]
+        rejected = [[assistant("no")], [assistant("no"), user("why?"), assistant("three")], again][kind]
         made.append({"prompt": [user(f"{i} red or blue?")], "chosen": chosen, "rejected": rejected, "tools": TOOLS})
     return made
+
+
+def write_tool_models(root: Path) -> dict[str, str]:
+    """{template: folder} of three tiny models of three architectures and templates."""
+    folders = {}
+    for seed, (template, kind) in enumerate({"qwen": "llama", "llama": "qwen2", "mistral": "gpt_neox"}.items()):
+        made = tool_tokenizer(template)
+        sizes = {
+            "vocab_size": len(made),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, 0.15)
+        model.save_pretrained(root / template)
+        made.save_pretrained(root / template)
+        folders[template] = str(root / template)
+    return folders
+
+
+def logps_by_hand(folder: str, row: dict) -> list[list[float]]:
+    """[side, (log-prob, tokens)] of a row by a plain forward in float64 over the template's own rendering: of each token that ends
+    within the assistant's turns, whose text is found here by cutting the rendering at the template's control words."""
+    from transformers import AutoTokenizer
+
+    tok = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    opening, ending = HEADERS[Path(folder).name]
+    sides = []
+    for side in ("chosen", "rejected"):
+        text = tok.apply_chat_template([*row["prompt"], *row[side]], tools=row["tools"], tokenize=False)
+        spans, at = [], text.index(row["prompt"][0]["content"])
+        while (start := min((i for word in opening if (i := text.find(word, at)) >= 0), default=-1)) >= 0:
+            word = next(word for word in opening if text.startswith(word, start))
+            start += len(word)
+            at = text.index(ending, start) + len(ending)
+            spans.append((start, at))
+        encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = torch.tensor(encoded["input_ids"])
+        kept = [
+            i
+            for i, (a, b) in enumerate(encoded["offset_mapping"])
+            if any(a < end and b > start for start, end in spans)
+        ]
+        with torch.no_grad():
+            logps = model(ids[None]).logits[0].log_softmax(-1)
+        sides.append([sum(logps[i - 1, ids[i]].item() for i in kept), len(kept)])
+    return sides
+
+
+#: What stands before what the assistant writes, and how it ends.
+HEADERS = {
+    "qwen": (["<|im_start|>assistant\n"], "<|im_end|>"),
+    "llama": (["<|head|>assistant<|/head|>\n\n"], "<|eot|>"),
+    "mistral": (["[/INST]", "[/RESULTS]"], "</s>"),
+}

@@ -64,7 +64,8 @@ def prepare(path: str, cache: str) -> tuple[int, float, float, float, float, flo
     from transformers import PreTrainedTokenizerFast
 
     from mrpo_scale.data import PairOptions, find_layout, load_rows
-    from mrpo_scale.data.tokenization import ModelText, prepare_pairs
+    from mrpo_scale.data.pair_dataset import prepare_pairs
+    from mrpo_scale.data.tokenization import ModelText
 
     datasets.config.HF_DATASETS_CACHE = cache
     datasets.disable_progress_bars()

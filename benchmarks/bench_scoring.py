@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.inputs import prepare_sets
-from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.models.plan import plan_models
 from mrpo_scale.references import precompute as ahead
 from mrpo_scale.references.stores import open_stores

@@ -125,13 +125,8 @@ def word_tiles(num_tokens: int, vocabulary: int, device_type: str) -> list[slice
 def softmax_(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Turns logits in place into their softmax. Returns (max_C, log_sum_C), whose sum is the logsumexp.
 
-<<<<<<< HEAD
-    On a CPU torch's softmax adds up a row in few lanes, one word after the other: of 49,152 words the sum is 1e-6 too small, at
-    times 1e-5, which whole responses add up. What its results sum to, which ``sum`` adds pairwise, says by how much.
-=======
     On a CPU the sum within torch's softmax comes out too small: of 49,152 words by 1e-6, at times by 1e-5, which whole responses
     add up. What its results sum to, which ``sum`` adds pairwise, says by how much.
->>>>>>> losses2
 
     Where a bias of -inf bans every word of a tile, log_sum is 0: its tokens may have words in other tiles.
     """

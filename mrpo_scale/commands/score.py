@@ -15,7 +15,7 @@ from mrpo_scale.base.untrusted import printable
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.data.inputs import prepare_sets, read_rows
-from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date

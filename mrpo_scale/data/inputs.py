@@ -17,14 +17,8 @@ from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.base.ranks import share_within_node
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.data import find_layout, load_rows
-from mrpo_scale.data.tokenization import (
-    BadRowsError,
-    ModelText,
-    PairDataset,
-    TextReader,
-    check_token_ids,
-    prepare_pairs,
-)
+from mrpo_scale.data.pair_dataset import BadRowsError, PairDataset, check_token_ids, prepare_pairs
+from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.data.toy_world import resolve
 
 TRAIN_SET, EVAL_SET = "train", "eval"
@@ -113,7 +107,7 @@ def prepare_sets(
     evals: datasets.Dataset | dict[str, datasets.Dataset] | None,
     findings: list[ConfigError] | None = None,
 ) -> dict[str, PairDataset]:
-    """Tokenize every set for every text view; the first rank of each host does the work, the others read its files.
+    """Tokenize every set for every model; the first rank of each host does the work, the others read its files.
 
     Args:
         findings: where given, what is wrong with the pairs of a set is added to it, and what is left of them comes all the same.

@@ -25,13 +25,16 @@ from mrpo_scale.data.pairs import BadRow, PreferencePair
 from mrpo_scale.data.ranking import choose_pairs
 
 #: Raised whenever the same rows would give other pairs, so that no table of an older version is read.
-SCHEME = 2
+SCHEME = 3
 
+_PARTS = ("prompt", "chosen", "rejected")
 _TEXT = ("prompt", "chosen", "rejected", "tools", "reason", "detail", "source")
 FEATURES = datasets.Features(
     {
         **{column: datasets.Value("string") for column in _TEXT},
-        "chat": datasets.Value("bool"),  # whether `prompt` is the JSON of messages
+        "messages": datasets.List(
+            datasets.Value("string")
+        ),  # those of prompt, chosen and rejected that are the JSON of messages
         "rows": datasets.List(datasets.Value("int64")),
     }
 )
@@ -50,10 +53,8 @@ class PairTable(Layout):
     def read(self, row: Mapping[str, Any]) -> PreferencePair:
         if row["reason"]:
             raise BadRow(row["reason"], row["detail"])
-        prompt = json.loads(row["prompt"]) if row["chat"] else row["prompt"]
-        return PreferencePair(
-            prompt, row["chosen"], row["rejected"], json.loads(row["tools"]) if row["tools"] else None
-        )
+        parts = {name: json.loads(row[name]) if name in row["messages"] else row[name] for name in _PARTS}
+        return PreferencePair(**parts, tools=json.loads(row["tools"]) if row["tools"] else None)
 
 
 def as_pairs(
@@ -197,14 +198,12 @@ def _pairs(
 def _entry(pair: PreferencePair | BadRow) -> dict[str, Any]:
     if isinstance(pair, BadRow):
         empty = dict.fromkeys(("prompt", "chosen", "rejected", "tools"), "")
-        return {**empty, "chat": False, "reason": pair.reason, "detail": pair.detail}
-    chat = not isinstance(pair.prompt, str)
+        return {**empty, "messages": [], "reason": pair.reason, "detail": pair.detail}
+    parts = {name: getattr(pair, name) for name in _PARTS}
     return {
-        "prompt": _json(pair.prompt) if chat else pair.prompt,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
+        **{name: part if isinstance(part, str) else _json(part) for name, part in parts.items()},
         "tools": _json(pair.tools) if pair.tools else "",
-        "chat": chat,
+        "messages": [name for name, part in parts.items() if not isinstance(part, str)],
         "reason": "",
         "detail": "",
     }

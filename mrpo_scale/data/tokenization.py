@@ -2,67 +2,27 @@
 
 References differ in tokenizer and template, so only log-probs of whole responses are comparable, and only over the same text.
 Prompt and response are therefore tokenized apart (the boundary is exact), and what is too long is decided once, in the policy's
-tokens, by cutting the response *text*: every model scores that text, without an end of turn in any of them.
+tokens, by cutting the response *text*: every model scores that text, without an end of turn in any of them. Of several turns those
+that do not fit go first.
 
-``ModelText`` is one model's view, ``tokenize_pair`` one pair for all views, ``prepare_pairs`` a whole data set.
+``ModelText`` is how one model reads text, ``tokenize_pair`` one pair for all models; data/pair_dataset.py has whole data sets.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
-import numpy as np
-import pyarrow.compute as pc
-import tokenizers
-import torch
-import transformers
-
-from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.config.data_keys import PairOptions
-from mrpo_scale.data.layouts import AnyLayout, Layout
 from mrpo_scale.data.model_text import ModelText, Reading
-from mrpo_scale.data.pair_table import as_pairs, describe_source, source_of
-from mrpo_scale.data.pairs import NO_PAIR, BadRow, PreferencePair
+from mrpo_scale.data.pairs import NO_CUTS, BadRow, Cut, Cuts, PairTokens, PreferencePair
 
-__all__ = [
-    "BadRowsError",
-    "ModelText",
-    "PairDataset",
-    "PairTokens",
-    "TextReader",
-    "TokenizedPair",
-    "check_token_ids",
-    "prepare_pairs",
-    "row_key",
-    "tokenize_pair",
-]
+__all__ = ["ModelText", "PairTokens", "TextReader", "TokenizedPair", "row_key", "tokenize_pair"]
 
-logger = logging.getLogger(__name__)
-
-#: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
-SCHEME = 3
 # A row with more text, about a million tokens, is bad: it would take minutes and gigabytes to tokenize, and then be cut.
 MOST_CHARACTERS = 1 << 22
-_TEMPLATE_FLAGS = ("merged", "trimmed", "changed")  #: what a template did to a pair, per ModelText
-
-
-@dataclass(frozen=True)
-class PairTokens:
-    """One pair in one model's tokens. Responses include the end of turn unless they were cut."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -70,7 +30,7 @@ class TextReader:
     """A model of a run, the number of the ModelText that it reads, and the rows of its embedding, where they are known."""
 
     name: str
-    view: int
+    tokenization: int
     num_embeddings: int | None
 
 
@@ -81,14 +41,20 @@ class TokenizedPair:
     pair: PreferencePair  #: the text that is scored, after cuts
     whole: PreferencePair  #: before them
     tokens: tuple[PairTokens, ...]  #: one per ModelText
-    cut: tuple[bool, bool]  #: whether chosen, rejected lost their end
+    cuts: Cuts  #: what is left of chosen, rejected; None: all
     merged: tuple[bool, ...]  #: whether turns were merged, per ModelText
     trimmed: tuple[bool, ...]  #: whether the template trims white space off a response, per ModelText
     changed: tuple[bool, ...]  #: whether it drops or rewrites more of one, per ModelText
+    no_tools: tuple[bool, ...]  #: whether it leaves tools, tool calls or tool results out of the prompt, per ModelText
+
+    @property
+    def cut(self) -> tuple[bool, bool]:
+        """Whether chosen, rejected lost their end."""
+        return self.cuts[0] is not None, self.cuts[1] is not None
 
 
 def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: int | None) -> TokenizedPair:
-    """Tokenize one pair for every model; ``texts[0]`` is the policy's view, whose tokens ``max_length`` counts.
+    """Tokenize one pair for every model; ``texts[0]`` is the policy's, whose tokens ``max_length`` counts.
 
     Raises:
         BadRow: the pair cannot be scored by every model. Reasons: ``empty_response``, ``identical_responses``, ``empty_prompt``,
@@ -97,30 +63,53 @@ def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: 
         ConfigError: see :meth:`ModelText.render_prompt`.
     """
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if not response.strip():
+        if isinstance(response, str) and not response.strip():
             raise BadRow("empty_response", f"{side} has no text")
     if pair.chosen == pair.rejected:
         raise BadRow("identical_responses", "chosen and rejected are the same text")
-    characters = len(pair.chosen) + len(pair.rejected) + _characters(pair.prompt) + _characters(pair.tools)
+    characters = sum(map(_characters, (pair.chosen, pair.rejected, pair.prompt, pair.tools)))
     if characters > MOST_CHARACTERS:
         raise BadRow("text_too_long", f"{characters} characters, more than {MOST_CHARACTERS}")
     readings = [text.read(pair) for text in texts]
-    cuts = (None, None) if max_length is None else texts[0].fit(readings[0], max_length)
-    chosen, rejected = (text[:cut] for text, cut in zip((pair.chosen, pair.rejected), cuts, strict=True))
-    if chosen == rejected:
+    cuts = NO_CUTS if max_length is None else texts[0].fit(pair, readings[0], max_length)
+    left = cut_pair(pair, cuts)
+    if left.chosen == left.rejected:
         raise BadRow("identical_responses", "chosen and rejected are the same text once cut to max_length")
-    tokens = tuple(PairTokens(*text.ids(reading, cuts)) for text, reading in zip(texts, readings, strict=True))
+    fewer_turns = _without_last_turns(pair, cuts)
+    if fewer_turns != pair:
+        readings = [text.read(fewer_turns) for text in texts]
+    of_last = (cuts[0].characters if cuts[0] else None, cuts[1].characters if cuts[1] else None)
+    tokens = tuple(text.ids(reading, of_last) for text, reading in zip(texts, readings, strict=True))
     for text, reading, ids in zip(texts, readings, tokens, strict=True):
         _check_tokens(text, reading, ids)
     return TokenizedPair(
-        pair=replace(pair, chosen=chosen, rejected=rejected),
+        pair=left,
         whole=pair,
         tokens=tokens,
-        cut=(cuts[0] is not None, cuts[1] is not None),
+        cuts=cuts,
         merged=tuple(reading.merged for reading in readings),
         trimmed=tuple(reading.chosen.trimmed or reading.rejected.trimmed for reading in readings),
         changed=tuple(reading.chosen.changed or reading.rejected.changed for reading in readings),
+        no_tools=tuple(reading.no_tools for reading in readings),
     )
+
+
+def cut_pair(pair: PreferencePair, cuts: Cuts) -> PreferencePair:
+    """What ``cuts`` leave of a pair."""
+    chosen, rejected = (
+        response if cut is None else cut.of(response)
+        for response, cut in zip((pair.chosen, pair.rejected), cuts, strict=True)
+    )
+    return replace(pair, chosen=chosen, rejected=rejected)
+
+
+def _without_last_turns(pair: PreferencePair, cuts: Cuts) -> PreferencePair:
+    """The pair without the turns that ``cuts`` take whole."""
+    chosen, rejected = (
+        response if cut is None or isinstance(response, str) else Cut(cut.messages, None).of(response)
+        for response, cut in zip((pair.chosen, pair.rejected), cuts, strict=True)
+    )
+    return replace(pair, chosen=chosen, rejected=rejected)
 
 
 def _check_tokens(text: ModelText, reading: Reading, ids: PairTokens) -> None:
@@ -144,352 +133,22 @@ def _characters(value: Any) -> int:
     return sum(map(_characters, items))
 
 
-def row_key(pair: PreferencePair, cut: tuple[bool, bool], whole: PreferencePair | None = None) -> bytes:
+def row_key(pair: PreferencePair, cuts: Cuts = NO_CUTS, whole: PreferencePair | None = None) -> bytes:
     """16 bytes that name a row in the score cache: a hash of the text that is scored, after cuts, and of which end was cut.
 
     Without the flags, "A B" whole and "A B C" cut to "A B" would share a key, though only one of them scores an end of turn. What a
     template writes before a response may depend on what was cut off (`</think>`), so a cut row is named by its ``whole`` text too.
     """
     digest = hashlib.blake2b(digest_size=16)
-    lost = [whole.chosen, whole.rejected] if whole is not None and any(cut) else []
-    for part in (pair.prompt, pair.tools, pair.chosen, pair.rejected, list(cut), *lost):
-        text = json.dumps(part, sort_keys=True).encode()
+    cut = [c is not None for c in cuts]
+    parts = [pair.prompt, pair.tools, pair.chosen, pair.rejected, cut]
+    if whole is not None and any(cut):
+        parts += [whole.chosen, whole.rejected]
+        if not (isinstance(whole.chosen, str) and isinstance(whole.rejected, str)):
+            # A turn may be left whole with its end of turn, or without.
+            parts.append([c is not None and c.characters is None for c in cuts])
+    for i, part in enumerate(parts):
+        # In responses the order counts: templates write a call's arguments in it, and what they write is scored.
+        text = json.dumps(part, sort_keys=i < 2).encode()
         digest.update(len(text).to_bytes(8, "little") + text)
     return digest.digest()
-
-
-class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
-    """The pairs that every model can score, in file order, tokenized for every ModelText. Arrow-backed.
-
-    Attributes:
-        counts: bad rows that were left out, by reason.
-        cut_rows: the numbers, in this set, of pairs of which at least one response was cut; ``truncated``: how many.
-        merged: pairs whose turns had to be merged, by model name; models without any are left out.
-        trimmed, changed: pairs with a response off which a template trims white space, or of which it drops or rewrites more; the
-            same way. Such a model scores what its template makes of the response.
-        num_texts: number of ModelTexts.
-        row_keys: [N] 16-byte strings (numpy S16), see :func:`row_key`.
-        fingerprint: what the tokens depend on, as a hex digest.
-    """
-
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        layout: Layout,
-        tokenized: datasets.Dataset,
-        names: Sequence[str],
-        fingerprint: str,
-    ) -> None:
-        self._rows, self._layout, self._tokenized = rows, layout, tokenized
-        self.num_texts = len(names)
-        self.fingerprint = fingerprint
-        reasons = tokenized["reason"][:]
-        self.counts = dict(Counter(reason for reason in reasons if reason).most_common())
-        self._good = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
-        cut = _flags(tokenized, ["chosen_cut", "rejected_cut"])[:, self._good]
-        self.cut_rows = np.flatnonzero(cut.any(axis=0))
-        self.truncated = len(self.cut_rows)
-        self.merged, self.trimmed, self.changed = (self._by_model(flag, names) for flag in _TEMPLATE_FLAGS)
-
-    def _by_model(self, flag: str, names: Sequence[str]) -> dict[str, int]:
-        counts = _flags(self._tokenized, [f"{flag}_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
-        return {name: int(n) for name, n in zip(names, counts, strict=True) if n}
-
-    @cached_property
-    def row_keys(self) -> np.ndarray:
-        halves = np.stack([np.asarray(self._tokenized[f"row_key_{i}"][:], dtype="<i8") for i in (0, 1)], axis=1)
-        return np.ascontiguousarray(halves[self._good]).view("S16").reshape(-1)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """[N, texts, 3] int64: tokens of prompt, chosen and rejected in each view of the text."""
-        table = self._tokenized.data
-        columns = [f"{field}_{i}" for i in range(self.num_texts) for field in PairTokens.__dataclass_fields__]
-        counts = [pc.list_value_length(table.column(name)).to_numpy() for name in columns]
-        return np.stack(counts, axis=1).astype(np.int64)[self._good].reshape(-1, self.num_texts, 3)
-
-    def largest_id(self, view: int) -> tuple[int, int]:
-        """The largest token id in a view of the text, and the first pair that has it; (-1, -1) without pairs."""
-        largest, where = -1, -1
-        for field in PairTokens.__dataclass_fields__:
-            column = self._tokenized.data.column(f"{field}_{view}")
-            # Bad rows have no tokens, and `parents` counts the rows of the table.
-            start = 0
-            for chunk in column.chunks:
-                ids = pc.list_flatten(chunk)
-                found = pc.max(ids).as_py()
-                if found is not None and found > largest:
-                    at = pc.index(ids, found).as_py()
-                    row = start + pc.list_parent_indices(chunk)[at].as_py()
-                    largest, where = found, int(np.searchsorted(self._good, row))
-                start += len(chunk)
-        return largest, where
-
-    def __len__(self) -> int:
-        return len(self._good)
-
-    def __getitem__(self, row: int) -> tuple[PairTokens, ...]:
-        return self.tokens(row)
-
-    def tokens(self, row: int) -> tuple[PairTokens, ...]:
-        """The pair's tokens, one PairTokens per ModelText."""
-        stored = self._stored(row)
-        return tuple(
-            PairTokens(*(stored[f"{field}_{i}"] for field in PairTokens.__dataclass_fields__))
-            for i in range(self.num_texts)
-        )
-
-    def select(self, rows: Sequence[int]) -> PairDataset:
-        """Only these pairs, in this order; ``counts``, ``truncated`` and ``merged`` stay those of the whole set."""
-        selected = copy.copy(self)
-        for computed in ("row_keys", "lengths"):
-            vars(selected).pop(computed, None)
-        selected._good = self._good[np.asarray(rows, dtype=np.int64)]
-        return selected
-
-    def source_row(self, row: int) -> int:
-        """The number, from 0, of the (first) row in the data set that this pair was read from."""
-        return source_of(self._rows, int(self._good[row]))["row"]
-
-    def source(self, row: int) -> str:
-        """The same for messages: ``row 3``, ``rows 3 and 4``, and of which set in a mix."""
-        return describe_source(source_of(self._rows, int(self._good[row])))
-
-    def cut(self, row: int) -> tuple[bool, bool]:
-        """Whether chosen, rejected lost their end to ``max_length``."""
-        stored = self._stored(row)
-        return stored["chosen_cut"], stored["rejected_cut"]
-
-    def uncut(self, row: int) -> PreferencePair:
-        """The text as the data set has it."""
-        return self._layout.to_pair(self._rows[int(self._good[row])])
-
-    def pair(self, row: int) -> PreferencePair:
-        """The text that is scored, after cuts."""
-        stored = self._stored(row)
-        pair = self.uncut(row)
-        return replace(
-            pair, chosen=pair.chosen[: stored["chosen_chars"]], rejected=pair.rejected[: stored["rejected_chars"]]
-        )
-
-    def bad_rows(self) -> list[dict[str, Any]]:
-        """``{row, reason, detail}`` of every pair left out, in order; ``other_row`` and ``dataset``: see ``source_of``."""
-        bad = np.setdiff1d(np.arange(len(self._tokenized)), self._good)
-        verdicts = self._tokenized.select_columns(["reason", "detail"]).select(bad)
-        return [{**source_of(self._rows, int(i)), **row} for i, row in zip(bad, verdicts, strict=True)]
-
-    def _stored(self, row: int) -> dict[str, Any]:
-        return self._tokenized[int(self._good[row])]
-
-
-def prepare_pairs(
-    rows: datasets.Dataset,
-    layout: AnyLayout,
-    texts: Sequence[ModelText],
-    *,
-    max_length: int | None,
-    options: PairOptions | None = None,
-    on_bad_row: Literal["skip", "error"] = "skip",
-    max_bad_rows: float = 0.1,
-    bad_rows_file: Path | None = None,
-    split: str = "train",
-    num_proc: int | None = None,
-    cache_dir: Path | None = None,
-    write: bool = True,
-) -> PairDataset:
-    """Tokenize a data set for every model and leave out, for all of them, the pairs that one of them cannot score.
-
-    Args:
-        texts: the policy's view first.
-        max_length: most tokens of prompt + response, in the policy's tokens; None cuts nothing.
-        options: how ranked or scored answers become pairs.
-        max_bad_rows: largest fraction of bad rows. Answers that tie are left out and counted, but are not bad rows.
-        bad_rows_file: where bad rows are listed, if there are any, as JSON lines ``{split, row, reason, detail}``.
-        split: what the rows are called in messages.
-        cache_dir: where tokens are kept for the next run; default: where ``datasets`` keeps ``rows``.
-        write: whether this process writes ``bad_rows_file`` and logs; one process of a job should.
-
-    Raises:
-        BadRowsError: bad rows under ``on_bad_row: error``, too many of them, or none but them.
-        ConfigError: see ModelText.render_prompt.
-    """
-    rows, layout = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
-    key = _fingerprint(rows, layout, texts, max_length)
-    cache_file = None
-    if cache_dir is not None:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        cache_file = str(cache_dir / f"pairs-{key}.arrow")
-    tokenized = rows.map(
-        _tokenize_row,
-        fn_kwargs={"layout": layout, "texts": list(texts), "max_length": max_length},
-        remove_columns=rows.column_names,
-        features=_features(len(texts)),
-        num_proc=num_proc,
-        cache_file_name=cache_file,
-        new_fingerprint=key,
-        desc=f"Tokenizing {split} for {len(texts)} model{'s' if len(texts) > 1 else ''}",
-    )
-    pairs = PairDataset(rows, layout, tokenized, [text.name for text in texts], key)
-    bad = pairs.bad_rows()
-    if write:
-        _report(pairs, split, max_length, len(rows))
-        if bad_rows_file is not None:
-            _list_bad_rows(bad, split, bad_rows_file)
-    problem = _problem_with_bad_rows(pairs, bad, split, on_bad_row, max_bad_rows, max_length)
-    if problem:
-        problem += f" All bad rows are listed in {bad_rows_file}." if bad and bad_rows_file is not None else ""
-        raise BadRowsError(problem, pairs)
-    return pairs
-
-
-class BadRowsError(ConfigError):
-    """Pairs that may not be trained on, because of those that were left out. ``pairs``: what is left."""
-
-    def __init__(self, message: str, pairs: PairDataset) -> None:
-        super().__init__(message)
-        self.pairs = pairs
-
-
-def _list_bad_rows(bad: Sequence[Mapping[str, Any]], split: str, file: Path) -> None:
-    """As JSON lines; without bad rows there is no file, not even that of an earlier run."""
-    if not bad:
-        file.unlink(missing_ok=True)
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({"split": split, **row}) + "\n" for row in bad), encoding="utf-8")
-
-
-def check_token_ids(pairs: PairDataset, texts: Sequence[ModelText], readers: Sequence[TextReader], split: str) -> None:
-    """Every token must have a row in the embedding of each model that reads it: a lookup beyond it ends a run, on a GPU with an
-    assertion that names nothing.
-
-    Raises:
-        ConfigError: one has none; names model, token, id and rows.
-    """
-    largest = {view: pairs.largest_id(view) for view in {reader.view for reader in readers}}
-    for reader in readers:
-        token, row = largest[reader.view]
-        if reader.num_embeddings is not None and token >= reader.num_embeddings:
-            text: Any = texts[reader.view].tokenizer.convert_ids_to_tokens(token)
-            raise ConfigError(
-                f"{reader.name}: its tokenizer makes token {token} ({text!r}) of {pairs.source(row)} of the {split} set, but its "
-                f"embedding has {reader.num_embeddings} rows (`vocab_size` of config.json); resize it (`resize_token_embeddings`) "
-                "and save the model, or give it the tokenizer that it was trained with."
-            )
-
-
-def _tokenize_row(
-    row: Mapping[str, Any], *, layout: Layout, texts: Sequence[ModelText], max_length: int | None
-) -> dict[str, Any]:
-    """One row of the tokenized table: columns as in ``_features``."""
-    fields = tuple(PairTokens.__dataclass_fields__)
-    try:
-        done = tokenize_pair(layout.to_pair(row), texts, max_length)
-    except BadRow as bad:
-        tokens: dict[str, list[int]] = {f"{field}_{i}": [] for i in range(len(texts)) for field in fields}
-        flags = {f"{flag}_{i}": False for i in range(len(texts)) for flag in _TEMPLATE_FLAGS}
-        lengths: dict[str, Any] = {"chosen_chars": 0, "rejected_chars": 0, "chosen_cut": False, "rejected_cut": False}
-        lengths |= {"row_key_0": 0, "row_key_1": 0}
-        return {"reason": bad.reason, "detail": bad.detail, **lengths, **flags, **tokens}
-    halves = np.frombuffer(row_key(done.pair, done.cut, done.whole), dtype="<i8").tolist()
-    return {
-        "reason": "",
-        "detail": "",
-        "row_key_0": halves[0],
-        "row_key_1": halves[1],
-        "chosen_chars": len(done.pair.chosen),
-        "rejected_chars": len(done.pair.rejected),
-        "chosen_cut": done.cut[0],
-        "rejected_cut": done.cut[1],
-        **{f"{flag}_{i}": value for flag in _TEMPLATE_FLAGS for i, value in enumerate(getattr(done, flag))},
-        **{f"{field}_{i}": ids for i, tokens in enumerate(done.tokens) for field, ids in vars(tokens).items()},
-    }
-
-
-def _features(num_texts: int) -> datasets.Features:
-    """Columns of the tokenized table, fixed so that a first block of bad rows does not decide their types."""
-    columns: dict[str, Any] = {"reason": datasets.Value("string"), "detail": datasets.Value("string")}
-    columns |= {f"row_key_{i}": datasets.Value("int64") for i in (0, 1)}
-    columns |= {f"{side}_chars": datasets.Value("int64") for side in ("chosen", "rejected")}
-    columns |= {f"{side}_cut": datasets.Value("bool") for side in ("chosen", "rejected")}
-    for i in range(num_texts):
-        columns |= {f"{flag}_{i}": datasets.Value("bool") for flag in _TEMPLATE_FLAGS}
-        columns |= {f"{field}_{i}": datasets.List(datasets.Value("int32")) for field in PairTokens.__dataclass_fields__}
-    return datasets.Features(columns)
-
-
-def _fingerprint(rows: datasets.Dataset, layout: Layout, texts: Sequence[ModelText], max_length: int | None) -> str:
-    """Of everything that the tokenized table depends on. It names the cache file, so a stale one is never read."""
-    parts = [
-        SCHEME,
-        [transformers.__version__, tokenizers.__version__],
-        rows._fingerprint,
-        layout.name,
-        max_length,
-        [[text.name, text.fingerprint(), text.max_context] for text in texts],
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _flags(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
-    """[columns, rows] of booleans."""
-    return np.array([table[column][:] for column in columns], dtype=bool)
-
-
-def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: int) -> None:
-    if pairs.counts:
-        logger.info("%s: skipped %d of %d pairs: %s", split, num_rows - len(pairs), num_rows, _by_reason(pairs.counts))
-    if pairs.truncated:
-        logger.info("%s: cut responses of %d pairs to max_length %s", split, pairs.truncated, max_length)
-    for name, n in pairs.merged.items():
-        logger.info("%s: merged turns of %d prompts for %s", split, n, name)
-    for name, n in pairs.trimmed.items():
-        logger.info("%s: the chat template of %s trims white space off responses of %d pairs", split, name, n)
-    for name, n in pairs.changed.items():
-        logger.warning(
-            "%s: the chat template of %s drops or rewrites text of responses of %d pairs (reasoning, for instance): it scores what "
-            "its template makes of them",
-            split, name, n,
-        )  # fmt: skip
-
-
-def _by_reason(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in counts.items())
-
-
-def _problem_with_bad_rows(
-    pairs: PairDataset,
-    bad: Sequence[Mapping[str, Any]],
-    split: str,
-    on_bad_row: str,
-    max_bad_rows: float,
-    max_length: int | None,
-) -> str:
-    """Why the pairs may not be used; empty where they may."""
-    bad = [row for row in bad if row["reason"] not in NO_PAIR]
-    total = len(pairs) + len(bad)
-    if not total:
-        return f"the {split} set gives no pair: {_by_reason(pairs.counts)}; choose other data or `score_columns`."
-    reasons = _by_reason({reason: n for reason, n in pairs.counts.items() if reason not in NO_PAIR})
-    if bad and on_bad_row == "error":
-        first = bad[0]
-        return (
-            f"`on_bad_row: error`: {describe_source(first)} of the {split} set is bad: {first['reason']} ({first['detail']}); "
-            f"repair the {len(bad)} bad rows ({reasons}) or set `on_bad_row: skip`."
-        )
-    if len(bad) > max_bad_rows * total or not len(pairs):
-        example = f" For example {describe_source(bad[0])}: {bad[0]['reason']} ({bad[0]['detail']})." if bad else ""
-        return (
-            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {reasons}; "
-            f"{_remedy(pairs, max_length)} or raise `max_bad_rows`.{example}"
-        )
-    return ""
-
-
-def _remedy(pairs: PairDataset, max_length: int | None) -> str:
-    short = [reason.partition(":")[2] for reason in pairs.counts if reason.startswith("context_exceeded:")]
-    if "prompt_too_long" in pairs.counts:
-        return f"raise `max_length: {max_length}`"
-    if short:
-        return f"lower `max_length: {max_length}`, take a model with a longer context than {' and '.join(short)}"
-    return "repair the data"

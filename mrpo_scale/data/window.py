@@ -21,7 +21,7 @@ from mrpo_scale.data.tokenization import PairTokens
 
 @dataclass(frozen=True)
 class PairExample:
-    """A row on its way to the models: its tokens for each distinct text view, policy first."""
+    """A row on its way to the models: its tokens for each distinct ModelText, policy first."""
 
     row: int
     weight: float  #: 1, or 0 for a filler
@@ -29,12 +29,14 @@ class PairExample:
 
 
 class TokenizedPairs(Protocol):
-    """The part of tokenization.PairDataset that a window needs."""
+    """The part of pair_dataset.PairDataset that a window needs."""
 
     @property
     def row_keys(self) -> np.ndarray: ...  # [N] S16
     @property
     def lengths(self) -> np.ndarray: ...  # [N, texts, 3]
+    @property
+    def scored(self) -> np.ndarray: ...  # [N, texts, 2]
     def __len__(self) -> int: ...
     def tokens(self, row: int) -> tuple[PairTokens, ...]: ...
 

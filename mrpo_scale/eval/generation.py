@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mrpo_scale.base.ranks import get_rank, get_world_size
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.pairs import PreferencePair
-from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
 from mrpo_scale.eval.records import RecordFile, read_records

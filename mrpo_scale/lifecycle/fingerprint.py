@@ -8,7 +8,7 @@ from typing import Any
 
 from mrpo_scale.config.fields import Role
 from mrpo_scale.config.keys import MRPOConfig, keys_of_role
-from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.lifecycle.template_date import TEMPLATE_DATE
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.references.store.identity import ReferenceIdentity

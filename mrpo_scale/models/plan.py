@@ -76,7 +76,7 @@ class RunPlan:
     @property
     def dated(self) -> list[str]:
         """The models whose chat templates print the date."""
-        return [reader.name for reader in self.readers if self.texts[reader.view].prints_date]
+        return [reader.name for reader in self.readers if self.texts[reader.tokenization].prints_date]
 
     def first(self, count: int) -> RunPlan:
         """With the first ``count`` references, the anchor among them, but with all tokenizations: runs that compare train on

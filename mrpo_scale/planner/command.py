@@ -19,7 +19,7 @@ from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.data import find_layout
 from mrpo_scale.data.inputs import TRAIN_SET, check_steps, evaluation_sets, prepare_sets, read_rows
-from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date
@@ -31,10 +31,10 @@ from mrpo_scale.planner.data import (
     ReadSet,
     lengths_table,
     plot_lengths,
+    reader_names,
     render_pairs,
     sets_table,
     tokens_cut,
-    view_names,
 )
 from mrpo_scale.planner.estimate import Estimate, estimate
 from mrpo_scale.planner.job import Job, PlannedModel, Setting
@@ -236,9 +236,9 @@ class _Check:
         ]
 
     def _show_data(self, plan: RunPlan, sets: list[ReadSet]) -> None:
-        names, first = view_names(plan), sets[0]
+        names, first = reader_names(plan), sets[0]
         print(f"\nDATA\n\n{sets_table(sets, plan.texts[0])}")
-        print(f"\n{lengths_table(first.pairs.lengths, names)}")
+        print(f"\n{lengths_table(first.pairs.lengths, first.pairs.scored, names)}")
         print(f"\n{render_pairs(first.pairs, plan.texts, names, width=160)}\n")
         plot_lengths(first.pairs.lengths, names, self.config.max_length, self.folder / "lengths.png")
         whole = render_pairs(first.pairs, plan.texts, names, width=None)
@@ -332,7 +332,7 @@ class _Check:
                 )
                 for k, r in enumerate(here)
             ),
-            workload=Workload(read.pairs.lengths, config.seed),
+            workload=Workload(read.pairs.lengths, config.seed, read.pairs.scored),
             window=config.per_device_train_batch_size * self._accumulation() * self.cluster.gpus,
             tokens_per_forward=config.ref_tokens_per_forward,
             gradients_in_forward=config.head_backward == "in_forward"

@@ -16,7 +16,7 @@ from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import all_gather_object, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import LIVE_SERVED
-from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.models.source import local_folder, num_parameters
 from mrpo_scale.references.live import PartitionScorer, Reference, SpreadScorer, load_reference

@@ -22,7 +22,8 @@ from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, world_group
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.data.tokenization import PairDataset, PairTokens
+from mrpo_scale.data.pair_dataset import PairDataset
+from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.references.live import Reference, load_reference, score_in_step
 from mrpo_scale.references.mapped import ranks_that_share
@@ -76,8 +77,8 @@ class _Rows:
         return self.pairs[self.set_N[i]].tokens(int(self.row_N[i]))[self.tokenization]
 
     def token_counts(self, chosen: np.ndarray) -> np.ndarray:
-        """[n, 2] response tokens."""
-        counts = [self.pairs[self.set_N[i]].lengths[self.row_N[i], self.tokenization, 1:] for i in chosen]
+        """[n, 2] scored tokens."""
+        counts = [self.pairs[self.set_N[i]].scored[self.row_N[i], self.tokenization] for i in chosen]
         return np.array(counts, dtype=np.int32).reshape(-1, 2)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.ranks import all_reduce_max, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.window import PairExample, TokenizedPairs
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.objective import Objective, combine
@@ -245,5 +245,5 @@ class CachedScores(ReferenceScores):
         with fail_together(world_group()):
             for k, logps_P2 in zip(window.which, scored_KP2.cpu().numpy(), strict=True):
                 new = real & ~window.stored[k].found_N
-                tokens_N2 = window.pairs.lengths[window.rows[new], self._tokenizations[k], 1:]
+                tokens_N2 = window.pairs.scored[window.rows[new], self._tokenizations[k]]
                 self._writers[k].add(window.pairs.row_keys[window.rows[new]], logps_P2[new], tokens_N2)

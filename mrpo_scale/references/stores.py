@@ -15,7 +15,8 @@ from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import all_gather_object, all_reduce_max, broadcast_from_rank0, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.data.tokenization import ModelText, PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
+from mrpo_scale.data.tokenization import ModelText
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.models.source import ReferenceSource, local_folder
 from mrpo_scale.references.store.cache import ReferenceStore

@@ -12,7 +12,7 @@ from torch import Tensor
 from mrpo_scale.base.ranks import sum_over_ranks
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.inputs import WEIGHTS_SET
-from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.window import WeightedPairs, WindowSampler
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.scores import ReferenceScores

@@ -24,7 +24,7 @@ from mrpo_scale.data.inputs import (
     evaluation_split,
     prepare_sets,
 )
-from mrpo_scale.data.tokenization import PairDataset
+from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.window import WeightedPairs, WindowSampler
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date

@@ -7,7 +7,8 @@ import datasets
 import pytest
 
 from mrpo_scale.data import LAYOUTS, BadRow, PreferencePair
-from mrpo_scale.data.tokenization import ModelText, prepare_pairs, tokenize_pair
+from mrpo_scale.data.pair_dataset import prepare_pairs
+from mrpo_scale.data.tokenization import ModelText, tokenize_pair
 from tests.data.test_tokenization import CHATML, chatml, say, text_of, tiny
 
 #: Writes an empty think block where the last answer has no reasoning, and drops the reasoning of earlier ones.
@@ -140,7 +141,7 @@ BOUNDARIES = {
 def test_what_stands_before_both_responses_is_prompt(template):
     text = model(template)
     (tokens,) = tokenize_pair(PreferencePair(say("hello"), "how are you?", "the lazy dog"), [text], None).tokens
-    prompt, *responses = (text_of(text, ids) for ids in vars(tokens).values())
+    prompt, *responses = (text_of(text, ids) for ids in (tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids))
     end, *expected = BOUNDARIES[template]
     assert prompt.endswith(end)
     assert responses == expected
@@ -150,7 +151,9 @@ def test_what_stands_before_one_response_is_part_of_it():
     """An empty think block before the answer without reasoning: the model would have to write it, where it writes reasoning now."""
     text = model("qwen3")
     (tokens,) = tokenize_pair(PreferencePair(say("hello"), THINKING, "jumps"), [text], None).tokens
-    prompt, chosen, rejected = (text_of(text, ids) for ids in vars(tokens).values())
+    prompt, chosen, rejected = (
+        text_of(text, ids) for ids in (tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids)
+    )
     assert prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert chosen == THINKING + "<|im_end|>"
     assert rejected == "<think>\n\n</think>\n\njumps<|im_end|>"

@@ -9,8 +9,8 @@ import pytest
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data import LAYOUTS, BadRow, PairOptions, PreferencePair, as_pairs, find_layout, load_rows
+from mrpo_scale.data.pair_dataset import prepare_pairs
 from mrpo_scale.data.ranking import Answer, Comparison, choose_pairs
-from mrpo_scale.data.tokenization import prepare_pairs
 from tests.data.test_tokenization import CHATML, chatml, gemma, view
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -9,7 +9,7 @@ import pytest
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.data import DatasetSpec, PairOptions, PreferencePair, as_pairs, find_layout, load_rows, parse_datasets
-from mrpo_scale.data.tokenization import prepare_pairs
+from mrpo_scale.data.pair_dataset import prepare_pairs
 from tests.data.test_tokenization import chatml
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -78,11 +78,7 @@ def test_low_precision_operands(dtypes, softcap, chunk_tokens, monkeypatch):
 
 @pytest.mark.parametrize("tile", [4 * 16 * 65536, 4 * 16 * 256], ids=["whole vocabulary", "tiles"])
 def test_the_sum_over_a_real_vocabulary(tile, monkeypatch):
-<<<<<<< HEAD
-    """65,536 words, about those of today's models: torch's own softmax loses up to 1e-5 of their sum on a CPU."""
-=======
     """65,536 words, as models have today: on a CPU torch's own softmax loses up to 1e-5 of their sum, always the same way."""
->>>>>>> losses2
     monkeypatch.setitem(chunked_head._CHUNK_BYTES, "cpu", tile)
     logits_TV = 3 * torch.randn(16, 65536, generator=torch.Generator().manual_seed(0))
     labels_T = torch.arange(16)

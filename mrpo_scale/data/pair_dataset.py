@@ -1,0 +1,410 @@
+"""A whole data set, tokenized for every model: the pairs that every model can score, and what was left out and why."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import tokenizers
+import torch
+import transformers
+
+from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.data_keys import PairOptions
+from mrpo_scale.data.layouts import AnyLayout, Layout
+from mrpo_scale.data.pair_table import as_pairs, describe_source, source_of
+from mrpo_scale.data.pairs import NO_CUTS, NO_PAIR, SIDES, BadRow, Cut, Cuts, PairTokens, PreferencePair
+from mrpo_scale.data.tokenization import ModelText, TextReader, cut_pair, row_key, tokenize_pair
+
+logger = logging.getLogger(__name__)
+
+#: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
+SCHEME = 4
+_TEMPLATE_FLAGS = ("merged", "trimmed", "changed", "no_tools")  #: what a template did to a pair, per ModelText
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_CONTEXT = ("chosen_context", "rejected_context")
+
+
+class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
+    """The pairs that every model can score, in file order, tokenized for every ModelText. Arrow-backed.
+
+    Attributes:
+        counts: bad rows that were left out, by reason.
+        cut_rows: the numbers, in this set, of pairs of which at least one response was cut; ``truncated``: how many.
+        merged: pairs whose turns had to be merged, by model name; models without any are left out.
+        trimmed, changed: pairs with a response off which a template trims white space, or of which it drops or rewrites more; the
+            same way. Such a model scores what its template makes of the response.
+        no_tools: pairs of whose prompts a template leaves out tools, tool calls or tool results; the same way.
+        num_texts: number of ModelTexts.
+        row_keys: [N] 16-byte strings (numpy S16), see :func:`row_key`.
+        fingerprint: what the tokens depend on, as a hex digest.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        layout: Layout,
+        tokenized: datasets.Dataset,
+        names: Sequence[str],
+        fingerprint: str,
+    ) -> None:
+        self._rows, self._layout, self._tokenized = rows, layout, tokenized
+        self.num_texts = len(names)
+        self.fingerprint = fingerprint
+        reasons = tokenized["reason"][:]
+        self.counts = dict(Counter(reason for reason in reasons if reason).most_common())
+        self._good = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
+        cut = np.array([tokenized[f"{side}_messages"][:] for side in SIDES], dtype=np.int64)[:, self._good] > 0
+        self.cut_rows = np.flatnonzero(cut.any(axis=0))
+        self.truncated = len(self.cut_rows)
+        flags = (self._by_model(flag, names) for flag in _TEMPLATE_FLAGS)
+        self.merged, self.trimmed, self.changed, self.no_tools = flags
+
+    def _by_model(self, flag: str, names: Sequence[str]) -> dict[str, int]:
+        counts = _flags(self._tokenized, [f"{flag}_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
+        return {name: int(n) for name, n in zip(names, counts, strict=True) if n}
+
+    @cached_property
+    def row_keys(self) -> np.ndarray:
+        halves = np.stack([np.asarray(self._tokenized[f"row_key_{i}"][:], dtype="<i8") for i in (0, 1)], axis=1)
+        return np.ascontiguousarray(halves[self._good]).view("S16").reshape(-1)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[N, texts, 3] int64: tokens of prompt, chosen and rejected for each ModelText."""
+        return self._counts(_IDS, _list_lengths)
+
+    @cached_property
+    def scored(self) -> np.ndarray:
+        """[N, texts, 2] int64: tokens of chosen and rejected that are scored, for each ModelText: all but the context in them."""
+        return self.lengths[..., 1:] - self._counts(_CONTEXT, _run_lengths)
+
+    def _counts(self, fields: Sequence[str], count: Callable[[pa.ChunkedArray], np.ndarray]) -> np.ndarray:
+        """[N, texts, fields] int64: ``count`` of these columns of each ModelText."""
+        columns = [f"{field}_{i}" for i in range(self.num_texts) for field in fields]
+        counts = [count(self._tokenized.data.column(name)) for name in columns]
+        return np.stack(counts, axis=1).astype(np.int64)[self._good].reshape(-1, self.num_texts, len(fields))
+
+    def largest_id(self, text: int) -> tuple[int, int]:
+        """The largest token id of a ModelText, and the first pair that has it; (-1, -1) without pairs."""
+        largest, where = -1, -1
+        for field in _IDS:
+            column = self._tokenized.data.column(f"{field}_{text}")
+            # Bad rows have no tokens, and `parents` counts the rows of the table.
+            start = 0
+            for chunk in column.chunks:
+                ids = pc.list_flatten(chunk)
+                found = pc.max(ids).as_py()
+                if found is not None and found > largest:
+                    at = pc.index(ids, found).as_py()
+                    row = start + pc.list_parent_indices(chunk)[at].as_py()
+                    largest, where = found, int(np.searchsorted(self._good, row))
+                start += len(chunk)
+        return largest, where
+
+    def __len__(self) -> int:
+        return len(self._good)
+
+    def __getitem__(self, row: int) -> tuple[PairTokens, ...]:
+        return self.tokens(row)
+
+    def tokens(self, row: int) -> tuple[PairTokens, ...]:
+        """The pair's tokens, one PairTokens per ModelText."""
+        stored = self._stored(row)
+        return tuple(
+            PairTokens(*(stored[f"{field}_{i}"] for field in PairTokens.__dataclass_fields__))
+            for i in range(self.num_texts)
+        )
+
+    def select(self, rows: Sequence[int]) -> PairDataset:
+        """Only these pairs, in this order; ``counts``, ``truncated`` and ``merged`` stay those of the whole set."""
+        selected = copy.copy(self)
+        for computed in ("row_keys", "lengths", "scored"):
+            vars(selected).pop(computed, None)
+        selected._good = self._good[np.asarray(rows, dtype=np.int64)]
+        return selected
+
+    def source_row(self, row: int) -> int:
+        """The number, from 0, of the (first) row in the data set that this pair was read from."""
+        return source_of(self._rows, int(self._good[row]))["row"]
+
+    def source(self, row: int) -> str:
+        """The same for messages: ``row 3``, ``rows 3 and 4``, and of which set in a mix."""
+        return describe_source(source_of(self._rows, int(self._good[row])))
+
+    def cut(self, row: int) -> tuple[bool, bool]:
+        """Whether chosen, rejected lost their end to ``max_length``."""
+        chosen, rejected = self._cuts(row)
+        return chosen is not None, rejected is not None
+
+    def uncut(self, row: int) -> PreferencePair:
+        """The text as the data set has it."""
+        return self._layout.to_pair(self._rows[int(self._good[row])])
+
+    def pair(self, row: int) -> PreferencePair:
+        """The text that is scored, after cuts."""
+        return cut_pair(self.uncut(row), self._cuts(row))
+
+    def bad_rows(self) -> list[dict[str, Any]]:
+        """``{row, reason, detail}`` of every pair left out, in order; ``other_row`` and ``dataset``: see ``source_of``."""
+        bad = np.setdiff1d(np.arange(len(self._tokenized)), self._good)
+        verdicts = self._tokenized.select_columns(["reason", "detail"]).select(bad)
+        return [{**source_of(self._rows, int(i)), **row} for i, row in zip(bad, verdicts, strict=True)]
+
+    def _cuts(self, row: int) -> Cuts:
+        stored = self._stored(row)
+        kept = ((stored[f"{side}_messages"], stored[f"{side}_chars"]) for side in SIDES)
+        chosen, rejected = (
+            Cut(messages, None if characters < 0 else characters) if messages else None for messages, characters in kept
+        )
+        return chosen, rejected
+
+    def _stored(self, row: int) -> dict[str, Any]:
+        return self._tokenized[int(self._good[row])]
+
+
+def prepare_pairs(
+    rows: datasets.Dataset,
+    layout: AnyLayout,
+    texts: Sequence[ModelText],
+    *,
+    max_length: int | None,
+    options: PairOptions | None = None,
+    on_bad_row: Literal["skip", "error"] = "skip",
+    max_bad_rows: float = 0.1,
+    bad_rows_file: Path | None = None,
+    split: str = "train",
+    num_proc: int | None = None,
+    cache_dir: Path | None = None,
+    write: bool = True,
+) -> PairDataset:
+    """Tokenize a data set for every model and leave out, for all of them, the pairs that one of them cannot score.
+
+    Args:
+        texts: the policy's first.
+        max_length: most tokens of prompt + response, in the policy's tokens; None cuts nothing.
+        options: how ranked or scored answers become pairs.
+        max_bad_rows: largest fraction of bad rows. Answers that tie are left out and counted, but are not bad rows.
+        bad_rows_file: where bad rows are listed, if there are any, as JSON lines ``{split, row, reason, detail}``.
+        split: what the rows are called in messages.
+        cache_dir: where tokens are kept for the next run; default: where ``datasets`` keeps ``rows``.
+        write: whether this process writes ``bad_rows_file`` and logs; one process of a job should.
+
+    Raises:
+        BadRowsError: bad rows under ``on_bad_row: error``, too many of them, or none but them.
+        ConfigError: see ModelText.render_prompt.
+    """
+    rows, layout = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
+    key = _fingerprint(rows, layout, texts, max_length)
+    cache_file = None
+    if cache_dir is not None:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        cache_file = str(cache_dir / f"pairs-{key}.arrow")
+    tokenized = rows.map(
+        _tokenize_row,
+        fn_kwargs={"layout": layout, "texts": list(texts), "max_length": max_length},
+        remove_columns=rows.column_names,
+        features=_features(len(texts)),
+        num_proc=num_proc,
+        cache_file_name=cache_file,
+        new_fingerprint=key,
+        desc=f"Tokenizing {split} for {len(texts)} model{'s' if len(texts) > 1 else ''}",
+    )
+    pairs = PairDataset(rows, layout, tokenized, [text.name for text in texts], key)
+    bad = pairs.bad_rows()
+    if write:
+        _report(pairs, split, max_length, len(rows))
+        if bad_rows_file is not None:
+            _list_bad_rows(bad, split, bad_rows_file)
+    problem = _problem_with_bad_rows(pairs, bad, split, on_bad_row, max_bad_rows, max_length)
+    if problem:
+        problem += f" All bad rows are listed in {bad_rows_file}." if bad and bad_rows_file is not None else ""
+        raise BadRowsError(problem, pairs)
+    return pairs
+
+
+class BadRowsError(ConfigError):
+    """Pairs that may not be trained on, because of those that were left out. ``pairs``: what is left."""
+
+    def __init__(self, message: str, pairs: PairDataset) -> None:
+        super().__init__(message)
+        self.pairs = pairs
+
+
+def _list_bad_rows(bad: Sequence[Mapping[str, Any]], split: str, file: Path) -> None:
+    """As JSON lines; without bad rows there is no file, not even that of an earlier run."""
+    if not bad:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"split": split, **row}) + "\n" for row in bad), encoding="utf-8")
+
+
+def check_token_ids(pairs: PairDataset, texts: Sequence[ModelText], readers: Sequence[TextReader], split: str) -> None:
+    """Every token must have a row in the embedding of each model that reads it: a lookup beyond it ends a run, on a GPU with an
+    assertion that names nothing.
+
+    Raises:
+        ConfigError: one has none; names model, token, id and rows.
+    """
+    largest = {text: pairs.largest_id(text) for text in {reader.tokenization for reader in readers}}
+    for reader in readers:
+        token, row = largest[reader.tokenization]
+        if reader.num_embeddings is not None and token >= reader.num_embeddings:
+            word: Any = texts[reader.tokenization].tokenizer.convert_ids_to_tokens(token)
+            raise ConfigError(
+                f"{reader.name}: its tokenizer makes token {token} ({word!r}) of {pairs.source(row)} of the {split} set, but its "
+                f"embedding has {reader.num_embeddings} rows (`vocab_size` of config.json); resize it (`resize_token_embeddings`) "
+                "and save the model, or give it the tokenizer that it was trained with."
+            )
+
+
+def _tokenize_row(
+    row: Mapping[str, Any], *, layout: Layout, texts: Sequence[ModelText], max_length: int | None
+) -> dict[str, Any]:
+    """One row of the tokenized table: columns as in ``_features``."""
+    fields = tuple(PairTokens.__dataclass_fields__)
+    try:
+        done = tokenize_pair(layout.to_pair(row), texts, max_length)
+    except BadRow as bad:
+        tokens: dict[str, list[int]] = {f"{field}_{i}": [] for i in range(len(texts)) for field in fields}
+        flags = {f"{flag}_{i}": False for i in range(len(texts)) for flag in _TEMPLATE_FLAGS}
+        row_keys = {"row_key_0": 0, "row_key_1": 0}
+        return {"reason": bad.reason, "detail": bad.detail, **row_keys, **_columns(NO_CUTS), **flags, **tokens}
+    halves = np.frombuffer(row_key(done.pair, done.cuts, done.whole), dtype="<i8").tolist()
+    return {
+        "reason": "",
+        "detail": "",
+        "row_key_0": halves[0],
+        "row_key_1": halves[1],
+        **_columns(done.cuts),
+        **{f"{flag}_{i}": value for flag in _TEMPLATE_FLAGS for i, value in enumerate(getattr(done, flag))},
+        **{f"{field}_{i}": ids for i, tokens in enumerate(done.tokens) for field, ids in vars(tokens).items()},
+    }
+
+
+def _columns(cuts: Cuts) -> dict[str, int]:
+    """Messages and characters that are left of each response. No messages: it was not cut; -1 characters: to the end of a turn."""
+    columns = {}
+    for side, cut in zip(SIDES, cuts, strict=True):
+        columns[f"{side}_messages"] = 0 if cut is None else cut.messages
+        columns[f"{side}_chars"] = -1 if cut is None or cut.characters is None else cut.characters
+    return columns
+
+
+def _features(num_texts: int) -> datasets.Features:
+    """Columns of the tokenized table, fixed so that a first block of bad rows does not decide their types."""
+    columns: dict[str, Any] = {"reason": datasets.Value("string"), "detail": datasets.Value("string")}
+    columns |= {f"row_key_{i}": datasets.Value("int64") for i in (0, 1)}
+    columns |= {f"{side}_{what}": datasets.Value("int64") for side in SIDES for what in ("messages", "chars")}
+    for i in range(num_texts):
+        columns |= {f"{flag}_{i}": datasets.Value("bool") for flag in _TEMPLATE_FLAGS}
+        columns |= {f"{field}_{i}": datasets.List(datasets.Value("int32")) for field in PairTokens.__dataclass_fields__}
+    return datasets.Features(columns)
+
+
+def _fingerprint(rows: datasets.Dataset, layout: Layout, texts: Sequence[ModelText], max_length: int | None) -> str:
+    """Of everything that the tokenized table depends on. It names the cache file, so a stale one is never read."""
+    parts = [
+        SCHEME,
+        [transformers.__version__, tokenizers.__version__],
+        rows._fingerprint,
+        layout.name,
+        max_length,
+        [[text.name, text.fingerprint(), text.max_context] for text in texts],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _flags(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
+    """[columns, rows] of booleans."""
+    return np.array([table[column][:] for column in columns], dtype=bool)
+
+
+def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.list_value_length(column).to_numpy()
+
+
+def _run_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """[rows] of lists of bounds [start, end, start, end, ...]: the sum of end - start."""
+    bounds = _list_lengths(column)
+    values = pc.list_flatten(column).to_numpy()
+    runs = values[1::2] - values[::2]
+    return np.bincount(np.repeat(np.arange(len(bounds)), bounds // 2), weights=runs, minlength=len(bounds))
+
+
+def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: int) -> None:
+    if pairs.counts:
+        logger.info("%s: skipped %d of %d pairs: %s", split, num_rows - len(pairs), num_rows, _by_reason(pairs.counts))
+    if pairs.truncated:
+        logger.info("%s: cut responses of %d pairs to max_length %s", split, pairs.truncated, max_length)
+    for name, n in pairs.merged.items():
+        logger.info("%s: merged turns of %d prompts for %s", split, n, name)
+    for name, n in pairs.trimmed.items():
+        logger.info("%s: the chat template of %s trims white space off responses of %d pairs", split, name, n)
+    for name, n in pairs.changed.items():
+        logger.warning(
+            "%s: the chat template of %s drops or rewrites text of responses of %d pairs (reasoning, for instance): it scores what "
+            "its template makes of them",
+            split, name, n,
+        )  # fmt: skip
+    for name, n in pairs.no_tools.items():
+        logger.warning(
+            "%s: the chat template of %s leaves tools, tool calls or tool results out of the prompts of %d pairs",
+            split,
+            name,
+            n,
+        )
+
+
+def _by_reason(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items())
+
+
+def _problem_with_bad_rows(
+    pairs: PairDataset,
+    bad: Sequence[Mapping[str, Any]],
+    split: str,
+    on_bad_row: str,
+    max_bad_rows: float,
+    max_length: int | None,
+) -> str:
+    """Why the pairs may not be used; empty where they may."""
+    bad = [row for row in bad if row["reason"] not in NO_PAIR]
+    total = len(pairs) + len(bad)
+    if not total:
+        return f"the {split} set gives no pair: {_by_reason(pairs.counts)}; choose other data or `score_columns`."
+    reasons = _by_reason({reason: n for reason, n in pairs.counts.items() if reason not in NO_PAIR})
+    if bad and on_bad_row == "error":
+        first = bad[0]
+        return (
+            f"`on_bad_row: error`: {describe_source(first)} of the {split} set is bad: {first['reason']} ({first['detail']}); "
+            f"repair the {len(bad)} bad rows ({reasons}) or set `on_bad_row: skip`."
+        )
+    if len(bad) > max_bad_rows * total or not len(pairs):
+        example = f" For example {describe_source(bad[0])}: {bad[0]['reason']} ({bad[0]['detail']})." if bad else ""
+        return (
+            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {reasons}; "
+            f"{_remedy(pairs, max_length)} or raise `max_bad_rows`.{example}"
+        )
+    return ""
+
+
+def _remedy(pairs: PairDataset, max_length: int | None) -> str:
+    short = [reason.partition(":")[2] for reason in pairs.counts if reason.startswith("context_exceeded:")]
+    if "prompt_too_long" in pairs.counts:
+        return f"raise `max_length: {max_length}`"
+    if short:
+        return f"lower `max_length: {max_length}`, take a model with a longer context than {' and '.join(short)}"
+    return "repair the data"

@@ -98,9 +98,9 @@ FORMATS = {
 }
 
 
-def response_logp(logps: np.ndarray, scored: np.ndarray | None = None) -> float:
-    """Of a response, from the log-probs of its tokens: their sum, over the positions ``scored`` (bool) where not all count."""
-    return float((logps if scored is None else logps[scored]).astype(np.float64).sum())
+def response_logp(logps: np.ndarray, scored: np.ndarray) -> float:
+    """Of a response, from the log-probs of its tokens: the sum of those at the places ``scored``."""
+    return float(logps[scored].astype(np.float64).sum())
 
 
 def _get(value: Any, key: str) -> Any:

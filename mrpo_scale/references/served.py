@@ -26,7 +26,7 @@ from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.untrusted import parse_json, printable, read_json
 from mrpo_scale.config.model_spec import server_key
 from mrpo_scale.data.model_text import ModelText
-from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.data.pairs import SIDES, PairTokens
 from mrpo_scale.models.plan import PlannedReference, RunPlan
 from mrpo_scale.models.source import Server
 from mrpo_scale.references.prompt_logps import FORMATS, ScoredText, WireFormat, WrongAnswerError, response_logp
@@ -197,7 +197,9 @@ class ServedReference:
             for pair in pairs
             for response in (pair.chosen_ids, pair.rejected_ids)
         ]
-        logps = [response_logp(one) for one in self._ask(texts)]
+        # What users and tools say between the assistant's turns is read and not scored.
+        places = [pair.scored(side) for pair in pairs for side in SIDES]
+        logps = [response_logp(one, np.array(at)) for one, at in zip(self._ask(texts), places, strict=True)]
         self.check_canaries()
         return np.array(logps, dtype=np.float32).reshape(-1, 2)
 

@@ -17,7 +17,6 @@ from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.models.plan import PlannedReference
 from mrpo_scale.models.source import ReferenceSource, Server
 from mrpo_scale.references import served
-from mrpo_scale.references.prompt_logps import response_logp
 from mrpo_scale.references.served import KEPT, ServedReference
 from mrpo_scale.references.store.cache import ReferenceStore, list_cache
 from mrpo_scale.references.store.identity import ReferenceIdentity
@@ -250,10 +249,13 @@ def test_sums_are_over_the_response_alone(server, models, tmp_path):
             assert value == pytest.approx(sum(by_hand), rel=1e-6)
 
 
-def test_a_mask_leaves_positions_out():
-    logps = np.array([-1.0, -2.0, -4.0])
-    assert response_logp(logps) == -7.0
-    assert response_logp(logps, np.array([True, False, True])) == -5.0
+def test_what_tools_say_is_read_and_not_scored(server, models, tmp_path):
+    logps = reference(server, models, tmp_path)
+    logps.connect()
+    ((chosen, rejected),) = logps.score([PairTokens([5, 6], [8, 9, 10, 11, 12], [13, 14], chosen_context=[1, 3])])
+    by_hand = server.logps([5, 6, 8, 9, 10, 11, 12])[-5:]
+    assert chosen == pytest.approx(by_hand[0] + by_hand[3] + by_hand[4], rel=1e-6)
+    assert rejected == pytest.approx(sum(server.logps([5, 6, 13, 14])[-2:]), rel=1e-6)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

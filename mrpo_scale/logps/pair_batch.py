@@ -196,6 +196,9 @@ def is_flash(config: PretrainedConfig) -> bool:
 
 def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments that tell ``config``'s model which positions of ``batch`` see each other."""
+    if batch.spans is None and not batch.shared_prompt:
+        # Rows are padded at their ends, which nothing before them sees. A mask, or positions, would be looked at by the host.
+        return {"attention_mask": None, "position_ids": None}
     if batch.spans is None:
         return {"attention_mask": attention_mask(batch, config, dtype)}
     if is_flash(config):

@@ -143,12 +143,8 @@ def body_of(model: PreTrainedModel) -> nn.Module:
 
 
 def _response_hidden(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
-    hidden_BLD = body_of(model)(
-        input_ids=pairs.input_ids_BL,
-        position_ids=pairs.position_ids_BL,
-        use_cache=False,
-        **attention_inputs(pairs, model.config, model.dtype),
-    ).last_hidden_state
+    inputs = {"position_ids": pairs.position_ids_BL, **attention_inputs(pairs, model.config, model.dtype)}
+    hidden_BLD = body_of(model)(input_ids=pairs.input_ids_BL, use_cache=False, **inputs).last_hidden_state
     # Only the positions that predict a response token reach the head.
     return hidden_BLD.flatten(0, 1).index_select(0, pairs.logit_index_T)
 

@@ -73,6 +73,7 @@ def control_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     if takes_host_tensors(group):
         return group
     if group not in _control:
+        assert group is dist.group.WORLD, "a shard group's control group is made with it, by new_group"
         backend = group._get_backend(group._device_types[0])
         try:
             _control[group] = dist.new_group(

@@ -78,6 +78,8 @@ class MRPOTrainer(ResumableTrainer):
     """
 
     args: MRPOConfig
+    _loss_of_batch: LossOfBatch | None = None
+    _grad_norm: Tensor | float | None = None  #: of the last step, read or not yet
 
     def __init__(
         self,
@@ -112,16 +114,10 @@ class MRPOTrainer(ResumableTrainer):
         self.loss_is_scaled_for_ga = True
         self.clock = clock or StepClock()
         self._sums, self._held_out, self._saver = StepSums(), HeldOut(run), PolicySaver(run)
-        self._loss_of_batch: LossOfBatch | None = None
-        self._grad_norm: Tensor | float | None = None
         self._policy_checked = self._save_as_source = False
         self._best_results: dict[str, float] = {}
-        for callback in (
-            self.clock,
-            FlushScores(run.scores),
-            BeforeFirstStep(self._saver),
-            BeforeOptimizer(self.finish_window),
-        ):
+        before = BeforeFirstStep(self._saver), BeforeOptimizer(self.finish_window)
+        for callback in (self.clock, FlushScores(run.scores), *before):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)

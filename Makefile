@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 # compile over each other, and a lock that a killed build left behind makes every later start wait for ever.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
-.PHONY: install quickstart check test chaos lint format clean
+.PHONY: install quickstart check test chaos gpu lint format clean
 
 install: .venv/installed
 
@@ -30,6 +30,10 @@ test: install
 chaos: install
 	MRPO_CHAOS_KILLS=$${MRPO_CHAOS_KILLS:-50} $(BIN)/python -m pytest tests/distributed/test_score_chaos.py tests/distributed/test_score_jobs.py
 	MRPO_CHAOS_KILLS=$${MRPO_CHAOS_KILLS:-25} $(BIN)/python -m pytest tests/distributed/test_train_chaos.py tests/multihost
+
+# Everything that waits for a GPU, in half an hour, results in runs/gpu; GPU='--dry_run' says what would run. docs/kernels.md
+gpu: install
+	$(BIN)/python benchmarks/gpu_session.py $(GPU)
 
 lint: install
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from mrpo_kernels import linear_preference_loss, sequence_logps
 from torch import Tensor
 
 BETA = 0.1
+TRL_CHUNK = 32768
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,22 @@ def _liger_cross_entropy() -> LossFunction:
     return lambda data, hidden_TD, weight_VD: module(weight_VD, hidden_TD, data.labels_T)
 
 
+def _trl_chunked() -> LossFunction:
+    """TRL 1.16's, which its DPOTrainer calls with this chunk of the vocabulary where full logits are not wanted."""
+    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+
+    def loss(data: Data, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        logps_T, *_ = function.apply(hidden_TD, weight_VD, None, data.labels_T, 1.0, TRL_CHUNK, None, 1.0, ())
+        return _dpo_of_tokens(logps_T.float(), data.case)
+
+    return loss
+
+
+def _quack() -> LossFunction:
+    function = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    return lambda data, hidden_TD, weight_VD: function(hidden_TD, weight_VD, data.labels_T, reduction="sum")
+
+
 LossFunction = Callable[[Data, Tensor, Tensor], Tensor]
 
 
@@ -160,6 +177,8 @@ CONTENDERS = [
     Contender("ours: linear_preference_loss", lambda: one_pass),
     Contender("Liger fused linear DPO", _liger_dpo, ("cuda",)),
     Contender("Liger fused linear cross entropy", _liger_cross_entropy, ("cuda",), "nll"),
+    Contender("TRL chunked log-probs", _trl_chunked),
+    Contender("QuACK chunked linear cross entropy", _quack, ("cuda",), "nll"),
     Contender("Cut Cross Entropy", lambda: _cut_cross_entropy("cce"), ("cuda",)),
     Contender("Cut Cross Entropy, exact", lambda: _cut_cross_entropy("cce_exact"), ("cuda",)),
 ]

@@ -15,7 +15,7 @@ T tokens, D hidden, V vocabulary, P pairs; responses 2p and 2p + 1 are pair p's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ def linear_preference_loss(
     cu_seqlens: Tensor,
     loss_of_pairs: LossOfPairs,
     *,
+    bounds: Sequence[int] | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -62,8 +63,8 @@ def linear_preference_loss(
 
     Args:
         hidden_TD, head_weight_VD, labels_T, bias, softcap, logit_scale: as there.
-        cu_seqlens: [2P+1] integers from 0 to T; chosen and rejected of a pair are neighbours. Read on the host, so on a GPU this
-            waits for the device once.
+        cu_seqlens: [2P+1] integers from 0 to T; chosen and rejected of a pair are neighbours.
+        bounds: [P+1] of the pairs, ``cu_seqlens[::2]``, which the host cuts chunks by; None: read from it, which waits for a GPU.
         loss_of_pairs: maps (policy_logps_C2, pairs) to the losses [C] of the pairs ``pairs.start .. pairs.stop - 1``, each already
             weighted by its share of the batch. It is differentiated by autograd in its first argument, called once per chunk,
             and must treat pairs independently; whatever else it needs (combined references, weights) it slices by ``pairs``::
@@ -82,9 +83,11 @@ def linear_preference_loss(
     if len(cu_seqlens) % 2 == 0:
         raise ValueError(f"cu_seqlens has {len(cu_seqlens) - 1} responses; expected two for each pair")
     wants_gradients = torch.is_grad_enabled()
-    loss, policy_logps_P2 = _LinearPreferenceLoss.apply(
-        hidden_TD, head_weight_VD, bias, labels_T, cu_seqlens, loss_of_pairs, softcap, logit_scale, wants_gradients
-    )
+    bounds = cu_seqlens[::2].tolist() if bounds is None else list(bounds)
+    if len(bounds) != len(cu_seqlens) // 2 + 1 or bounds[-1] > len(labels_T):
+        raise ValueError(f"bounds {bounds} are not those of {len(cu_seqlens) // 2} pairs in {len(labels_T)} tokens")
+    inputs = (hidden_TD, head_weight_VD, bias, labels_T, cu_seqlens, bounds, loss_of_pairs)
+    loss, policy_logps_P2 = _LinearPreferenceLoss.apply(*inputs, softcap, logit_scale, wants_gradients)
     return LinearPreferenceLoss(loss, policy_logps_P2)
 
 
@@ -97,6 +100,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         labels_T: Tensor,
         cu_seqlens: Tensor,
+        bounds: list[int],
         loss_of_pairs: LossOfPairs,
         softcap: float | None,
         logit_scale: float,
@@ -105,7 +109,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         needs = [wants_gradients and need for need in ctx.needs_input_grad[:3]]
         dtype = accumulation_dtype(hidden_TD.dtype)
         batch = _Batch(
-            hidden_TD, OutputHead(weight_VD, bias_V, softcap, logit_scale), labels_T, cu_seqlens, loss_of_pairs
+            hidden_TD, OutputHead(weight_VD, bias_V, softcap, logit_scale), labels_T, cu_seqlens, bounds, loss_of_pairs
         )
         fresh = torch.zeros if not len(labels_T) else torch.empty
         totals = HeadGradients(
@@ -131,7 +135,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
             None if total is None else _scaled(total, d_loss, dtype, one)
             for total, dtype in zip(totals, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None
 
 
 def _scaled(total: Tensor, d_loss: Tensor, dtype: torch.dtype, one: bool) -> Tensor:
@@ -145,6 +149,7 @@ class _Batch(NamedTuple):
     head: OutputHead
     labels_T: Tensor
     cu_seqlens: Tensor
+    bounds: list[int]
     loss_of_pairs: LossOfPairs
 
 
@@ -152,7 +157,7 @@ def _loss_and_gradients(batch: _Batch, totals: HeadGradients, gradients: bool) -
     """(scalar loss, policy_logps_P2); fills ``totals``."""
     vocabulary, device = batch.head.weight_VD.shape[0], batch.hidden_TD.device
     dtype = accumulation_dtype(batch.hidden_TD.dtype)
-    bounds = batch.cu_seqlens[::2].tolist()
+    bounds = batch.bounds
     # A softcap keeps its slope beside the logits.
     bytes_per_token = 4 * vocabulary * (1 if batch.head.softcap is None else 2)
     capacity = max(1, _CHUNK_BYTES.get(device.type, 1 << 30) // bytes_per_token)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from mrpo_scale.base.gpus import GPUS, recognise_gpu
 
@@ -22,6 +25,41 @@ def map_blocks_from(size: int, *, keep: int | None = None) -> None:
         mallopt(mmap_threshold, size)
         if keep is not None:
             mallopt(trim_threshold, keep)
+
+
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host, on ``device``. To a GPU from pinned memory and behind what it is doing: ``torch.tensor(..., device=)``
+    and ``.to`` make the host wait until the device has come that far."""
+    return host.to(device) if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def send_together(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """The same of several tensors of whole numbers or truth values, in one copy; those that are there stay as they are."""
+    given = list(tensors)
+    if not given or given[0].device == device:
+        return given
+    if device.type == "cpu":
+        return [x.to(device) for x in given]
+    parts = send(torch.cat([x.flatten().long() for x in given]), device).split([x.numel() for x in given])
+    return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, given, strict=True)]
+
+
+class HostCopy:
+    """A tensor on its way to the host; the device goes on. :meth:`numpy` waits until it is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._there: torch.cuda.Event | None = None
+        self._copy = tensor.detach()
+        if tensor.is_cuda:
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def numpy(self) -> np.ndarray:
+        if self._there is not None:
+            self._there.synchronize()
+        return self._copy.numpy()
 
 
 def reset_peak_memory() -> None:

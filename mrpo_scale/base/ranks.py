@@ -1,4 +1,8 @@
-"""What the ranks of a run tell each other about themselves: whether one of them failed, and who has most to do."""
+"""What the ranks of a run tell each other about themselves: whether one of them failed, and who has most to do.
+
+Numbers and objects that the host wants travel between hosts, over :func:`control_group`; only :func:`sum_over_ranks`, of a tensor
+that stays on its device, uses the device's communicator. So nothing here makes a host wait for its GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +22,8 @@ from torch import Tensor
 from mrpo_scale.base.errors import ConfigError, TrainingError, one_line
 
 T = TypeVar("T")
+
+_control: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
 def world_group() -> dist.ProcessGroup | None:
@@ -40,10 +47,58 @@ def is_first_of_node() -> bool:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """``tensor``, in which the sum over all ranks now stands. Collective over the world."""
+    """``tensor``, on the run's device, in which the sum over all ranks now stands. Collective over the world."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def new_group(ranks: Sequence[int], timeout: timedelta | None, description: str) -> dist.ProcessGroup | None:
+    """A group for the tensors of ``ranks``, and beside it its :func:`control_group`; None on the other ranks. Collective over the
+    world: every rank makes every group, in one order.
+
+    Args:
+        timeout: of the groups' collectives; None is the backend's.
+    """
+    group = dist.new_group(list(ranks), timeout=timeout, group_desc=description)
+    if takes_host_tensors(world_group()):
+        return group if get_rank() in ranks else None
+    control = dist.new_group(list(ranks), timeout=timeout, backend="gloo", group_desc=f"control of {description}")
+    if get_rank() not in ranks:
+        return None
+    _control[group] = control
+    return group
+
+
+def control_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group over which the ranks of ``group`` say what their hosts want to know: gloo's, with the same timeout.
+
+    ``group`` itself if it takes tensors of the host, as gloo does. The world's is made at the first call, which is collective as
+    all calls here are; that of a shard group by :func:`new_group`.
+
+    Raises:
+        ConfigError: the hosts do not reach each other over the network that gloo chose.
+    """
+    if takes_host_tensors(group):
+        return group
+    if group not in _control:
+        assert group is dist.group.WORLD, "a shard group's control group is made with it, by new_group"
+        backend = group._get_backend(group._device_types[0])
+        try:
+            _control[group] = dist.new_group(
+                timeout=backend.options._timeout, backend="gloo", group_desc="control of the world"
+            )
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the ranks cannot talk to each other over gloo, which carries what their hosts must agree on: {one_line(error)}; "
+                "set `GLOO_SOCKET_IFNAME` to the interface between the hosts, as `NCCL_SOCKET_IFNAME` (docs/cluster.md)."
+            ) from error
+    return _control[group]
+
+
+def takes_host_tensors(group: dist.ProcessGroup | None) -> bool:
+    """Whether the group has a backend for them, as a run on CPUs has: then it is its own control group."""
+    return group is None or torch.device("cpu") in group._device_types
 
 
 @contextmanager
@@ -56,9 +111,11 @@ def fail_together(group: dist.ProcessGroup | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        all_reduce_max([1], group)
         all_gather_object((isinstance(error, TrainingError), f"{type(error).__name__}: {one_line(error)}"), group)
         raise
-    for rank, report in enumerate(all_gather_object(None, group)):
+    (failed,) = all_reduce_max([0], group)  # a number each is all that is said where nobody failed
+    for rank, report in enumerate(all_gather_object(None, group) if failed else ()):
         if report is not None:
             where = "" if group is dist.group.WORLD else " of this shard group"
             in_training, text = report
@@ -69,7 +126,7 @@ def all_gather_object(mine: T, group: dist.ProcessGroup | None) -> list[T]:
     """What each rank of the group says. Collective."""
     everybody = [mine] * (1 if group is None else group.size())
     if group is not None:
-        dist.all_gather_object(everybody, mine, group=group)
+        dist.all_gather_object(everybody, mine, group=control_group(group))
     return everybody
 
 
@@ -77,7 +134,7 @@ def broadcast_from_rank0(mine: T, group: dist.ProcessGroup | None) -> T:
     """What the first rank of the group says; the others' own is ignored. Collective."""
     said = [mine]
     if group is not None:
-        dist.broadcast_object_list(said, group=group, group_src=0)
+        dist.broadcast_object_list(said, group=control_group(group), group_src=0)
     return said[0]
 
 
@@ -105,10 +162,25 @@ def share_within_node(make: Callable[[], T]) -> T:
     return value[0]
 
 
-def all_reduce_max(counts: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
+def all_reduce_max(counts: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
     """Element-wise maximum over the ranks of ``group``. Collective."""
-    if group is None:
+    if group is None or not counts:
         return list(counts)
-    counts_N = torch.tensor(counts, device=device)
-    dist.all_reduce(counts_N, dist.ReduceOp.MAX, group=group)
+    counts_N = torch.tensor(counts)
+    dist.all_reduce(counts_N, dist.ReduceOp.MAX, group=control_group(group))
     return counts_N.tolist()
+
+
+def sum_of_ranks(number: float) -> float:
+    """Sum of what the hosts of all ranks say, in float64. Collective over the world."""
+    if (group := world_group()) is None:
+        return number
+    total = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(total, group=control_group(group))
+    return total.item()
+
+
+def barrier() -> None:
+    """Wait for all ranks; their devices may be behind. Nothing for a process that is alone. Collective over the world."""
+    if (group := world_group()) is not None:
+        dist.barrier(control_group(group))

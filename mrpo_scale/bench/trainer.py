@@ -191,7 +191,7 @@ class BenchTrainer(MRPOTrainer):
         self._now.policy_flops += flops.total
         self._now.useful_flops += flops.useful
         self._now.tokens += inputs.pairs.num_tokens
-        self._now.rows += [row for row, weight in zip(inputs.rows, inputs.weight_P.tolist(), strict=True) if weight]
+        self._now.rows += [row for row, weight in zip(inputs.rows, inputs.weights, strict=True) if weight]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     # ---- clocks and counters -----------------------------------------------------------------------------------------

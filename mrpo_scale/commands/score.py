@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.heartbeat import heartbeat, set_activity
+from mrpo_scale.base.ranks import barrier
 from mrpo_scale.base.tables import aligned
 from mrpo_scale.base.untrusted import printable
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
@@ -88,7 +87,7 @@ def _score(flags: argparse.Namespace, recipe: Recipe) -> int:
     if flags.verify:
         return _verify([stores[k] for k in chosen], recipe.config)
     keys = distinct_rows(recipe.pair_sets)
-    missing = count_missing(stores, keys, recipe.config.device)
+    missing = count_missing(stores, keys)
     if not flags.list:
         compare_served(recipe.plan, stores, missing, is_main=recipe.config.process_index == 0)
         score_ahead(recipe.plan, stores, [k for k in chosen if missing[k]], recipe.pair_sets, recipe.config)
@@ -125,8 +124,7 @@ def _verify(stores: Sequence[ReferenceStore], config: MRPOConfig) -> int:
                 print(f"  {store.folder / report.name} {report.problem}")
             bad += len(wrong)
         print(flush=True)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
     return int(bad > 0)
 
 

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from mrpo_scale.base.device import peak_memory_gib, reset_peak_memory
 from mrpo_scale.base.errors import Preempted
 from mrpo_scale.base.heartbeat import heartbeat, set_activity
-from mrpo_scale.base.ranks import broadcast_from_rank0, world_group
+from mrpo_scale.base.ranks import all_gather_object, barrier, broadcast_from_rank0, world_group
 from mrpo_scale.config.digest import command_digest
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import parse
@@ -178,8 +176,7 @@ def _log(trainer: MRPOTrainer) -> list[dict[str, Any]]:
 
 def _summaries(trainer: MRPOTrainer) -> list[RunSummary]:
     """Rows of the table: the untrained policy where it was evaluated, and this run."""
-    memory = torch.tensor([peak_memory_gib(trainer.args.device)], device=trainer.args.device)
-    everyone = trainer.accelerator.gather(memory).tolist()
+    everyone = all_gather_object(peak_memory_gib(trainer.args.device), world_group())
     evals = [entry for entry in _log(trainer) if "eval_loss" in entry]
     rows = []
     if len(evals) > 1 and evals[0]["step"] == 0:
@@ -214,5 +211,4 @@ def release(trainer: MRPOTrainer) -> None:
     # The process group lives on in PartialState; the run's precision and DeepSpeed plugin do not.
     AcceleratorState._reset_state()
     gc.collect()
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()

@@ -144,7 +144,7 @@ def _score(plan: _Plan) -> None:
     """Fill the cache where it lacks a score, in one process group, before the first run."""
     recipe = plan.recipe
     stores = open_stores(recipe.plan, recipe.config, recipe.pair_sets)
-    missing = count_missing(stores, distinct_rows(recipe.pair_sets), recipe.config.device)
+    missing = count_missing(stores, distinct_rows(recipe.pair_sets))
     if not any(missing):
         print(f"scores: complete in {recipe.config.ref_cache_folder}", flush=True)
         return

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from mrpo_scale.base.ranks import get_rank, get_world_size
+from mrpo_scale.base.ranks import all_gather_object, barrier, get_rank, get_world_size, world_group
 from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.pairs import PreferencePair
 from mrpo_scale.eval.config import EvalConfig
@@ -49,7 +48,7 @@ def generate_responses(
     prompt_ids = [model.text.prompt_ids(prompt) for prompt in prompts]
     keys = [_key(fingerprint, ids, args.max_new_tokens) for ids in prompt_ids]
     known = _known(folder)
-    _wait()  # nobody writes before everybody has read
+    barrier()  # nobody writes before everybody has read
     order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
     batches = [order[i : i + args.generation_batch_size] for i in range(0, len(order), args.generation_batch_size)]
     # The same batches in every run, so that one cut short and one resumed pad, and round, alike.
@@ -64,11 +63,7 @@ def generate_responses(
                     made[keys[i]] = response
                     shown = prompts[i].prompt
                     file.append({"key": keys[i], "model": model.name, "prompt": shown, "response": response})
-    gathered = [made]
-    if dist.is_initialized():
-        gathered = [{} for _ in range(world)]
-        dist.all_gather_object(gathered, made)
-    for part in gathered:
+    for part in all_gather_object(made, world_group()):
         known.update(part)
     return [known[key] for key in keys]
 
@@ -136,8 +131,3 @@ def _known(folder: Path) -> dict[str, str]:
         for record in read_records(file, ("key", "response"))
     ]
     return {record["key"]: record["response"] for record in records}
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()

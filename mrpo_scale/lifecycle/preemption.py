@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
 from mrpo_scale.base.atomic_files import atomic_write
-from mrpo_scale.base.ranks import get_rank
+from mrpo_scale.base.ranks import all_reduce_max, get_rank, world_group
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +41,8 @@ class StopRequests:
     before it could, and is removed too, so the batch script need not tidy up. PREEMPTED goes when the restart begins to train.
     """
 
-    def __init__(self, folder: Path, max_hours: float | None, device: torch.device) -> None:
-        self.folder, self.max_hours, self.device = folder, max_hours, device
+    def __init__(self, folder: Path, max_hours: float | None) -> None:
+        self.folder, self.max_hours = folder, max_hours
         self._terminated = False
         self._before: Any = None
         self.why = 0  #: bits of _WHY once all ranks have agreed to stop
@@ -70,10 +68,7 @@ class StopRequests:
     def agreed(self) -> bool:
         """Whether any rank has been asked to. Collective over the world; one number."""
         if not self.why:
-            asked = torch.tensor([self._asked()], device=self.device)
-            if dist.is_initialized():
-                dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.why = int(asked.item())
+            (self.why,) = all_reduce_max([self._asked()], world_group())
         return bool(self.why)
 
     @property

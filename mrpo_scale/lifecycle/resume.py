@@ -58,7 +58,7 @@ class ResumableTrainer(Trainer):
         self._resumed: Checkpoint | None = None
         self._fingerprint: dict[str, Any] | None = None
         self._finishing = False  #: no step will follow, and nothing is put off any more
-        self.stop_requests = StopRequests(stop_folder or self.args.folder, self.args.max_hours, self.args.device)
+        self.stop_requests = StopRequests(stop_folder or self.args.folder, self.args.max_hours)
         self._stopping = StopWhenAsked(self.stop_requests)
         self.add_callback(self._stopping)
         self.add_callback(_Continue(self))  # after the one that may ask for a checkpoint
@@ -70,10 +70,11 @@ class ResumableTrainer(Trainer):
         raise NotImplementedError
 
     def summed(self) -> dict[str, float]:
-        """This rank's sums since the last log, which the ranks' logs add up."""
+        """Sums since the last log, which is of those of all ranks: this rank's part."""
         raise NotImplementedError
 
-    def restore_summed(self, sums: Mapping[str, float]) -> None:
+    def restore_summed(self, sums: Mapping[str, float], loss: float) -> None:
+        """Go on from those of all ranks. ``loss``: the sum of the steps' losses, which checkpoints of before have no sum of."""
         raise NotImplementedError
 
     def before_checkpoint(self) -> None:
@@ -186,15 +187,9 @@ class ResumableTrainer(Trainer):
         rank, first = self.args.process_index, saved[0]
         self._total_loss_scalar = first["total_loss"]
         self._globalstep_last_logged = first["last_logged"]
-        if len(saved) == self.args.world_size:
-            self._tr_loss.fill_(saved[rank]["loss"])
-            self.restore_summed(saved[rank]["sums"])
-        else:
-            # A log takes the mean of the losses over the ranks, and the total of the sums.
-            self._tr_loss.fill_(sum(one["loss"] for one in saved) / len(saved))
-            totals = {name: sum(one["sums"][name] for one in saved) for name in first["sums"]}
-            self.restore_summed(totals if rank == 0 else dict.fromkeys(totals, 0.0))
-
+        loss = sum(one["loss"] for one in saved) / len(saved)
+        self._tr_loss.fill_(saved[rank]["loss"] if len(saved) == self.args.world_size else loss)
+        self.restore_summed({name: sum(one["sums"][name] for one in saved) for name in first["sums"]}, loss)
         if first["evaluate"]:
             self._determine_best_metric(self._evaluate(None, None), None)
 

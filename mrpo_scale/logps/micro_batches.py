@@ -9,6 +9,7 @@ import torch
 from mrpo_kernels import CombinedReferences
 from torch import Tensor
 
+from mrpo_scale.base.device import send
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.data.window import PairExample
 from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs, segment_length
@@ -20,15 +21,14 @@ class MicroBatch:
 
     pairs: PairBatch
     rows: tuple[int, ...]
-    weight_P: Tensor
+    weights: tuple[float, ...]  #: of each pair: 1, or 0 for a filler
+    weight_P: Tensor  #: the same, on the device
     references: CombinedReferences
 
     @property
     def num_pair_tokens(self) -> int:
         """Positions of pairs that count: neither padding nor a filler, so that no split into batches changes their sum."""
-        segment = self.pairs.segment_BL[self.pairs.segment_BL >= 0].long()
-        pair = segment if self.pairs.shared_prompt else segment // 2
-        return int((self.weight_P[pair] > 0).sum())
+        return sum(count for count, weight in zip(self.pairs.positions, self.weights, strict=True) if weight > 0)
 
 
 def sorted_by_length(pairs: Sequence[PairTokens], shared_prompt: bool) -> list[int]:
@@ -59,12 +59,14 @@ def policy_batches(
             end_to_end=end_to_end,
             pad_token_id=pad_token_id,
         )
+        weights = tuple(examples[i].weight for i in chosen)
         batches.append(
             MicroBatch(
                 pairs=pairs.to(device),
                 rows=tuple(examples[i].row for i in chosen),
-                weight_P=torch.tensor([examples[i].weight for i in chosen], device=device),
-                references=references[torch.tensor(chosen, device=device)],
+                weights=weights,
+                weight_P=send(torch.tensor(weights), device),
+                references=references[send(torch.tensor(chosen), device)],
             )
         )
     return batches

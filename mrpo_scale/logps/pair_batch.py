@@ -19,12 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from mrpo_scale.base.device import send, send_together
 from mrpo_scale.data.pairs import SIDES, PairTokens
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION, Spans
 
@@ -42,6 +44,8 @@ class PairBatch:
     logit_index_T: Tensor  #: flat index into [B*L] of the position that predicts each scored token
     labels_T: Tensor
     cu_seqlens: Tensor  #: [2P+1] int32 boundaries of the responses in T
+    bounds: tuple[int, ...]  #: [P+1] boundaries of the pairs in T, which the host knows without asking the device
+    positions: tuple[int, ...]  #: [P] that each pair takes, padding left out
     shared_prompt: bool
     spans: Spans | None  #: where segments lie end to end, B = 1; None: padded rows
 
@@ -57,11 +61,13 @@ class PairBatch:
     @property
     def num_tokens(self) -> int:
         """Positions that are not padding."""
-        return int((self.segment_BL >= 0).sum())
+        return sum(self.positions)
 
     def to(self, device: torch.device | str) -> PairBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
+        """On ``device``, in one copy that nobody waits for."""
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        there = send_together(tensors.values(), torch.device(device))
+        moved: dict[str, Any] = dict(zip(tensors, there, strict=True))
         return replace(self, **moved)
 
 
@@ -116,7 +122,8 @@ def collate_pairs(
                     kept = scored[response]
                     responses[response] = ([index[i] for i in kept], [ids[i] for i in kept])
                 start += len(ids)
-    counts = torch.tensor([0, *(len(ids) for _, ids in responses)])
+    counts = [len(ids) for _, ids in responses]
+    per_pair = 1 if shared_prompt else 2  # segments
     return PairBatch(
         input_ids_BL=input_ids_BL,
         position_ids_BL=position_ids_BL,
@@ -124,7 +131,9 @@ def collate_pairs(
         part_BL=part_BL,
         logit_index_T=torch.tensor([i for index, _ in responses for i in index], dtype=torch.long),
         labels_T=torch.tensor([i for _, ids in responses for i in ids], dtype=torch.long),
-        cu_seqlens=counts.cumsum(0).to(torch.int32),
+        cu_seqlens=torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
+        bounds=tuple([0, *accumulate(counts)][::2]),
+        positions=tuple(sum(lengths[i : i + per_pair]) for i in range(0, len(lengths), per_pair)),
         shared_prompt=shared_prompt,
         spans=_spans(segments, shared_prompt) if end_to_end else None,
     )
@@ -192,11 +201,14 @@ def is_flash(config: PretrainedConfig) -> bool:
 
 def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments that tell ``config``'s model which positions of ``batch`` see each other."""
+    if batch.spans is None and not batch.shared_prompt:
+        # Rows are padded at their ends, which nothing before them sees. A mask, or positions, would be looked at by the host.
+        return {"attention_mask": None, "position_ids": None}
     if batch.spans is None:
         return {"attention_mask": attention_mask(batch, config, dtype)}
     if is_flash(config):
         lengths = [trunk for trunk, _ in batch.spans.lengths]
-        starts = torch.tensor([0, *lengths], device=batch.input_ids_BL.device).cumsum(0).to(torch.int32)
+        starts = send(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), batch.input_ids_BL.device)
         varlen = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
         return {"attention_mask": None, **varlen, "max_length_q": max(lengths), "max_length_k": max(lengths)}
     unused: Any = batch.segment_BL.new_zeros(1, 1, 1, 1)  # a 4-D mask is passed on as it is: none is made

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import types
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -47,15 +48,21 @@ class FusedHead(nn.Linear):
         labels_T: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         loss_of_pairs: LossOfPairs | None = None,
+        bounds: Sequence[int] | None = None,
     ) -> Tensor | LinearPreferenceLoss:
         if labels_T is None or cu_seqlens is None:
             logits = super().forward(hidden)
             return logits if self.tap is None else self.tap.plain(hidden, logits)
-        return self._score(hidden, labels_T, cu_seqlens, loss_of_pairs)
+        return self._score(hidden, labels_T, cu_seqlens, loss_of_pairs, bounds)
 
     @torch.compiler.disable  # large products in chunks whose number depends on the batch: nothing to fuse, much to recompile
     def _score(
-        self, hidden: Tensor, labels_T: Tensor, cu_seqlens: Tensor, loss_of_pairs: LossOfPairs | None
+        self,
+        hidden: Tensor,
+        labels_T: Tensor,
+        cu_seqlens: Tensor,
+        loss_of_pairs: LossOfPairs | None,
+        bounds: Sequence[int] | None,
     ) -> Tensor | LinearPreferenceLoss:
         if self.tap is not None:
             self.tap.scored(hidden)
@@ -65,7 +72,7 @@ class FusedHead(nn.Linear):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         options: Any = {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         if loss_of_pairs is not None:
-            return linear_preference_loss(hidden, weight, labels_T, cu_seqlens, loss_of_pairs, **options)
+            return linear_preference_loss(hidden, weight, labels_T, cu_seqlens, loss_of_pairs, bounds=bounds, **options)
         return sequence_logps(hidden, weight, labels_T, cu_seqlens, impl=self.impl, **options)
 
 
@@ -111,7 +118,7 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
         hidden_TD = _response_hidden(self, pairs)
         if not with_head:
             return hidden_TD
-        scored = self.get_output_embeddings()(hidden_TD, pairs.labels_T, pairs.cu_seqlens, loss_of_pairs)
+        scored = self.get_output_embeddings()(hidden_TD, pairs.labels_T, pairs.cu_seqlens, loss_of_pairs, pairs.bounds)
         return scored.view(-1, 2) if loss_of_pairs is None else scored
 
     model.forward = types.MethodType(forward, model)
@@ -136,12 +143,8 @@ def body_of(model: PreTrainedModel) -> nn.Module:
 
 
 def _response_hidden(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
-    hidden_BLD = body_of(model)(
-        input_ids=pairs.input_ids_BL,
-        position_ids=pairs.position_ids_BL,
-        use_cache=False,
-        **attention_inputs(pairs, model.config, model.dtype),
-    ).last_hidden_state
+    inputs = {"position_ids": pairs.position_ids_BL, **attention_inputs(pairs, model.config, model.dtype)}
+    hidden_BLD = body_of(model)(input_ids=pairs.input_ids_BL, use_cache=False, **inputs).last_hidden_state
     # Only the positions that predict a response token reach the head.
     return hidden_BLD.flatten(0, 1).index_select(0, pairs.logit_index_T)
 

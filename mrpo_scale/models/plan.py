@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import is_offline_mode
 from torch import nn
 from transformers import (
@@ -28,6 +27,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mrpo_scale.base.errors import ConfigError, one_line
+from mrpo_scale.base.ranks import barrier
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
@@ -263,8 +263,7 @@ def write_weights(model: PreTrainedModel, folder: Path, *, is_main: bool) -> Non
     if is_main:
         with unvalidated_generation_config(model):
             model.save_pretrained(folder, state_dict=weights)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
 
 
 def _source(spec: ModelSpec, args: MRPOConfig, dtype: torch.dtype, name: str = "policy") -> ReferenceSource:

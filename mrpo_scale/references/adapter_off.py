@@ -43,7 +43,7 @@ class AdapterOffAnchor:
         order = sorted_by_length(tokens, self.shared_prompt)
         ordered = [tokens[i] for i in order]
         parts = cut_by_tokens(segment_lengths(ordered, self.shared_prompt), self.shared_prompt, self.tokens_per_forward)
-        (forwards,) = all_reduce_max([len(parts)], world_group(), self.device)
+        (forwards,) = all_reduce_max([len(parts)], world_group())
         training = self.model.training
         self.model.eval()
         try:

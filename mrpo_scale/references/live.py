@@ -19,7 +19,8 @@ import torch.distributed as dist
 from mrpo_kernels import CombinedReferences, sequence_logps, virtual_reference
 from torch import Tensor
 
-from mrpo_scale.base.ranks import all_reduce_max, get_rank, sum_over_ranks, world_group
+from mrpo_scale.base.device import send
+from mrpo_scale.base.ranks import all_gather_object, all_reduce_max, get_rank, sum_over_ranks, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.data.window import PairExample, TokenizedPairs
@@ -138,7 +139,7 @@ class SpreadScorer:
                 references, batches_K, self._forwards(references, batches_K), strict=True
             )
         ]
-        places_P = torch.tensor(order, device=hidden_K[0].device, dtype=torch.long).argsort()
+        places_P = send(torch.tensor(np.argsort(order), dtype=torch.long), hidden_K[0].device)
         with ExitStack() as gathered:
             heads = [gathered.enter_context(r.model.gathered_head()) for r in references]
             yield (
@@ -152,7 +153,7 @@ class SpreadScorer:
     def _forwards(self, references: Sequence[Reference], batches_K: Sequence[list[PairBatch]]) -> list[int]:
         """Forwards per reference that the busiest rank of the group needs; all ranks run that many."""
         model = references[0].model
-        counts = all_reduce_max([len(batches) for batches in batches_K], model.group, model.device)
+        counts = all_reduce_max([len(batches) for batches in batches_K], model.group)
         if max(counts) > self._most_forwards:
             self._most_forwards = max(counts)
             logger.info(
@@ -197,9 +198,9 @@ class PartitionScorer:
                 mine = np.argsort(-lengths, kind="stable")[ranks.index(self.rank) :: len(ranks)]
                 tokens = [pairs.tokens(int(row))[self.references[k].tokenization] for row in rows[mine]]
                 for part, logps_P2 in score_in_step(self.references[k], tokens, self.tokens_per_forward):
-                    scores_KU2[i, mine[part]] = logps_P2
+                    scores_KU2[i, send(torch.from_numpy(mine[part]), self.device)] = logps_P2
         sum_over_ranks(scores_KU2)  # one rank wrote each entry, the others add zeros: exact
-        return scores_KU2[:, np.searchsorted(rows, own)]
+        return scores_KU2[:, send(torch.from_numpy(np.searchsorted(rows, own)), self.device)]
 
     def combined(
         self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int], objective: Objective
@@ -209,15 +210,7 @@ class PartitionScorer:
 
     def _everybodys_rows(self, own: np.ndarray) -> np.ndarray:
         """Row numbers of all ranks' examples, each once, ascending. Ranks may have different numbers of examples."""
-        if not dist.is_initialized():
-            return np.unique(own)
-        (most,) = all_reduce_max([len(own)], world_group(), self.device)
-        padded = torch.full((most,), -1, dtype=torch.long, device=self.device)
-        padded[: len(own)] = torch.from_numpy(own)
-        everybody = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-        dist.all_gather(everybody, padded)
-        rows = np.unique(torch.cat(everybody).cpu().numpy())
-        return rows[rows >= 0]
+        return np.unique(np.concatenate(all_gather_object(own, world_group())))
 
 
 @torch.no_grad()
@@ -230,7 +223,7 @@ def score_in_step(
     """
     model = reference.model
     parts = cut_by_tokens(segment_lengths(pairs, model.shared_prompt), model.shared_prompt, tokens_per_forward)
-    (forwards,) = all_reduce_max([len(parts)], model.group, model.device)
+    (forwards,) = all_reduce_max([len(parts)], model.group)
     for part in [*parts, *[None] * (forwards - len(parts))]:
         logps_P2 = model.score(None if part is None else reference.batch(pairs[part]))
         if part is not None:

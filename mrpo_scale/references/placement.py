@@ -16,7 +16,7 @@ from itertools import groupby
 import torch.distributed as dist
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.base.ranks import get_rank
+from mrpo_scale.base.ranks import all_gather_object, get_rank, new_group, world_group
 from mrpo_scale.base.tables import aligned
 
 Ranks = tuple[int, ...]
@@ -81,15 +81,14 @@ def find_nodes() -> list[list[int]]:
         return [[0]]
     # The launcher's own number where it gives one: two nodes may be on one host, or two hosts have one name.
     mine = os.environ.get("GROUP_RANK") or socket.gethostname()
-    names: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(names, mine)
+    names = all_gather_object(mine, world_group())
     return [[rank for rank, _ in node] for _, node in groupby(enumerate(names), key=lambda entry: entry[1])]
 
 
 def process_groups(
     placement: Placement, timeout: timedelta | None = None, *, of_one: bool = False
 ) -> dict[Ranks, dist.ProcessGroup]:
-    """The process group of each shard group. Collective over the world: every rank makes every group, in one order.
+    """The process groups that this rank is in. Collective over the world: every rank makes every group, in one order.
 
     Args:
         timeout: of the groups' collectives; None is the backend's.
@@ -98,11 +97,12 @@ def process_groups(
     wanted = dict.fromkeys(group for groups in placement.groups.values() for group in groups)
     if not dist.is_initialized():
         return {}
-    return {
-        ranks: dist.new_group(list(ranks), timeout=timeout, group_desc=f"references on ranks {_in_words([ranks])}")
+    made = {
+        ranks: new_group(ranks, timeout, f"references on ranks {_in_words([ranks])}")
         for ranks in wanted
         if len(ranks) > 1 or of_one
     }
+    return {ranks: group for ranks, group in made.items() if group is not None}
 
 
 def shard_group(

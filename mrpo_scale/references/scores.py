@@ -15,6 +15,7 @@ import torch
 from mrpo_kernels import CombinedReferences
 from torch import Tensor
 
+from mrpo_scale.base.device import HostCopy, send
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.ranks import all_reduce_max, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
@@ -102,7 +103,7 @@ def open_scores(
     everything = distinct_rows(pair_sets)
     if args.ref_scoring == "follow":
         wait_for_scores(stores, everything, args)
-    missing = count_missing(stores, everything, args.device)
+    missing = count_missing(stores, everything)
     compare_served(plan, stores, missing, is_main=args.process_index == 0)
     if args.ref_scoring == "precompute":
         score_ahead(plan, stores, [k for k, count in enumerate(missing) if count], pair_sets, args)
@@ -176,6 +177,7 @@ class CachedScores(ReferenceScores):
         self.stores, self.device, self.impl = stores, args.device, args.head_impl
         self._tokenizations = tokenizations
         self._writers = {k: PartWriter(stores[k]) for k in self.live}
+        self._kept: tuple[_Window, HostCopy] | None = None
 
     def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, objective: Objective) -> CombinedReferences:
         window = self._look_up(examples, pairs)
@@ -194,7 +196,7 @@ class CachedScores(ReferenceScores):
         with fail_together(world_group()):
             for store in self.stores:
                 store.want(keys)
-        missing = count_missing(self.stores, keys, self.device)
+        missing = count_missing(self.stores, keys)
         lacking = [
             f"{name} {n}"
             for k, (name, n) in enumerate(zip(self.names, missing, strict=True))
@@ -209,6 +211,7 @@ class CachedScores(ReferenceScores):
     def flush(self, *, refresh: bool = False) -> None:
         if not self._writers:
             return
+        self._write_kept()
         with fail_together(world_group()):
             for writer in self._writers.values():
                 writer.flush()
@@ -222,8 +225,7 @@ class CachedScores(ReferenceScores):
         rows = np.array([example.row for example in examples], dtype=np.int64)
         stored = [store.lookup(pairs.row_keys[rows]) for store in self.stores]
         incomplete = [int(not stored[k].found_N.all()) for k in self.live]
-        if self.live:
-            incomplete = all_reduce_max(incomplete, world_group(), self.device)
+        incomplete = all_reduce_max(incomplete, world_group())
         return _Window(
             examples, pairs, rows, stored, [k for k, some in zip(self.live, incomplete, strict=True) if some]
         )
@@ -234,16 +236,26 @@ class CachedScores(ReferenceScores):
         if window.which:
             scored_KP2 = self.scorer.score(window.examples, window.pairs, window.which)
             self._keep(window, scored_KP2)
-        logps_KP2 = torch.stack([torch.from_numpy(stored.logps_N2) for stored in window.stored]).to(self.device)
+        logps_KP2 = send(torch.stack([torch.from_numpy(stored.logps_N2) for stored in window.stored]), self.device)
         if scored_KP2 is not None:
-            logps_KP2[window.which] = scored_KP2
+            for k, logps_P2 in zip(window.which, scored_KP2, strict=True):
+                logps_KP2[k] = logps_P2
         return logps_KP2
 
     def _keep(self, window: _Window, scored_KP2: Tensor) -> None:
-        """Hand rows that the cache lacks to its writers. Collective over the world."""
+        """Hand rows that the cache lacks to its writers, once the next window is scored: a GPU's numbers are on their way to the
+        host meanwhile. Collective over the world."""
+        self._write_kept()
+        self._kept = (window, HostCopy(scored_KP2))
+
+    def _write_kept(self) -> None:
+        """Collective over the world."""
+        if self._kept is None:
+            return
+        (window, scored_KP2), self._kept = self._kept, None
         real = np.array([example.weight > 0 for example in window.examples], dtype=bool)
         with fail_together(world_group()):
-            for k, logps_P2 in zip(window.which, scored_KP2.cpu().numpy(), strict=True):
+            for k, logps_P2 in zip(window.which, scored_KP2.numpy(), strict=True):
                 new = real & ~window.stored[k].found_N
                 tokens_N2 = window.pairs.scored[window.rows[new], self._tokenizations[k]]
                 self._writers[k].add(window.pairs.row_keys[window.rows[new]], logps_P2[new], tokens_N2)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import ConfigError
@@ -81,9 +80,9 @@ def identify_models(
     return first
 
 
-def count_missing(stores: Sequence[ReferenceStore], keys: np.ndarray, device: torch.device) -> list[int]:
+def count_missing(stores: Sequence[ReferenceStore], keys: np.ndarray) -> list[int]:
     """Rows of ``keys`` that each store has no score for, as the rank that sees least of them counts. Collective."""
-    return all_reduce_max([int(store.missing(keys).sum()) for store in stores], world_group(), device)
+    return all_reduce_max([int(store.missing(keys).sum()) for store in stores], world_group())
 
 
 def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MRPOConfig) -> None:
@@ -102,7 +101,7 @@ def wait_for_scores(stores: Sequence[ReferenceStore], keys: np.ndarray, args: MR
             with fail_together(world_group()):
                 for store in stores:
                     store.refresh()
-            missing = count_missing(stores, keys, args.device)
+            missing = count_missing(stores, keys)
             if total - sum(missing) > have:
                 have, last_news = total - sum(missing), time.monotonic()
                 bar.update(have - bar.n)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from mrpo_scale.training.callbacks import innermost
 from mrpo_scale.training.saver import PolicySaver
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def lost_updates(optimizer: Any, learning_rate: float) -> str | None:
     A weight in bfloat16 has 8 significant bits: an update of less than 1/512 of it leaves it what it was, and Adam's are about as
     large as the learning rate.
     """
-    groups = _innermost(optimizer).param_groups
+    groups = innermost(optimizer).param_groups
     parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
     short = [parameter for parameter in parameters if parameter.dtype in (torch.bfloat16, torch.float16)]
     if not short:
@@ -46,15 +46,3 @@ def lost_updates(optimizer: Any, learning_rate: float) -> str | None:
         "compute in bfloat16, or train with DeepSpeed ZeRO, which keeps float32 copies; or take an `optim` that rounds "
         "stochastically or keeps what rounding loses."
     )
-
-
-def _innermost(optimizer: Any) -> Any:
-    """accelerate and DeepSpeed wrap the one that updates weights, DeepSpeed around float32 copies."""
-    *_, innermost = _layers(optimizer)
-    return innermost
-
-
-def _layers(optimizer: Any) -> Iterator[Any]:
-    while optimizer is not None:
-        yield optimizer
-        optimizer = getattr(optimizer, "optimizer", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,36 @@ class StepClock(TrainerCallback):
     def median(self) -> float | None:
         """Median of the steps after the first, which warms up; None before the second."""
         return statistics.median(self.steps[1:]) if len(self.steps) > 1 else None
+
+
+class BeforeOptimizer(TrainerCallback):
+    """``check`` is called before the optimizer moves, whoever steps it: an engine does so within the last backward, before the
+    Trainer's own callbacks come. Called more often, it must have nothing to do."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+        self._hook: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_train_end(args, state, control)
+        self._hook = innermost(kwargs["optimizer"]).register_step_pre_hook(lambda *_: self.check())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.check()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.check()  # an engine or a scaler that meets gradients which are not finite skips its optimizer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+
+def innermost(optimizer: Any) -> Any:
+    """accelerate and DeepSpeed wrap the one that updates weights, DeepSpeed around float32 copies."""
+    while (inside := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inside
+    return optimizer
 
 
 class FlushScores(TrainerCallback):

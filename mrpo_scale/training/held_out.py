@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mrpo_kernels import CombinedReferences
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
+from mrpo_scale.base.device import HostCopy
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.ranks import all_gather_object, world_group
 from mrpo_scale.data.inputs import as_datasets, prepare_set
@@ -87,7 +89,7 @@ class HeldOut:
         self._references: dict[int, CombinedReferences] = {}
         self._set: WeightedPairs | None = None  #: that is measured
         self._sums = MetricSums()
-        self._rows: list[HeldOutScores] = []
+        self._rows: list[tuple[MicroBatch, HostCopy]] = []  #: measured, and the log-probs of policy and references
 
     def owns(self, pairs: WeightedPairs) -> bool:
         """Whether the set is one of the run's own, of which its log, card and files speak."""
@@ -148,18 +150,14 @@ class HeldOut:
         loss = loss_against(logps_P2, batch.references, run.objective, batch.pairs.response_lengths)
         metrics = pair_metrics(logps_P2, batch.references, loss, run.objective, run.plan.names)
         self._sums.add({"loss": loss.losses_P, **metrics}, batch.weight_P)
-        self._rows.append(self._scores_of(batch, logps_P2))
+        self._rows.append((batch, HostCopy(torch.stack([logps_P2, *batch.references.ref_logps_KP2]).float())))
 
-    def _scores_of(self, batch: MicroBatch, logps_P2: Tensor) -> HeldOutScores:
+    def _scores_of(self, batch: MicroBatch, copy: HostCopy) -> HeldOutScores:
         assert self._set is not None
-        real = (batch.weight_P > 0).cpu()
+        real = np.array(batch.weights) > 0
+        policy_logps_P2, *ref_logps_KP2 = copy.numpy()
         keys = self._set.pairs.row_keys[list(batch.rows)]
-        return HeldOutScores(
-            self.run.plan.names,
-            keys[real.numpy()],
-            logps_P2.float().cpu()[real].numpy(),
-            batch.references.ref_logps_KP2.float().cpu()[:, real].numpy(),
-        )
+        return HeldOutScores(self.run.plan.names, keys[real], policy_logps_P2[real], np.stack(ref_logps_KP2)[:, real])
 
     def finish(self, file: Path | None) -> tuple[dict[str, float], HeldOutScores]:
         """Means of the metrics over all pairs, and what every model says of every pair, in the set's order. Collective.
@@ -169,7 +167,8 @@ class HeldOut:
         """
         assert self._set is not None
         means = self._sums.means()
-        everybody = [rows for some in all_gather_object(self._rows, world_group()) for rows in some]
+        mine = [self._scores_of(*row) for row in self._rows]
+        everybody = [rows for some in all_gather_object(mine, world_group()) for rows in some]
         scores = HeldOutScores.joined(everybody)
         if file is not None and self.owns(self._set):
             scores.save(file)

@@ -75,32 +75,39 @@ def _rewards(prefix: str, rewards_P2: Tensor) -> dict[str, Tensor]:
 
 
 class MetricSums:
-    """Weighted sums of per-pair metrics over micro-batches, summed over ranks when asked for their means."""
+    """Weighted sums of per-pair metrics: of what was added since the last :meth:`read`, on the device and of this rank; of all
+    before, on the host and of all ranks."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._unread: dict[str, Tensor] = {}
+        self.totals: dict[str, float] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._sums)
+        return bool(self._unread or self.totals)
 
-    def add(self, metrics: dict[str, Tensor], weight_P: Tensor) -> None:
+    def add(self, metrics: Mapping[str, Tensor], weight_P: Tensor) -> None:
         for name, value_P in {**metrics, "_pairs": torch.ones_like(weight_P)}.items():
-            total = (value_P * weight_P).double().sum()
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self.add_sum(name, (value_P * weight_P).double().sum())
 
-    def state(self) -> dict[str, float]:
-        """The sums so far, as JSON values."""
-        return {name: total.item() for name, total in self._sums.items()}
+    def add_sum(self, name: str, total: Tensor) -> None:
+        """A sum that is no metric starts with "_"; it is in ``totals`` and not among the means."""
+        self._unread[name] = self._unread[name] + total if name in self._unread else total.double()
 
-    def restore(self, state: Mapping[str, float], device: torch.device) -> None:
-        """Go on from sums of earlier."""
-        self._sums = {name: torch.tensor(total, dtype=torch.float64, device=device) for name, total in state.items()}
+    def read(self, *others: Tensor) -> list[float]:
+        """Add what all ranks have measured to the totals, and return ``others``, scalars of this rank. Here the host waits for its
+        device, once. Collective over the world."""
+        names = list(self._unread)
+        sums = sum_over_ranks(torch.stack([self._unread[name] for name in names]))
+        values = torch.cat([sums, *(x.detach().double().reshape(1) for x in others)]).tolist()
+        self._unread = {}
+        for name, value in zip(names, values, strict=False):
+            self.totals[name] = self.totals.get(name, 0.0) + value
+        return values[len(names) :]
 
     def means(self) -> dict[str, float]:
-        """Means over all pairs of all ranks, then start anew. Collective over the world."""
-        names = list(self._sums)
-        totals = sum_over_ranks(torch.stack([self._sums[name] for name in names]))
-        self._sums = {}
-        values = dict(zip(names, totals.tolist(), strict=True))
-        pairs = values.pop("_pairs")
-        return {name: value / pairs for name, value in values.items()} if pairs else {}
+        """Means over all pairs of all ranks, then start anew. Collective over the world if something was not read."""
+        if self._unread:
+            self.read()
+        totals, self.totals = self.totals, {}
+        pairs = totals.get("_pairs", 0.0)
+        return {name: x / pairs for name, x in totals.items() if not name.startswith("_")} if pairs else {}

@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from mrpo_kernels import CombinedReferences
 from torch import Tensor, nn
 
+from mrpo_scale.base.device import send
 from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import all_gather_object, fail_together, sum_over_ranks, world_group
@@ -40,8 +42,13 @@ LossOfBatch = Callable[[nn.Module, MicroBatch], Tensor]
 class StepSums:
     """What this rank has measured since the last log."""
 
-    metrics: MetricSums = field(default_factory=MetricSums)
+    metrics: MetricSums = field(default_factory=MetricSums)  #: and "_loss", the sum of the steps' losses
     tokens: int = 0  #: that the policy computed
+    step: int = 0  #: that is being taken
+    window: list[tuple[MicroBatch, Tensor]] = field(
+        default_factory=list
+    )  #: its losses, until they are known to be finite
+    from_anchor: Tensor | None = None  #: how far the untrained policy's log-probs lie from the anchor's, relative
 
 
 def optimizer_step(
@@ -58,20 +65,22 @@ def optimizer_step(
         the ``num_batches`` micro-batches, the number of pairs in the whole window, and the loss of a micro-batch.
     """
     set_activity(f"scoring the pairs of step {step} with the references")
+    sums.step = step
     clock.start_step()
     with clock.phase("data"):
         window = [example for _ in range(num_batches) for example in next(loader)]
         with clock.phase("references"):
             references = run.scores.score(window, run.pair_sets[TRAIN_SET], run.objective)
         batches = micro_batches(run, window, references, num_batches)
-        num_pairs = sum_over_ranks(torch.tensor(sum(e.weight for e in window), device=run.args.device))
+        num_pairs = sum_over_ranks(
+            send(torch.tensor(sum(e.weight for e in window), dtype=torch.float32), run.args.device)
+        )
 
     def loss_of_batch(model: nn.Module, batch: MicroBatch) -> Tensor:
         set_activity(f"computing step {step}")
         with clock.phase("head and loss"):  # the model's body is a phase of its own within
             policy_logps_P2, loss, share = policy_loss(run, model, batch, num_pairs)
-            stop_if_not_finite(run, loss, batch, step)
-            measure(run, policy_logps_P2, loss, batch, step, sums)
+            measure(run, policy_logps_P2, loss, share, batch, sums)
         return share
 
     return batches, num_pairs, loss_of_batch
@@ -110,17 +119,38 @@ def policy_loss(
     return policy_logps_P2, loss_against(policy_logps_P2, references, objective, lengths_P2), share
 
 
-def stop_if_not_finite(run: PreparedRun, loss: PreferenceLoss, batch: MicroBatch, step: int) -> None:
-    """Nothing is stepped or saved. Collective over the world.
+def finish_window(run: PreparedRun, sums: StepSums, grad_norm: Tensor | None = None) -> float | None:
+    """When all micro-batches are through and before the optimizer moves: stop where a loss is not finite, and read what the log
+    will say. The one time in a step that the host waits for its device. Collective over the world; nothing the second time.
+
+    Returns:
+        ``grad_norm``, read.
 
     Raises:
-        TrainingError: on every rank, when any rank's loss is not finite.
+        TrainingError: on every rank, when any rank's loss is not finite; nothing was stepped.
     """
-    bad_P = ~torch.isfinite(loss.losses_P.detach())
-    if not sum_over_ranks(bad_P.any().float()):
-        return
+    if not sums.window:
+        return None
+    wanted = [x for x in (grad_norm, sums.from_anchor) if x is not None]
+    numbers = sums.metrics.read(*wanted)
+    if sums.from_anchor is not None:
+        log = logger.warning if numbers[-1] > 0.02 else logger.info
+        log("step 0: the policy's log-probs differ from the anchor's by at most %.1e relative", numbers[-1])
+    window, sums.window, sums.from_anchor = sums.window, [], None
+    if sums.metrics.totals.pop("_not_finite"):
+        _stop(run, window, sums.step)
+    return numbers[0] if grad_norm is not None else None
+
+
+def _stop(run: PreparedRun, window: Sequence[tuple[MicroBatch, Tensor]], step: int) -> NoReturn:
+    """Say which rows of this window are at fault. Collective over the world."""
     source = run.pair_sets[TRAIN_SET].source
-    mine = [source(row) for row, bad in zip(batch.rows, bad_P.tolist(), strict=True) if bad]
+    mine = [
+        source(row)
+        for batch, losses_P in window
+        for row, finite in zip(batch.rows, torch.isfinite(losses_P).tolist(), strict=True)
+        if not finite
+    ]
     everyone = all_gather_object(mine, world_group())
     where = "; ".join(f"rank {rank}: {', '.join(rows)}" for rank, rows in enumerate(everyone) if rows)
     raise TrainingError(
@@ -131,14 +161,22 @@ def stop_if_not_finite(run: PreparedRun, loss: PreferenceLoss, batch: MicroBatch
 
 
 def measure(
-    run: PreparedRun, policy_logps_P2: Tensor, loss: PreferenceLoss, batch: MicroBatch, step: int, sums: StepSums
+    run: PreparedRun,
+    policy_logps_P2: Tensor,
+    loss: PreferenceLoss,
+    share: Tensor,
+    batch: MicroBatch,
+    sums: StepSums,
 ) -> None:
-    """Add the metrics of a micro-batch to ``sums``; say once how closely the policy agrees with the anchor, which it still is."""
-    if step == 1 and not sums.metrics and not run.args.anchor:
+    """Add what a micro-batch says to ``sums``, on the device; at first also how closely the policy agrees with the anchor, which it
+    still is."""
+    if sums.step == 1 and not sums.metrics and not run.args.anchor:
         anchor_logps_P2 = batch.references.ref_logps_KP2[0]
-        relative = ((policy_logps_P2.detach() - anchor_logps_P2) / anchor_logps_P2).abs().max().item()
-        log = logger.warning if relative > 0.02 else logger.info
-        log("step 0: the policy's log-probs differ from the anchor's by at most %.1e relative", relative)
+        sums.from_anchor = ((policy_logps_P2.detach() - anchor_logps_P2) / anchor_logps_P2).abs().max()
+    losses_P = loss.losses_P.detach()
+    sums.window.append((batch, losses_P))
+    sums.metrics.add_sum("_not_finite", (~torch.isfinite(losses_P)).sum())
+    sums.metrics.add_sum("_loss", share.detach() / run.args.world_size)
     metrics = pair_metrics(policy_logps_P2, batch.references, loss, run.objective, run.plan.names)
     sums.metrics.add(metrics, batch.weight_P)
     sums.tokens += batch.pairs.num_tokens

@@ -30,7 +30,7 @@ from transformers.trainer_utils import (
 from mrpo_scale.base.device import peak_flops
 from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.heartbeat import heartbeat, set_activity
-from mrpo_scale.base.ranks import sum_over_ranks
+from mrpo_scale.base.ranks import get_rank, sum_of_ranks
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.data.inputs import file_name
 from mrpo_scale.data.window import PairExample, WeightedPairs, WindowSampler
@@ -46,12 +46,12 @@ from mrpo_scale.reports.artifacts import write_artifacts
 from mrpo_scale.reports.pictures import RunSummary
 from mrpo_scale.reports.run_facts import RunFacts
 from mrpo_scale.training.before_first_step import BeforeFirstStep
-from mrpo_scale.training.callbacks import FlushScores, ProgressLine, StepClock
+from mrpo_scale.training.callbacks import BeforeOptimizer, FlushScores, ProgressLine, StepClock
 from mrpo_scale.training.facts import facts_of
 from mrpo_scale.training.held_out import HeldOut
 from mrpo_scale.training.prepare import PairSets, PreparedRun, prepare_run, window_sampler
 from mrpo_scale.training.saver import PolicySaver
-from mrpo_scale.training.step import LossOfBatch, StepSums, begin_with_policy, optimizer_step
+from mrpo_scale.training.step import LossOfBatch, StepSums, begin_with_policy, finish_window, optimizer_step
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ class MRPOTrainer(ResumableTrainer):
 
     args: MRPOConfig
     _begin_evaluation: Callable[[], None] | None = None  #: what is done before the first batch of one
+    _loss_of_batch: LossOfBatch | None = None
+    _grad_norm: Tensor | float | None = None  #: of the last step, read or not yet
 
     def __init__(
         self,
@@ -115,10 +117,10 @@ class MRPOTrainer(ResumableTrainer):
         self.loss_is_scaled_for_ga = True
         self.clock = clock or StepClock()
         self._sums, self._held_out, self._saver = StepSums(), HeldOut(run), PolicySaver(run)
-        self._loss_of_batch: LossOfBatch | None = None
         self._policy_checked = self._save_as_source = False
         self._best_results: dict[str, float] = {}
-        for callback in (self.clock, FlushScores(run.scores), BeforeFirstStep(self._saver)):
+        before = BeforeFirstStep(self._saver), BeforeOptimizer(self.finish_window)
+        for callback in (self.clock, FlushScores(run.scores), *before):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
@@ -182,21 +184,53 @@ class MRPOTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """This micro-batch's share of the window's mean loss, as the step of ``get_batch_samples`` computes it.
-
-        Raises:
-            TrainingError: on every rank, when any rank's loss is not finite; nothing is stepped or saved.
-        """
+        """This micro-batch's share of the window's mean loss, as the step of ``get_batch_samples`` computes it."""
         assert self._loss_of_batch is not None
         return self._loss_of_batch(model, inputs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         with self.clock.phase("optimizer"):
-            return super()._clip_grad_norm(model)
+            return self._get_grad_norm(model) if self.is_deepspeed_enabled else super()._clip_grad_norm(model)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The Trainer's, left on the device: it is read with the window."""
+        if grad_norm is None or not isinstance(grad_norm, Tensor):
+            engine = self.is_deepspeed_enabled  # it has clipped, and stepped
+            grad_norm = model.get_global_grad_norm() if engine else super()._get_grad_norm(model, grad_norm)
+        self._grad_norm = grad_norm
+        return grad_norm
+
+    def finish_window(self) -> None:
+        """See :func:`~mrpo_scale.training.step.finish_window`; called before the optimizer moves."""
+        norm = self._grad_norm if isinstance(self._grad_norm, Tensor) else None
+        number = finish_window(self.run, self._sums, norm)
+        self._grad_norm = self._grad_norm if number is None else number
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
         with self.clock.phase("logging"):
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+                self._log_steps()
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+
+    def _log_steps(self) -> None:
+        """The Trainer's log of the steps since the last one, of numbers that :meth:`finish_window` has read."""
+        loss = self._sums.metrics.totals["_loss"]
+        logs = {"loss": loss / (self.state.global_step - self._globalstep_last_logged)}
+        if self._grad_norm is not None:
+            logs["grad_norm"] = float(self._grad_norm)
+        logs["learning_rate"] = self._get_learning_rate()
+        self._tr_loss.zero_()
+        self._total_loss_scalar += loss
+        self._globalstep_last_logged = self.state.global_step
+        self.store_flos()
+        self.log(logs)
+
+    def store_flos(self) -> None:
+        """The Trainer's, between hosts."""
+        self.state.total_flos += sum_of_ranks(float(self.current_flos))
+        self.current_flos = 0
 
     def _check_policy(self, model: nn.Module) -> None:
         if not self._policy_checked:
@@ -217,8 +251,7 @@ class MRPOTrainer(ResumableTrainer):
         if how == "no":
             return
         tokens = inputs.pairs.input_ids_BL.numel() if how == "all" else inputs.num_pair_tokens
-        total = sum_over_ranks(torch.tensor(tokens, device=self.accelerator.device))
-        self.state.num_input_tokens_seen += int(total.item())
+        self.state.num_input_tokens_seen += int(sum_of_ranks(tokens))
 
     @property
     def num_parameters(self) -> int:
@@ -237,10 +270,10 @@ class MRPOTrainer(ResumableTrainer):
         return fingerprint(self.plan, self.args, self.pair_sets, self.window_size)
 
     def summed(self) -> dict[str, float]:
-        return self._sums.metrics.state()
+        return {name: total if get_rank() == 0 else 0.0 for name, total in self._sums.metrics.totals.items()}
 
-    def restore_summed(self, sums: Mapping[str, float]) -> None:
-        self._sums.metrics.restore(sums, self.accelerator.device)
+    def restore_summed(self, sums: Mapping[str, float], loss: float) -> None:
+        self._sums.metrics.totals = {"_loss": loss, **sums} if sums else {}
 
     def before_checkpoint(self) -> None:
         """Scores reach the disk first: a run that resumes here must find them, or it would score their rows in other windows."""
@@ -309,7 +342,7 @@ class MRPOTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _speed(self) -> dict[str, float]:
-        tokens = sum_over_ranks(torch.tensor(float(self._sums.tokens), device=self.accelerator.device)).item()
+        tokens = sum_of_ranks(self._sums.tokens)
         self._sums.tokens = 0
         speed = self.clock.speed_since_last_log(tokens)
         if peak := peak_flops(self.args.device):

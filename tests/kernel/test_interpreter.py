@@ -1,5 +1,5 @@
-"""Runs test_triton.py and test_traps.py in Triton's interpreter, in one process of its own: whoever imported triton first here did
-so without it."""
+"""Runs test_triton.py, test_traps.py and test_random_order.py in Triton's interpreter, in one process of its own: whoever imported
+triton first here did so without it."""
 
 import os
 import subprocess
@@ -24,6 +24,7 @@ def test_the_kernels_in_the_interpreter(capsys):
         "--durations=3",
         "tests/kernel/test_triton.py",
         "tests/kernel/test_traps.py",
+        "tests/kernel/test_random_order.py",
     ]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600, check=False)

@@ -1,7 +1,7 @@
 """A run prepared without a trainer, one step of it taken by hand, and the phases that a step reports."""
 
 from contextlib import contextmanager
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -9,9 +9,11 @@ import torch
 from mrpo_scale import MRPOConfig, MRPOTrainer
 from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.data.inputs import TRAIN_SET
+from mrpo_scale.objective import loss_against
+from mrpo_scale.training import step
 from mrpo_scale.training.callbacks import StepClock
 from mrpo_scale.training.prepare import prepare_run, window_sampler
-from mrpo_scale.training.step import StepSums, optimizer_step
+from mrpo_scale.training.step import StepSums, finish_window, optimizer_step
 from tests.tiny import pair_dataset, write_models
 
 ROWS, WINDOW = 12, 8
@@ -130,6 +132,29 @@ def test_a_loss_that_is_not_finite_names_its_rows(folders, tmp_path):
     batches, _, loss_of_batch = optimizer_step(run, loader_of(run), 2, 7, sums, StepClock())
     with torch.no_grad():
         run.policy.get_output_embeddings().weight.fill_(torch.nan)
+    for batch in batches:
+        loss_of_batch(run.policy, batch)
     with pytest.raises(TrainingError, match=r"step 7 is not finite for training pairs of rank 0: .*All ranks stop"):
-        loss_of_batch(run.policy, batches[0])
-    assert not sums.metrics
+        finish_window(run, sums)
+
+
+def test_the_optimizer_does_not_move_where_a_loss_is_not_finite(folders, tmp_path, monkeypatch):
+    """One pair of the second micro-batch of the second step: its row is named, and the weights are those after the first step."""
+    trainer = MRPOTrainer(folders["llama"], [], config(tmp_path), pair_dataset(2 * WINDOW))
+    seen, weights = [], []
+
+    def spoiled(logps_P2, references, objective, lengths_P2):
+        loss = loss_against(logps_P2, references, objective, lengths_P2)
+        seen.append(loss)
+        if len(seen) == 4:
+            weights.extend(p.detach().clone() for p in trainer.policy.parameters())
+            spoil_P = torch.tensor([0.0, 0.0, torch.inf, 0.0])
+            return replace(loss, losses_P=loss.losses_P + spoil_P)
+        return loss
+
+    monkeypatch.setattr(step, "loss_against", spoiled)
+    trainer.args.head_backward = "recompute"
+    with pytest.raises(TrainingError, match=r"step 2 is not finite for training pairs of rank 0: [^,;]* \(row numbers"):
+        trainer.train()
+    assert len(seen) == 4 and trainer.state.global_step == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.policy.parameters(), strict=True))

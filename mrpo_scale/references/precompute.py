@@ -22,6 +22,7 @@ from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, world_group
 from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.data.dealing import deal_to_ranks
 from mrpo_scale.data.tokenization import PairDataset, PairTokens
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.references.live import Reference, load_reference, score_in_step
@@ -120,7 +121,7 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
     ):
         for chunk in chunks:
             todo = chunk[_still_missing(store, rows.key_N[chunk])]
-            mine = todo[rank::world_size]
+            mine = todo[deal_to_ranks(rows.length_N[todo], world_size)[rank]]
             tokens = [rows.tokens(i) for i in mine]
             failure: TrainingError | None = None
             for part, logps_P2 in score_in_step(reference, tokens, args.ref_tokens_per_forward):

@@ -59,7 +59,7 @@ class Phases(StepClock):
 
 def loader_of(run):
     """Micro-batches as the Trainer's data loader makes them."""
-    order = list(window_sampler(run.args, len(run.train)))
+    order = list(window_sampler(run.args, run.pair_sets[TRAIN_SET], run.shared_prompt, run.end_to_end))
     return iter([[run.train[i] for i in order[start : start + 4]] for start in range(0, len(order), 4)])
 
 

@@ -120,7 +120,8 @@ class BenchTrainer(MRPOTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Draw]:
         run = self.whole_run
         sampler = window_sampler(self.args, run.pair_sets["train"], run.shared_prompt, run.end_to_end)
-        return _Listed([draw for step in self.steps for draw in sampler.dealt(self.windows[step.window])])
+        dealt = [sampler.arranged(window, sampler.deal(window)) for window in self.windows]
+        return Listed([draw for step in self.steps for draw in dealt[step.window]])
 
     # ---- arms --------------------------------------------------------------------------------------------------------
 
@@ -254,7 +255,7 @@ class BenchTrainer(MRPOTrainer):
             self._bar.close()
 
 
-class _Listed(Sampler[Draw]):
+class Listed(Sampler[Draw]):
     """Rows in a given order."""
 
     def __init__(self, draws: Sequence[Draw]) -> None:

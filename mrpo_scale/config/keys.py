@@ -17,7 +17,14 @@ from transformers import TrainingArguments
 
 from mrpo_scale.base.errors import ConfigError, one_line, refuse
 from mrpo_scale.base.heartbeat import TIMEOUT
-from mrpo_scale.config.checks import check_world_size, iso_date, loader_mistakes, training_mistakes, unsupported, value_mistakes
+from mrpo_scale.config.checks import (
+    check_world_size,
+    iso_date,
+    loader_mistakes,
+    training_mistakes,
+    unsupported,
+    value_mistakes,
+)
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE, DatasetSpec, PairOptions, parse_datasets
 from mrpo_scale.config.ds_config import find_ds_config, read_ds_config
 from mrpo_scale.config.fields import (

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from mrpo_scale.data.dealing import WindowShape, deal
+from mrpo_scale.data.dealing import Dealt, WindowShape, deal
 from mrpo_scale.data.tokenization import PairTokens
 
 
@@ -91,7 +91,7 @@ class WindowSampler(Sampler[Draw]):
 
     def __iter__(self) -> Iterator[Draw]:
         for window in self.windows():
-            yield from self.dealt(window)
+            yield from self.arranged(window, self.deal(window))
 
     def windows(self) -> Iterator[list[Draw]]:
         """The pairs of each window, in the order in which chance drew them."""
@@ -105,13 +105,15 @@ class WindowSampler(Sampler[Draw]):
             filler = Draw(min(rows, key=lambda row: self.lengths_N[row]), filler=True)
             yield [Draw(row) for row in rows] + [filler] * (self.shape.size - len(rows))
 
-    def dealt(self, window: Sequence[Draw]) -> list[Draw]:
-        """``window`` as the loader is to read it."""
+    def deal(self, window: Sequence[Draw]) -> Dealt:
+        return deal(self.lengths_N[[draw.row for draw in window]], self.shape)
+
+    def arranged(self, window: Sequence[Draw], dealt: Dealt) -> list[Draw]:
+        """``window`` as the loader is to read it, so that every rank gets what was dealt to it."""
         shape = self.shape
-        found = deal(self.lengths_N[[draw.row for draw in window]], shape)
-        number_L = np.repeat(np.arange(len(found.micro_batches)), [s.stop - s.start for s in found.micro_batches])
+        number_L = np.repeat(np.arange(len(dealt.micro_batches)), [s.stop - s.start for s in dealt.micro_batches])
         # Rank after rank takes a batch, then each its next one.
-        place_ARP = found.pairs_RL.reshape(shape.ranks, shape.accumulation, shape.pairs).swapaxes(0, 1)
+        place_ARP = dealt.pairs_RL.reshape(shape.ranks, shape.accumulation, shape.pairs).swapaxes(0, 1)
         number_ARP = np.broadcast_to(number_L.reshape(-1, 1, shape.pairs), place_ARP.shape)
         return [
             window[place]._replace(micro_batch=number)

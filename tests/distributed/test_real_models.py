@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data import find_layout, load_rows
-from mrpo_scale.data.tokenization import prepare_pairs
 from mrpo_scale.data.dealing import WindowShape
+from mrpo_scale.data.tokenization import prepare_pairs
 from mrpo_scale.data.window import WindowSampler
 from mrpo_scale.logps.pair_batch import collate_pairs
 from mrpo_scale.models.plan import plan_models

@@ -71,7 +71,7 @@ READING_ORDER = [
         "mrpo_scale.data.layouts",
         "conversational strings hh_strings helpsteer nectar sharegpt orca gpt4_llm .",
     ),
-    ("mrpo_scale.data", "loading . tokenization pair_dataset inputs window"),
+    ("mrpo_scale.data", "loading . tokenization pair_dataset inputs dealing window"),
     (
         "mrpo_scale.logps",
         ". logit_transform span_attention pair_batch micro_batches pair_forward self_check flops",

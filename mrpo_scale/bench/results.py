@@ -13,6 +13,7 @@ from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.bench.arms import Arm
 from mrpo_scale.bench.clock import PHASES
 from mrpo_scale.bench.trainer import Measured, Survey
+from mrpo_scale.data.dealing import efficiency
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
@@ -54,7 +55,8 @@ def _steps_of(arm: Arm, ranks: Sequence[RankResult]) -> list[dict[str, Any]]:
                 "phases": phases,
                 "pairs": len(rows),
                 "rows": hashlib.blake2b(str(rows).encode(), digest_size=8).hexdigest(),
-                "tokens": sum(m.tokens for m in together),
+                "tokens": sum(sum(m.tokens) for m in together),
+                "balance": efficiency(np.array([m.tokens for m in together])),
                 "flops": {
                     "policy": sum(m.policy_flops for m in together),
                     "references": sum(m.reference_flops for m in together),
@@ -81,6 +83,7 @@ def _arm(
         "placement": arm.placement or None,
         "seconds": estimate(seconds),
         "phases": {phase: estimate([step["phases"][phase] for step in taken]) for phase in PHASES},
+        "balance": estimate([step["balance"] for step in taken]),
         "tokens_per_second": sum(step["tokens"] for step in taken) / total,
         "mfu": useful / (total * peak_flops * len(surveys)) if peak_flops else None,
         "flops_per_step": flops,

@@ -41,7 +41,8 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['recipe']} on {machine['name']}, {machine['ranks']} rank(s), {result['rounds']} rounds of "
-            f"{result['pairs_per_step']} pairs",
+            f"{result['pairs_per_step']} pairs; the mean rank has {percent(arms[0]['balance']['median'])} of the slowest one's "
+            "tokens in a micro-batch",
             "",
             aligned_table(("ms, median over rounds", "step [95% interval]", *shown), time_rows),
             "",

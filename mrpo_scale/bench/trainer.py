@@ -25,7 +25,7 @@ from mrpo_scale.bench.arms import Arm, Step
 from mrpo_scale.bench.clock import BenchClock, PhaseClock
 from mrpo_scale.bench.communication import CollectiveCounter, busy_seconds, link_profiler
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.data.window import PairExample
+from mrpo_scale.data.window import Draw, PairExample
 from mrpo_scale.logps.flops import NO_WORK, UnitCosts, Work, forward_flops, training_flops, unit_costs, work_of_batch
 from mrpo_scale.logps.micro_batches import MicroBatch
 from mrpo_scale.logps.pair_forward import body_of
@@ -46,7 +46,7 @@ class Measured:
     step: Step
     phases: dict[str, float] = field(default_factory=dict)  #: seconds
     rows: list[int] = field(default_factory=list)  #: trained with weight
-    tokens: int = 0
+    tokens: list[int] = field(default_factory=list)  #: of each micro-batch
     policy_flops: int = 0
     reference_flops: int = 0
     useful_flops: int = 0  #: without what is computed a second time to save memory
@@ -104,21 +104,24 @@ class BenchTrainer(MRPOTrainer):
     def _first_windows(self, args: MRPOConfig, pair_sets: PairSets) -> PairSets:
         """The pairs of the first windows that training with this recipe would take: only those are scored for the cached arms."""
         pairs = pair_sets["train"]
-        order, size = list(window_sampler(args, len(pairs))), args.window_size
-        windows = [order[start : start + size] for start in range(0, len(order), size)]
-        whole = [window for window in windows if max(window) < len(pairs)] or windows  # else fillers stand in a window
-        self.windows = whole[: self._rounds]
-        rows = sorted({index % len(pairs) for window in self.windows for index in window})
-        place = {row: i for i, row in enumerate(rows)} | {len(pairs) + row: len(rows) + i for i, row in enumerate(rows)}
-        self.windows = [[place[index] for index in window] for window in self.windows]
+        # How the policy lays pairs out is not known yet; it does not decide which of them share a window.
+        windows = list(window_sampler(args, pairs, shared_prompt=True, end_to_end=True).windows())
+        whole = [window for window in windows if not any(draw.filler for draw in window)] or windows
+        drawn = whole[: self._rounds]
+        rows = sorted({draw.row for window in drawn for draw in window})
+        place = {row: i for i, row in enumerate(rows)}
+        self.windows = [[draw._replace(row=place[draw.row]) for draw in window] for window in drawn]
         selected = pairs.select(rows)
         tokens_N = selected.lengths.sum((1, 2))
-        weights = [int(tokens_N[[i % len(rows) for i in window]].sum()) for window in self.windows]
+        weights = [int(tokens_N[[draw.row for draw in window]].sum()) for window in self.windows]
         self.steps = self._plan_steps(len(weights), weights.index(max(weights)))
         return {"train": selected}
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return _Listed([index for step in self.steps for index in self.windows[step.window]])
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Draw]:
+        run = self.whole_run
+        sampler = window_sampler(self.args, run.pair_sets["train"], run.shared_prompt, run.end_to_end)
+        dealt = [sampler.arranged(window, sampler.deal(window)) for window in self.windows]
+        return Listed([draw for step in self.steps for draw in dealt[step.window]])
 
     # ---- arms --------------------------------------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class BenchTrainer(MRPOTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[PairExample]], num_batches: int, device: torch.device
-    ) -> tuple[list[MicroBatch], Tensor]:
+    ) -> tuple[list[list[MicroBatch]], Tensor]:
         step = self.steps[self.state.global_step]
         self._turn_to(step.arm)
         self._put_clocks()
@@ -190,7 +193,7 @@ class BenchTrainer(MRPOTrainer):
         )
         self._now.policy_flops += flops.total
         self._now.useful_flops += flops.useful
-        self._now.tokens += inputs.pairs.num_tokens
+        self._now.tokens.append(inputs.pairs.num_tokens)
         self._now.rows += [row for row, weight in zip(inputs.rows, inputs.weights, strict=True) if weight]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -252,17 +255,17 @@ class BenchTrainer(MRPOTrainer):
             self._bar.close()
 
 
-class _Listed(Sampler[int]):
+class Listed(Sampler[Draw]):
     """Rows in a given order."""
 
-    def __init__(self, indices: Sequence[int]) -> None:
-        self.indices = indices
+    def __init__(self, draws: Sequence[Draw]) -> None:
+        self.draws = draws
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.draws)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
+    def __iter__(self) -> Iterator[Draw]:
+        return iter(self.draws)
 
 
 def objective_of(arm: Arm, args: MRPOConfig) -> Objective:

@@ -44,6 +44,16 @@ def training_mistakes(args: TrainingArguments) -> Iterator[str]:
         yield f"`learning_rate: {args.learning_rate}` must be 0 or more"
 
 
+def loader_mistakes(args: TrainingArguments) -> Iterator[str]:
+    """Keys of accelerate's that would hand the pairs of a window to other ranks than they were dealt to."""
+    for key in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, key, None):
+            yield (
+                f"`accelerator_config: {{{key}: true}}` is not supported: the pairs of a step are dealt over the ranks by length; "
+                "remove it"
+            )
+
+
 def unsupported(args: TrainingArguments) -> Iterator[str]:
     """Keys of transformers' that are set and have no meaning here, each with what to do instead."""
     whole = (

@@ -18,7 +18,14 @@ from transformers import TrainingArguments
 from mrpo_scale.base.errors import ConfigError, one_line, refuse
 from mrpo_scale.base.heartbeat import TIMEOUT
 from mrpo_scale.config.adapter_keys import AdapterKeys
-from mrpo_scale.config.checks import check_world_size, iso_date, training_mistakes, unsupported, value_mistakes
+from mrpo_scale.config.checks import (
+    check_world_size,
+    iso_date,
+    loader_mistakes,
+    training_mistakes,
+    unsupported,
+    value_mistakes,
+)
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE, DatasetSpec, PairOptions, parse_datasets
 from mrpo_scale.config.ds_config import find_ds_config, read_ds_config
 from mrpo_scale.config.fields import (
@@ -193,6 +200,12 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
     )
     max_bad_rows: Common[Other[float]] = key(0.1, "Largest fraction of such pairs before the run stops.")
 
+    max_tokens_per_micro_batch: Annotated[Other[int | None], AtLeast(1)] = key(
+        None,
+        "Cut each rank's pairs of a step into as few micro-batches as keep within so many padded tokens, instead of into "
+        "`gradient_accumulation_steps` of `per_device_train_batch_size` pairs. Their product is a rank's pairs of a step still.",
+    )
+
     # Output head
     head_impl: Other[Literal["auto", "triton", "torch"]] = key(
         "auto", "Log-prob kernels: Triton or torch; auto is logged."
@@ -268,6 +281,7 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise ConfigError(one_line(error)) from error
+        refuse(list(loader_mistakes(self)))
 
     def _normalise(self) -> None:
         """Accept what a person writes in Python or YAML: a word for a one-word list, a bool for auto|true|false."""

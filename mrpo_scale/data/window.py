@@ -1,22 +1,33 @@
-"""The pairs of one optimizer step: which ones, with what weight, scored together.
+"""The pairs of one optimizer step: which ones, with what weight, and which rank computes them when.
 
 A *global window* is every pair that one optimizer step trains on, over all ranks and micro-batches. The list of rows is padded to
 whole windows with filler rows of weight 0, so every rank has the same number of equally large micro-batches (no rank waits in a
 collective that another never enters) and every real row is trained exactly once. The loss is the weighted sum over the window
 divided by the number of real pairs in it, whatever the split into ranks and micro-batches.
+
+Chance decides which pairs share a window, length decides where in it they stand (dealing.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from mrpo_scale.data.dealing import Dealt, WindowShape, deal
 from mrpo_scale.data.tokenization import PairTokens
+
+
+class Draw(NamedTuple):
+    """A row of the set as the sampler names it."""
+
+    row: int
+    filler: bool = False
+    micro_batch: int = 0  #: of the window, the same number on all ranks
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,7 @@ class PairExample:
     row: int
     weight: float  #: 1, or 0 for a filler
     tokens: tuple[PairTokens, ...]
+    micro_batch: int = 0  #: of the window, in which the policy computes it
 
 
 class TokenizedPairs(Protocol):
@@ -42,7 +54,7 @@ class TokenizedPairs(Protocol):
 
 
 class WeightedPairs(Dataset[PairExample]):
-    """Rows of a tokenized set. Index n + row is the filler copy of that row, with weight 0."""
+    """Rows of a tokenized set, by :class:`Draw` or by number."""
 
     def __init__(self, pairs: TokenizedPairs) -> None:
         self.pairs = pairs
@@ -50,34 +62,68 @@ class WeightedPairs(Dataset[PairExample]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> PairExample:
-        row = index % len(self.pairs)
-        return PairExample(row=row, weight=float(index < len(self.pairs)), tokens=self.pairs.tokens(row))
+    def __getitem__(self, index: Draw | int) -> PairExample:
+        draw = index if isinstance(index, Draw) else Draw(index)
+        return PairExample(draw.row, float(not draw.filler), self.pairs.tokens(draw.row), draw.micro_batch)
 
 
-class WindowSampler(Sampler[int]):
-    """Row indices of one epoch in order, padded with fillers to a multiple of ``window`` (pairs per optimizer step, all ranks).
+class WindowSampler(Sampler[Draw]):
+    """Rows of one epoch window after window, each dealt over ranks and micro-batches, in the order in which a loader hands batches
+    of ``shape.pairs`` to the ranks in turn. Copies of weight 0 of its shortest pair fill the last window.
 
-    The order depends on (seed, epoch) only, so neither the number of ranks nor the micro-batch size changes which pairs share a
-    step. ``drop_last`` leaves the rows of the last, unfilled window out instead of padding it.
+    Which pairs share a step depends on (seed, epoch) and the size of a window only, neither on the number of ranks nor on the size
+    of a micro-batch. ``drop_last`` leaves the rows of the last, unfilled window out instead of filling it.
+
+    Args:
+        lengths_N: tokens that the policy computes for each row.
     """
 
-    def __init__(self, num_rows: int, window: int, *, shuffle: bool, seed: int, drop_last: bool = False) -> None:
-        self.num_rows, self.window, self.shuffle, self.seed, self.drop_last = num_rows, window, shuffle, seed, drop_last
+    def __init__(
+        self, lengths_N: np.ndarray, shape: WindowShape, *, shuffle: bool, seed: int, drop_last: bool = False
+    ) -> None:
+        self.lengths_N, self.shape, self.shuffle, self.seed, self.drop_last = lengths_N, shape, shuffle, seed, drop_last
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        windows = self.num_rows / self.window
-        return self.window * (int(windows) if self.drop_last else -int(-windows // 1))
+        whole, over = divmod(len(self.lengths_N), self.shape.size)
+        return self.shape.size * (whole + (over > 0 and not self.drop_last))
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Draw]:
+        for window in self.windows():
+            yield from self.arranged(window, self.deal(window))
+
+    def windows(self) -> Iterator[list[Draw]]:
+        """The pairs of each window, in the order in which chance drew them."""
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.num_rows, generator=generator).tolist()
+            order = torch.randperm(len(self.lengths_N), generator=generator).tolist()
         else:
-            order = list(range(self.num_rows))
-        fillers = [self.num_rows + order[0]] * max(0, len(self) - self.num_rows)
-        yield from (order + fillers)[: len(self)]
+            order = list(range(len(self.lengths_N)))
+        for start in range(0, len(self), self.shape.size):
+            rows = order[start : start + self.shape.size]
+            filler = Draw(min(rows, key=lambda row: self.lengths_N[row]), filler=True)
+            yield [Draw(row) for row in rows] + [filler] * (self.shape.size - len(rows))
+
+    def deal(self, window: Sequence[Draw]) -> Dealt:
+        return deal(self.lengths_N[[draw.row for draw in window]], self.shape)
+
+    def arranged(self, window: Sequence[Draw], dealt: Dealt) -> list[Draw]:
+        """``window`` as the loader is to read it, so that every rank gets what was dealt to it."""
+        shape = self.shape
+        number_L = np.repeat(np.arange(len(dealt.micro_batches)), [s.stop - s.start for s in dealt.micro_batches])
+        # Rank after rank takes a batch, then each its next one.
+        place_ARP = dealt.pairs_RL.reshape(shape.ranks, shape.accumulation, shape.pairs).swapaxes(0, 1)
+        number_ARP = np.broadcast_to(number_L.reshape(-1, 1, shape.pairs), place_ARP.shape)
+        return [
+            window[place]._replace(micro_batch=number)
+            for place, number in zip(place_ARP.flat, number_ARP.ravel().tolist(), strict=True)
+        ]
+
+
+def held_out_sampler(pairs: TokenizedPairs, ranks: int, batch: int) -> WindowSampler:
+    """All rows once as one window, the longest first, for sets whose order changes nothing: they are measured, not trained."""
+    shape = WindowShape(ranks, batch, -(-len(pairs) // (ranks * batch)))
+    return WindowSampler(pairs.lengths[:, 0].sum(-1), shape, shuffle=False, seed=0)

@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.ranks import get_rank, get_world_size, sum_over_ranks
 from mrpo_scale.base.tables import aligned_table, number, percent
+from mrpo_scale.data.dealing import cut_by_tokens
 from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
-from mrpo_scale.references.live import cut_by_tokens, segment_lengths
+from mrpo_scale.references.live import padded_lengths
 from mrpo_scale.references.sharding import ShardedReference
 
 
@@ -67,9 +68,9 @@ def score_model(
     tokens = [pairs.tokens(row)[model.tokenization] for row in range(count)]
     lengths_N2 = torch.tensor([t.scored_lengths for t in tokens], dtype=torch.float64)
     loaded = ShardedReference(model.source, group, device, shared_prompt=args.shared_prompt)
-    lengths = segment_lengths(tokens, loaded.shared_prompt)
+    lengths = padded_lengths(tokens, loaded.shared_prompt)
     order = sorted(range(count), key=lambda i: -lengths[i])
-    parts = cut_by_tokens([lengths[i] for i in order], loaded.shared_prompt, args.tokens_per_forward)
+    parts = cut_by_tokens([lengths[i] for i in order], args.tokens_per_forward, padded=not loaded.shared_prompt)
     logps_N2 = torch.zeros(count, 2, dtype=torch.float64, device=device)
     for part in tqdm(_of_this_rank(parts), desc=f"Scoring with {model.name}", disable=get_rank() != 0):
         rows = [] if part is None else order[part]

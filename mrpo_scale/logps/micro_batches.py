@@ -1,18 +1,18 @@
-"""A rank's share of a window as equally large micro-batches for the policy."""
+"""A rank's share of a window as micro-batches for the policy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from mrpo_kernels import CombinedReferences
 from torch import Tensor
 
 from mrpo_scale.base.device import send
-from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.data.window import PairExample
-from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs, segment_length
+from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,19 @@ class MicroBatch:
         return sum(count for count, weight in zip(self.pairs.positions, self.weights, strict=True) if weight > 0)
 
 
-def sorted_by_length(pairs: Sequence[PairTokens], shared_prompt: bool) -> list[int]:
-    """Indices of ``pairs``, longest first, so that neighbours need little padding. Stable: the same window, the same batches."""
-    return sorted(range(len(pairs)), key=lambda i: -segment_length(pairs[i], shared_prompt))
-
-
 def policy_batches(
     examples: Sequence[PairExample],
     references: CombinedReferences,
-    num_batches: int,
     *,
     shared_prompt: bool,
     end_to_end: bool = False,
     pad_token_id: int,
 ) -> list[MicroBatch]:
-    """This rank's share of a window, with its ``references``, as ``num_batches`` equally large micro-batches of pairs of similar
-    length."""
-    order = sorted_by_length([e.tokens[0] for e in examples], shared_prompt)
-    size = len(examples) // num_batches
+    """This rank's share of a window, with its ``references``, as the micro-batches that its examples were dealt to."""
     device = references.virtual_logps_P2.device
     batches = []
-    for start in range(0, num_batches * size, size):
-        chosen = order[start : start + size]
+    for _, group in groupby(range(len(examples)), key=lambda i: examples[i].micro_batch):
+        chosen = list(group)
         pairs = collate_pairs(
             [examples[i].tokens[0] for i in chosen],
             shared_prompt=shared_prompt,
@@ -66,7 +57,7 @@ def policy_batches(
                 rows=tuple(examples[i].row for i in chosen),
                 weights=weights,
                 weight_P=send(torch.tensor(weights), device),
-                references=references[send(torch.tensor(chosen), device)],
+                references=references[chosen[0] : chosen[-1] + 1],
             )
         )
     return batches

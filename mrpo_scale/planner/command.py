@@ -269,7 +269,8 @@ class _Check:
         estimates["cached"] = cached
         print(f"{memory_table(estimates)}\n\n{time_table(estimates)}\n")
         plot_memory(estimates, self.folder / "memory.png")
-        searches = {"live": search(job, cluster), "cached": search(job, cluster, live=False)}
+        most = setting.max_tokens
+        searches = {"live": search(job, cluster, most), "cached": search(job, cluster, most, live=False)}
         self._say_cheapest(job, live if setting.live else cached, searches)
         print(f"\n{assumptions(cluster)}\n")
         self.found["cost"] = {
@@ -302,7 +303,10 @@ class _Check:
                     end="",
                 )
                 print(setting_in_words(found.least.setting, found.least.accumulation))
-        if searches["live"].best is None and (larger := smallest_that_fits(job, self.cluster)) is not None:
+        if (
+            searches["live"].best is None
+            and (larger := smallest_that_fits(job, self.cluster, own.setting.max_tokens)) is not None
+        ):
             grown, found = larger
             assert found.best is not None
             print(
@@ -350,6 +354,7 @@ class _Check:
             shard_size=config.ref_shard_size,
             offload=config.ref_offload,
             live=config.ref_scoring == "live",
+            max_tokens=config.max_tokens_per_micro_batch,
         )
 
     def _accumulation(self) -> int:

@@ -31,6 +31,7 @@ class Estimate:
     reference_flops: int
     useful_flops: int
     accumulation: int
+    efficiency: float  #: of the policy's micro-batches, for which all ranks wait: mean over longest
 
     @property
     def moment(self) -> str:
@@ -68,7 +69,11 @@ def estimate(job: Job, setting: Setting, cluster: Cluster) -> Estimate:
     """
     accumulation = max(1, job.window // (setting.micro_batch * cluster.gpus))
     share = job.workload.policy(
-        job.policy, micro_batch=setting.micro_batch, accumulation=accumulation, ranks=cluster.gpus
+        job.policy,
+        micro_batch=setting.micro_batch,
+        accumulation=accumulation,
+        ranks=cluster.gpus,
+        max_tokens=setting.max_tokens,
     )
     references = ScoredLive(job, setting, cluster, accumulation) if setting.live else None
     states = policy_states(job.policy, setting.zero, cluster)
@@ -99,6 +104,7 @@ def estimate(job: Job, setting: Setting, cluster: Cluster) -> Estimate:
         reference_flops=reference_flops,
         useful_flops=costs.useful * cluster.gpus,
         accumulation=accumulation,
+        efficiency=share.efficiency,
     )
 
 
@@ -115,7 +121,7 @@ def _training(job: Job, setting: Setting, work: Work) -> TrainingFlops:
 def _policy_moment(job: Job, setting: Setting) -> dict[str, int]:
     """Activations and head at the start of the backward of the largest micro-batch."""
     size = job.policy
-    work = job.workload.largest_micro_batch(size, setting.micro_batch)
+    work = job.workload.largest_micro_batch(size, setting.micro_batch, setting.max_tokens)
     moment = {
         "activations": size.activations.kept(work, size.itemsize, checkpointing=setting.checkpointing),
         "head": head_bytes(size, work.response_tokens, job.device_type, in_forward=job.gradients_in_forward),

@@ -49,6 +49,7 @@ class Setting:
     offload: bool = False
     live: bool = True  #: references in the step; False: all scores are in the cache
     only_anchor: bool = False  #: DPO
+    max_tokens: int | None = None  #: of a micro-batch, instead of so many pairs
 
 
 @dataclass(frozen=True)

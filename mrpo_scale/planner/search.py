@@ -26,12 +26,13 @@ class Found:
     fitting: int
 
 
-def search(job: Job, cluster: Cluster, *, live: bool = True) -> Found:
-    """Try every setting at the job's window; time decides among those that fit."""
+def search(job: Job, cluster: Cluster, max_tokens: int | None = None, *, live: bool = True) -> Found:
+    """Try every setting at the job's window; time decides among those that fit. ``max_tokens``: of a micro-batch, where the recipe
+    bounds it so."""
     best: Estimate | None = None
     least: Estimate | None = None
     tried = fitting = 0
-    for setting in settings(job, cluster, live=live):
+    for setting in settings(job, cluster, max_tokens, live=live):
         found = estimate(job, setting, cluster)
         tried += 1
         fitting += found.fits
@@ -49,17 +50,17 @@ def _worth(found: Estimate) -> tuple[float, ...]:
     return (round(math.log(found.seconds) / math.log(1.01)), moved, found.setting.checkpointing, found.peak)
 
 
-def settings(job: Job, cluster: Cluster, *, live: bool = True) -> Iterator[Setting]:
+def settings(job: Job, cluster: Cluster, max_tokens: int | None = None, *, live: bool = True) -> Iterator[Setting]:
     """All combinations of micro-batch, gradient checkpointing, ds_config, and where references lie and what their groups are."""
     per_rank = max(1, job.window // cluster.gpus)
-    micro_batches = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+    micro_batches = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if max_tokens is None else [per_rank]
     zeros = [read_zero(name) for name in (*DS_CONFIGS, *(["none"] if cluster.gpus == 1 else []))]
     for zero in zeros:
         if zero.secondary > 1 and (cluster.num_nodes == 1 or zero.secondary > cluster.per_node):
             continue  # a second copy inside the node is worth something only where there are several
         for checkpointing in (False, True):
             for micro_batch in micro_batches:
-                policy = Setting(micro_batch, checkpointing, zero, live=live)
+                policy = Setting(micro_batch, checkpointing, zero, live=live, max_tokens=max_tokens)
                 if not live:
                     yield policy
                     continue
@@ -89,13 +90,15 @@ TRIED = (
 )
 
 
-def smallest_that_fits(job: Job, cluster: Cluster, *, most: int = 16384) -> tuple[Cluster, Found] | None:
+def smallest_that_fits(
+    job: Job, cluster: Cluster, max_tokens: int | None = None, *, most: int = 16384
+) -> tuple[Cluster, Found] | None:
     """The cluster grown by doublings of its nodes until something fits; None if not even ``most`` devices do."""
     while cluster.gpus * 2 <= most:
         gpus = cluster.gpus * 2
         cluster = replace(cluster, gpus=gpus, per_node=min(gpus, max(cluster.per_node, min(8, gpus))))
         grown = replace(job, window=max(job.window, gpus))
-        found = search(grown, cluster)
+        found = search(grown, cluster, max_tokens)
         if found.best is not None:
             return cluster, found
     return None

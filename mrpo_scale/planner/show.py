@@ -50,6 +50,8 @@ def setting_in_words(setting: Setting, accumulation: int) -> str:
         f"gradient_checkpointing: {str(setting.checkpointing).lower()}",
         f"ds_config: {setting.zero.name}",
     ]
+    if setting.max_tokens is not None:
+        words.insert(0, f"max_tokens_per_micro_batch: {setting.max_tokens}")
     if setting.live:
         size = "ranks of a node" if setting.shard_size is None else setting.shard_size
         words += [f"ref_placement: {setting.placement}", f"ref_shard_size: {size}"]
@@ -116,6 +118,7 @@ def time_table(estimates: Mapping[str, Estimate]) -> str:
                 rows.append((f"GB received by a rank, {source}, {label}", *(f"{v / 1e9:.2f}" for v in values)))
     rows.append(("PFLOP of a step, policy", *(f"{e.policy_flops / 1e15:.4g}" for e in estimates.values())))
     rows.append(("PFLOP of a step, references", *(f"{e.reference_flops / 1e15:.4g}" for e in estimates.values())))
+    rows.append(("balance of ranks, mean over slowest", *(f"{e.efficiency:.1%}" for e in estimates.values())))
     rows.append(("MFU of the policy's useful FLOPs", *(f"{e.mfu:.1%}" for e in estimates.values())))
     first = next(iter(estimates.values()))
     rows.append(("time against the first column", *(f"{e.seconds / first.seconds:.3f}" for e in estimates.values())))
@@ -165,6 +168,7 @@ def as_json(e: Estimate) -> dict[str, Any]:
         "setting": {
             "per_device_train_batch_size": e.setting.micro_batch,
             "gradient_accumulation_steps": e.accumulation,
+            "max_tokens_per_micro_batch": e.setting.max_tokens,
             "gradient_checkpointing": e.setting.checkpointing,
             "ds_config": e.setting.zero.name,
             "ref_placement": e.setting.placement,
@@ -184,6 +188,7 @@ def as_json(e: Estimate) -> dict[str, Any]:
         "received_bytes_per_rank": {name: traffic._asdict() for name, traffic in e.traffic.items()},
         "flops": {"policy": e.policy_flops, "references": e.reference_flops, "useful": e.useful_flops},
         "mfu": e.mfu,
+        "balance": e.efficiency,
     }
 
 

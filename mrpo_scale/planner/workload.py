@@ -8,11 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
+from mrpo_scale.data.dealing import WindowShape, cut_by_tokens, deal, deal_to_ranks, efficiency, pair_lengths
 from mrpo_scale.logps.flops import NO_WORK, Work, total_work, work_of_lengths
 from mrpo_scale.planner.model_size import ModelSize
-from mrpo_scale.references.live import cut_by_tokens
 
-STEPS, RANKS = 4, 16  #: windows that are drawn for an estimate, and at most how many ranks of each
+STEPS, RANKS = 4, 16  #: windows that are drawn for an estimate, and of how many ranks at most the mean is taken
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Share:
 
     forwards: tuple[Work, ...]  #: of the busiest rank, for which the others wait
     mean: Work
+    efficiency: float  #: see dealing.py: the part of the time in which the mean rank works
 
     @property
     def total(self) -> Work:
@@ -48,35 +49,61 @@ class Workload:
         scored_NV2 = self.lengths_NV3[..., 1:] if self.scored_NV2 is None else self.scored_NV2
         return np.concatenate([self.lengths_NV3, scored_NV2.sum(-1, keepdims=True)], axis=-1)
 
-    def policy(self, size: ModelSize, *, micro_batch: int, accumulation: int, ranks: int) -> Share:
-        """The policy's micro-batches: pairs of like length, as window.py makes them."""
+    def policy(
+        self, size: ModelSize, *, micro_batch: int, accumulation: int, ranks: int, max_tokens: int | None = None
+    ) -> Share:
+        """The policy's micro-batches, dealt over the ranks as a run deals them: of each, the slowest rank's."""
+        shape = WindowShape(ranks, micro_batch, accumulation, max_tokens, padded=_padded(size))
 
-        def forwards(rows: np.ndarray) -> tuple[Work, ...]:
-            counts_P4 = self._sorted(self._counts[rows, 0], size.shared_prompt)
-            return tuple(
-                _work(counts_P4[i : i + micro_batch], size) for i in range(0, micro_batch * accumulation, micro_batch)
+        def window(rows: np.ndarray) -> Share:
+            counts_N4 = self._counts[rows, 0]
+            lengths_N = _lengths(counts_N4, size)
+            found = deal(lengths_N, shape)
+            loads_RM = found.loads(lengths_N)
+            slowest = zip(loads_RM.argmax(0), found.micro_batches, strict=True)
+            some = [
+                _work(counts_N4[found.pairs_RL[rank, part]], size)
+                for rank in _some(ranks)
+                for part in found.micro_batches
+            ]
+            return Share(
+                tuple(_work(counts_N4[found.pairs_RL[rank, part]], size) for rank, part in slowest),
+                _mean(some, len(_some(ranks))),
+                efficiency(loads_RM),
             )
 
-        key = ("policy", size.name, micro_batch, accumulation, min(ranks, RANKS))
-        return self._share(key, forwards, micro_batch * accumulation, ranks)
+        return self._share(("policy", size.name, shape), window, shape.size)
 
     def reference(
         self, size: ModelSize, tokenization: int, *, pairs: int, ranks: int, tokens_per_forward: int
     ) -> Share:
-        """A reference's forwards over a rank's ``pairs`` of a window."""
+        """A reference's forwards over a rank's ``pairs`` of a window, of which every rank has the like."""
 
-        def forwards(rows: np.ndarray) -> tuple[Work, ...]:
-            return _reference_forwards(self._counts[rows, tokenization], size, tokens_per_forward)
+        def window(rows: np.ndarray) -> Share:
+            counts_N4 = self._counts[rows, tokenization]
+            lengths_N = counts_N4[:, :3].sum(1)
+            shares = deal_to_ranks(lengths_N, ranks)
+            loads_R = np.array([lengths_N[share].sum() for share in shares])
 
-        key = ("reference", size.name, tokenization, pairs, min(ranks, RANKS), tokens_per_forward)
-        return self._share(key, forwards, pairs, ranks)
+            def forwards(rank: int) -> tuple[Work, ...]:
+                return _reference_forwards(counts_N4[shares[rank]], size, tokens_per_forward)
 
-    def largest_micro_batch(self, size: ModelSize, micro_batch: int) -> Work:
+            mean = _mean([work for rank in _some(ranks) for work in forwards(rank)], len(_some(ranks)))
+            return Share(forwards(int(loads_R.argmax())), mean, efficiency(loads_R[:, None]))
+
+        key = ("reference", size.name, tokenization, pairs, ranks, tokens_per_forward)
+        return self._share(key, window, pairs * ranks)
+
+    def largest_micro_batch(self, size: ModelSize, micro_batch: int, max_tokens: int | None = None) -> Work:
         """The longest pairs, which meet sooner or later: what activations need room for."""
-        key = ("largest", size.name, micro_batch)
+        key = ("largest", size.name, micro_batch, max_tokens)
         if key not in self._largest:
-            counts_N4 = self._sorted(self._counts[:, 0], size.shared_prompt)
-            self._largest[key] = (_work(np.resize(counts_N4[:micro_batch], (micro_batch, 4)), size),)
+            counts_N4 = self._sorted(self._counts[:, 0], size)
+            if max_tokens is None:
+                self._largest[key] = (_work(np.resize(counts_N4[:micro_batch], (micro_batch, 4)), size),)
+            else:
+                parts = cut_by_tokens(_lengths(counts_N4, size).tolist(), max_tokens, padded=_padded(size))
+                self._largest[key] = (max(_work(counts_N4[part], size) for part in parts),)
         return self._largest[key][0]
 
     def largest_scoring(
@@ -85,25 +112,18 @@ class Workload:
         """(largest forward, all of the window) of a reference that scores the longest ``pairs``."""
         key = ("scoring", size.name, tokenization, pairs, tokens_per_forward)
         if key not in self._largest:
-            counts_N4 = self._sorted(self._counts[:, tokenization], size.shared_prompt)
+            counts_N4 = self._sorted(self._counts[:, tokenization], size)
             self._largest[key] = _reference_forwards(np.resize(counts_N4[:pairs], (pairs, 4)), size, tokens_per_forward)
         return max(self._largest[key]), total_work(self._largest[key])
 
-    def _share(
-        self, key: tuple[object, ...], forwards: Callable[[np.ndarray], tuple[Work, ...]], pairs: int, ranks: int
-    ) -> Share:
+    def _share(self, key: tuple[object, ...], window: Callable[[np.ndarray], Share], pairs: int) -> Share:
+        """Of the drawn windows the one in the middle, and the mean of all."""
         if key not in self._shares:
             random = np.random.default_rng(self.seed)
-            busiest: list[tuple[Work, ...]] = []
-            everything: list[Work] = []
-            for _ in range(STEPS):
-                drawn = [forwards(self._draw(random, pairs)) for _ in range(min(ranks, RANKS))]
-                busiest.append(max(drawn, key=lambda works: total_work(works).positions))
-                everything += [total_work(works) for works in drawn]
-            mean = Work(*(round(total / len(everything)) for total in total_work(everything)))
-            # Of the drawn steps the one whose busiest rank is in the middle.
-            middle = sorted(busiest, key=lambda works: total_work(works).positions)[(STEPS - 1) // 2]
-            self._shares[key] = Share(middle, mean)
+            drawn = [window(self._draw(random, pairs)) for _ in range(STEPS)]
+            middle = sorted(drawn, key=lambda share: share.total.positions)[(STEPS - 1) // 2]
+            mean = _mean([share.mean for share in drawn], STEPS)
+            self._shares[key] = Share(middle.forwards, mean, float(np.mean([share.efficiency for share in drawn])))
         return self._shares[key]
 
     def _draw(self, random: np.random.Generator, pairs: int) -> np.ndarray:
@@ -111,15 +131,26 @@ class Workload:
         return random.choice(total, pairs, replace=pairs > total)
 
     @staticmethod
-    def _sorted(counts_P4: np.ndarray, shared_prompt: bool) -> np.ndarray:
-        """Longest segments first."""
-        return counts_P4[np.argsort(-_segments(counts_P4, shared_prompt), kind="stable")]
+    def _sorted(counts_P4: np.ndarray, size: ModelSize) -> np.ndarray:
+        """Longest first."""
+        return counts_P4[np.argsort(-_lengths(counts_P4, size), kind="stable")]
 
 
-def _segments(counts_P4: np.ndarray, shared_prompt: bool) -> np.ndarray:
-    """As :func:`~mrpo_scale.logps.pair_batch.segment_length`."""
-    responses = counts_P4[:, 1:3]
-    return counts_P4[:, 0] + (responses.sum(1) if shared_prompt else responses.max(1))
+def _lengths(counts_P4: np.ndarray, size: ModelSize) -> np.ndarray:
+    return pair_lengths(counts_P4[:, :3], shared_prompt=size.shared_prompt, end_to_end=size.end_to_end)
+
+
+def _padded(size: ModelSize) -> bool:
+    return not (size.shared_prompt or size.end_to_end)
+
+
+def _some(ranks: int) -> range:
+    """Ranks whose mean stands for that of all."""
+    return range(0, ranks, -(-ranks // RANKS))
+
+
+def _mean(works: Sequence[Work], count: int) -> Work:
+    return Work(*(round(total / count) for total in total_work(works)))
 
 
 def _work(counts_P4: np.ndarray, size: ModelSize) -> Work:
@@ -133,7 +164,8 @@ def _work(counts_P4: np.ndarray, size: ModelSize) -> Work:
 
 
 def _reference_forwards(counts_P4: np.ndarray, size: ModelSize, tokens_per_forward: int) -> tuple[Work, ...]:
-    counts_P4 = Workload._sorted(counts_P4, size.shared_prompt)
-    segments: Sequence[int] = _segments(counts_P4, size.shared_prompt).tolist()
-    parts = cut_by_tokens(segments, size.shared_prompt, tokens_per_forward)
+    counts_P4 = Workload._sorted(counts_P4, size)
+    # As references cut them: by rows that are padded to each other, unless the prompt is shared.
+    lengths = pair_lengths(counts_P4[:, :3], shared_prompt=size.shared_prompt, end_to_end=False).tolist()
+    parts = cut_by_tokens(lengths, tokens_per_forward, padded=not size.shared_prompt)
     return tuple(_work(counts_P4[part], size) for part in parts) or (NO_WORK,)

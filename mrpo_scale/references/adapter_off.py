@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mrpo_scale.base.ranks import all_reduce_max, world_group
+from mrpo_scale.data.dealing import cut_by_tokens
 from mrpo_scale.data.window import PairExample
-from mrpo_scale.logps.micro_batches import sorted_by_length
 from mrpo_scale.logps.pair_batch import collate_pairs
 from mrpo_scale.logps.pair_forward import score_pairs
-from mrpo_scale.references.live import cut_by_tokens, segment_lengths
+from mrpo_scale.references.live import padded_lengths
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class AdapterOffAnchor:
     def score(self, examples: Sequence[PairExample]) -> Tensor:
         """Log-probs [P, 2] float32 of P >= 1 examples, in their order."""
         tokens = [example.tokens[0] for example in examples]
-        order = sorted_by_length(tokens, self.shared_prompt)
+        lengths = padded_lengths(tokens, self.shared_prompt)
+        order = sorted(range(len(tokens)), key=lambda i: -lengths[i])
         ordered = [tokens[i] for i in order]
-        parts = cut_by_tokens(segment_lengths(ordered, self.shared_prompt), self.shared_prompt, self.tokens_per_forward)
+        parts = cut_by_tokens([lengths[i] for i in order], self.tokens_per_forward, padded=not self.shared_prompt)
         (forwards,) = all_reduce_max([len(parts)], world_group())
         training = self.model.training
         self.model.eval()

@@ -22,6 +22,7 @@ from torch import Tensor
 from mrpo_scale.base.device import send
 from mrpo_scale.base.ranks import all_gather_object, all_reduce_max, get_rank, sum_over_ranks, world_group
 from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.data.dealing import cut_by_tokens, deal_to_ranks
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.data.window import PairExample, TokenizedPairs
 from mrpo_scale.logps.pair_batch import PairBatch, segment_length
@@ -48,9 +49,12 @@ class Reference:
 
     def batches(self, pairs: Sequence[PairTokens], tokens_per_forward: int) -> list[PairBatch]:
         """``pairs``, in their order, as batches of at most ``tokens_per_forward`` padded tokens or of one pair."""
-        lengths = segment_lengths(pairs, self.model.shared_prompt)
-        parts = cut_by_tokens(lengths, self.model.shared_prompt, tokens_per_forward)
-        return [self.batch(pairs[part]) for part in parts]
+        return [self.batch(pairs[part]) for part in self.parts(pairs, tokens_per_forward)]
+
+    def parts(self, pairs: Sequence[PairTokens], tokens_per_forward: int) -> list[slice]:
+        """Of :meth:`batches`."""
+        shared = self.model.shared_prompt
+        return cut_by_tokens(padded_lengths(pairs, shared), tokens_per_forward, padded=not shared)
 
 
 def load_reference(planned: PlannedReference, group: dist.ProcessGroup | None, args: MRPOConfig) -> Reference:
@@ -194,8 +198,7 @@ class PartitionScorer:
             if k in self.references:
                 ranks = self.placement.ranks(k)
                 lengths = pairs.lengths[rows, self.references[k].tokenization].sum(-1)
-                # Dealt out longest first, so that every rank gets the like.
-                mine = np.argsort(-lengths, kind="stable")[ranks.index(self.rank) :: len(ranks)]
+                mine = deal_to_ranks(lengths, len(ranks))[ranks.index(self.rank)]
                 tokens = [pairs.tokens(int(row))[self.references[k].tokenization] for row in rows[mine]]
                 for part, logps_P2 in score_in_step(self.references[k], tokens, self.tokens_per_forward):
                     scores_KU2[i, send(torch.from_numpy(mine[part]), self.device)] = logps_P2
@@ -222,7 +225,7 @@ def score_in_step(
     Collective over the reference's shard group: as many forwards as its busiest rank needs.
     """
     model = reference.model
-    parts = cut_by_tokens(segment_lengths(pairs, model.shared_prompt), model.shared_prompt, tokens_per_forward)
+    parts = reference.parts(pairs, tokens_per_forward)
     (forwards,) = all_reduce_max([len(parts)], model.group)
     for part in [*parts, *[None] * (forwards - len(parts))]:
         logps_P2 = model.score(None if part is None else reference.batch(pairs[part]))
@@ -241,25 +244,9 @@ def _length(pair: PairTokens) -> int:
     return segment_length(pair, shared_prompt=True)
 
 
-def segment_lengths(pairs: Sequence[PairTokens], shared_prompt: bool) -> list[int]:
-    """:func:`~mrpo_scale.logps.pair_batch.segment_length` of each."""
-    return [segment_length(pair, shared_prompt) for pair in pairs]
-
-
-def cut_by_tokens(lengths: Sequence[int], shared_prompt: bool, tokens_per_forward: int) -> list[slice]:
-    """Consecutive parts of pairs of these segment lengths, each of at most ``tokens_per_forward`` padded tokens or of one pair."""
-    if not lengths:
-        return []
-    starts, tokens, widest = [0], 0, 0
-    for i, length in enumerate(lengths):
-        widest = max(widest, length)
-        # Shared-prompt pairs are packed, so they cost their own length; separate rows are padded to the widest.
-        size = tokens + length if shared_prompt else 2 * widest * (i + 1 - starts[-1])
-        if size > tokens_per_forward and i > starts[-1]:
-            starts.append(i)
-            tokens, widest = 0, length
-        tokens += length
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+def padded_lengths(pairs: Sequence[PairTokens], shared_prompt: bool) -> list[int]:
+    """Positions of each pair in a batch of its own: one row, or two that are padded to each other."""
+    return [segment_length(pair, shared_prompt) * (1 if shared_prompt else 2) for pair in pairs]
 
 
 def _joined_labels(batches: Sequence[PairBatch], hidden_TD: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, world_group
 from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.data.dealing import deal_to_ranks
 from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.models.plan import RunPlan
@@ -124,7 +125,7 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
     chunks = rows.chunks(FORWARDS_PER_CHUNK * args.ref_tokens_per_forward * args.world_size)
 
     def score(todo: np.ndarray, writer: PartWriter, bar: tqdm) -> None:
-        mine = todo[args.process_index :: args.world_size]
+        mine = todo[deal_to_ranks(rows.length_N[todo], args.world_size)[args.process_index]]
         tokens = [rows.tokens(i) for i in mine]
         failure: TrainingError | None = None
         for part, logps_P2 in score_in_step(reference, tokens, args.ref_tokens_per_forward):

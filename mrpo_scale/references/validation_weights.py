@@ -13,7 +13,7 @@ from mrpo_scale.base.ranks import sum_over_ranks
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.inputs import WEIGHTS_SET
 from mrpo_scale.data.pair_dataset import PairDataset
-from mrpo_scale.data.window import WeightedPairs, WindowSampler
+from mrpo_scale.data.window import WeightedPairs, held_out_sampler
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.scores import ReferenceScores
 
@@ -66,10 +66,10 @@ def _right(args: MRPOConfig, scores: ReferenceScores, pairs: PairDataset) -> Ten
     """[K] how many of the pairs each reference ranks right, over all ranks."""
     size, rows = args.eval_batch_size, WeightedPairs(pairs)
     # Every rank scores equally often, a filler of weight 0 where the rows do not go round.
-    indices = list(WindowSampler(len(pairs), size * args.world_size, shuffle=False, seed=0))
+    draws = list(held_out_sampler(pairs, args.world_size, size))
     right_K = torch.zeros(len(scores.names), device=args.device)
-    for start in range(size * args.process_index, len(indices), size * args.world_size):
-        examples = [rows[index] for index in indices[start : start + size]]
+    for start in range(size * args.process_index, len(draws), size * args.world_size):
+        examples = [rows[draw] for draw in draws[start : start + size]]
         ref_logps_KP2 = scores.logps(examples, pairs)
         weight_P = torch.tensor([example.weight for example in examples], device=args.device)
         right_K += ((ref_logps_KP2[..., 0] > ref_logps_KP2[..., 1]) * weight_P).sum(1)

@@ -145,7 +145,7 @@ class HeldOut:
         """The policy's loss and metrics on one batch of the set, added to those of this evaluation."""
         run = self.run
         references = CombinedReferences.joined([self._references[e.row] for e in examples])
-        batch = micro_batches(run, examples, references, 1)[0]
+        (batch,) = micro_batches(run, examples, references)
         logps_P2 = score_pairs(model, batch.pairs)
         loss = loss_against(logps_P2, batch.references, run.objective, batch.pairs.response_lengths)
         metrics = pair_metrics(logps_P2, batch.references, loss, run.objective, run.plan.names)

@@ -15,6 +15,7 @@ from mrpo_scale.base.device import map_blocks_from
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import world_group
 from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.data.dealing import WindowShape, pair_lengths
 from mrpo_scale.data.inputs import (
     EVAL_SET,
     TRAIN_SET,
@@ -25,7 +26,7 @@ from mrpo_scale.data.inputs import (
     prepare_sets,
 )
 from mrpo_scale.data.pair_dataset import PairDataset
-from mrpo_scale.data.window import WeightedPairs, WindowSampler
+from mrpo_scale.data.window import TokenizedPairs, WeightedPairs, WindowSampler
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date
 from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring
@@ -135,11 +136,18 @@ def prepare_run(
     )
 
 
-def window_sampler(args: MRPOConfig, num_rows: int) -> WindowSampler:
-    """The order in which a run with these arguments trains its rows."""
+def window_sampler(args: MRPOConfig, pairs: TokenizedPairs, shared_prompt: bool, end_to_end: bool) -> WindowSampler:
+    """The order in which a run with these arguments trains its rows, for a policy that lays pairs out in this way."""
+    shape = WindowShape(
+        args.world_size,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        max_tokens=args.max_tokens_per_micro_batch,
+        padded=not (shared_prompt or end_to_end),
+    )
     return WindowSampler(
-        num_rows,
-        args.window_size,
+        pair_lengths(pairs.lengths[:, 0], shared_prompt=shared_prompt, end_to_end=end_to_end),
+        shape,
         shuffle=getattr(args, "train_sampling_strategy", "random") == "random",
         seed=args.data_seed if args.data_seed is not None else args.seed,
         drop_last=args.dataloader_drop_last,

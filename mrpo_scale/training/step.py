@@ -59,10 +59,11 @@ def optimizer_step(
     sums: StepSums,
     clock: StepClock,
 ) -> tuple[list[MicroBatch], Tensor, LossOfBatch]:
-    """Take this rank's share of the next window from ``loader``. Collective over the world, as is the function returned.
+    """Take this rank's share of the next window from ``loader``, which yields it in ``num_batches`` pieces. Collective over the
+    world, as is the function returned.
 
     Returns:
-        the ``num_batches`` micro-batches, the number of pairs in the whole window, and the loss of a micro-batch.
+        the micro-batches, as many on every rank, the number of pairs in the whole window, and the loss of a micro-batch.
     """
     set_activity(f"scoring the pairs of step {step} with the references")
     sums.step = step
@@ -71,7 +72,7 @@ def optimizer_step(
         window = [example for _ in range(num_batches) for example in next(loader)]
         with clock.phase("references"):
             references = run.scores.score(window, run.pair_sets[TRAIN_SET], run.objective)
-        batches = micro_batches(run, window, references, num_batches)
+        batches = micro_batches(run, window, references)
         num_pairs = sum_over_ranks(
             send(torch.tensor(sum(e.weight for e in window), dtype=torch.float32), run.args.device)
         )
@@ -87,13 +88,12 @@ def optimizer_step(
 
 
 def micro_batches(
-    run: PreparedRun, examples: Sequence[PairExample], references: CombinedReferences, count: int
+    run: PreparedRun, examples: Sequence[PairExample], references: CombinedReferences
 ) -> list[MicroBatch]:
-    """The examples with their virtual reference, as ``count`` equally large batches for the policy."""
+    """The examples with their virtual reference, as the micro-batches that they were dealt to."""
     return policy_batches(
         examples,
         references,
-        count,
         shared_prompt=run.shared_prompt,
         end_to_end=run.end_to_end,
         pad_token_id=run.plan.references[0].pad_token_id,

@@ -7,8 +7,10 @@ Trainer's hooks call them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from mrpo_scale.base.heartbeat import heartbeat, set_activity
 from mrpo_scale.base.ranks import get_rank, sum_of_ranks
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.data.inputs import file_name
-from mrpo_scale.data.window import PairExample, WeightedPairs, WindowSampler
+from mrpo_scale.data.window import PairExample, WeightedPairs, WindowSampler, held_out_sampler
 from mrpo_scale.lifecycle.fingerprint import fingerprint
 from mrpo_scale.lifecycle.resume import ResumableTrainer
 from mrpo_scale.logps.micro_batches import MicroBatch
@@ -159,23 +161,40 @@ class MRPOTrainer(ResumableTrainer):
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        self.train_sampler = window_sampler(self.args, len(dataset))
+        self.train_sampler = window_sampler(self.args, dataset.pairs, self.run.shared_prompt, self.run.end_to_end)
         return self.train_sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> WindowSampler:
-        return WindowSampler(len(eval_dataset), self.args.eval_batch_size * self.args.world_size, shuffle=False, seed=0)
+        return held_out_sampler(eval_dataset.pairs, self.args.world_size, self.args.eval_batch_size)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[PairExample]], num_batches: int, device: torch.device
-    ) -> tuple[list[MicroBatch], Tensor]:
-        """Begin :func:`optimizer_step`: this rank's share of the next window, and the number of pairs in the whole window."""
+    ) -> tuple[list[list[MicroBatch]], Tensor]:
+        """Begin :func:`optimizer_step`: this rank's share of the next window, and the number of pairs in the whole window.
+
+        The Trainer takes ``num_batches`` turns to a step, however many micro-batches it has: each turn gets a part of them in their
+        order, the last one at least the last.
+        """
         self._check_policy(self.model_wrapped)
         batches, num_pairs, self._loss_of_batch = optimizer_step(
             self.run, epoch_iterator, num_batches, self.state.global_step + 1, self._sums, self.clock
         )
-        return batches, num_pairs
+        ends = [len(batches) * turn // num_batches for turn in range(num_batches + 1)]
+        return [batches[start:end] for start, end in itertools.pairwise(ends)], num_pairs
+
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: Sequence[MicroBatch], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one turn's micro-batches. Gradients meet, and DeepSpeed steps, after the window's last."""
+        loss = torch.zeros((), device=self.args.device)
+        state, sync = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        for left, batch in zip(reversed(range(len(inputs))), inputs, strict=True):
+            state._set_sync_gradients(sync and not left)
+            with self.accelerator.no_sync(model) if left else nullcontext():
+                loss += super().training_step(model, batch, num_items_in_batch)  # type: ignore[arg-type]
+        return loss
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -241,16 +260,16 @@ class MRPOTrainer(ResumableTrainer):
         return inputs  # tensors are on the device, and DeepSpeed's cast of floats to bf16 would round log-probs
 
     def floating_point_ops(self, inputs: Any) -> int:
-        if not isinstance(inputs, MicroBatch):
-            return 0
-        return self.flops_per_token * inputs.pairs.num_tokens
+        """Of one turn's micro-batches."""
+        tokens = sum(batch.pairs.num_tokens for batch in inputs if isinstance(batch, MicroBatch))
+        return self.flops_per_token * tokens
 
-    def _track_num_input_tokens(self, inputs: MicroBatch) -> None:
+    def _track_num_input_tokens(self, inputs: Sequence[MicroBatch]) -> None:
         """`include_num_input_tokens_seen`: positions that the policy computes, or those of them that hold a token of a pair."""
         how = self.args.include_num_input_tokens_seen
         if how == "no":
             return
-        tokens = inputs.pairs.input_ids_BL.numel() if how == "all" else inputs.num_pair_tokens
+        tokens = sum(b.pairs.input_ids_BL.numel() if how == "all" else b.num_pair_tokens for b in inputs)
         self.state.num_input_tokens_seen += int(sum_of_ranks(tokens))
 
     @property

@@ -54,10 +54,12 @@ def test_a_phase_inside_another_one_pauses_it(monkeypatch):
     assert not clock.running
 
 
-def measured(arm, round, seconds, rows=(0, 1), references=0):
+def measured(arm, round, seconds, rows=(0, 1), references=0, tokens=None):
     step = next(s for s in plan_steps([arm], round + 1, 1, 0, 0) if s.round == round)
     phases = {**dict.fromkeys(PHASES, 0.0), "backward": seconds}
-    return Measured(step, phases, list(rows), 10, policy_flops=600, reference_flops=references, useful_flops=500)
+    return Measured(
+        step, phases, list(rows), tokens or [6, 4], policy_flops=600, reference_flops=references, useful_flops=500
+    )
 
 
 def test_ratios_are_paired_by_round():
@@ -75,6 +77,14 @@ def test_ratios_are_paired_by_round():
     assert base["seconds"]["median"] == 2.0 and base["tokens_per_second"] == 2 * 10 * 3 / 13
     assert base["mfu"] == pytest.approx(2 * 500 * 3 / (13 * 1000 * 2))
     assert base["collectives"] == {"all_gather": {"bytes": [7, 0], "calls": [1, 0]}}
+
+
+def test_balance_is_of_the_ranks_in_each_micro_batch():
+    """One rank has 6 and 4 tokens, the other 2 and 4: of 10 the mean has 8."""
+    arm = Arm(1, "cached")
+    ranks = [([measured(arm, i, 1.0, tokens=t) for i in range(3)], {arm: Survey()}) for t in ([6, 4], [2, 4])]
+    (found,) = summarise([arm], ranks, None)
+    assert found["balance"]["median"] == 0.8 and found["steps"][0]["tokens"] == 16
 
 
 def test_arms_that_trained_other_pairs_do_not_compare():

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data import find_layout, load_rows
+from mrpo_scale.data.dealing import WindowShape
 from mrpo_scale.data.pair_dataset import prepare_pairs
 from mrpo_scale.data.window import WindowSampler
 from mrpo_scale.logps.pair_batch import collate_pairs
@@ -46,8 +47,8 @@ def first_window(tmp_path):
     plan = plan_models(str(MODELS / "smollm2"), [str(MODELS / "gemma3")], args, None)
     rows, _ = load_rows(str(PAIRS))
     pairs = prepare_pairs(rows, find_layout(rows), plan.texts, max_length=512, max_bad_rows=0.4)
-    order = list(WindowSampler(len(pairs), 4, shuffle=True, seed=args.seed))
-    return plan, pairs, order[:4]
+    sampler = WindowSampler(pairs.lengths[:, 0].sum(-1), WindowShape(1, 4), shuffle=True, seed=args.seed)
+    return plan, pairs, [draw.row for draw in next(sampler.windows())]
 
 
 def plain_logps(folder, prompt, response, end):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import statistics
 from dataclasses import replace
@@ -38,10 +39,11 @@ class Recorder(MRPOTrainer):
     """Keeps which rows were trained with weight, and what the references said of them."""
 
     def __init__(self, *args, **kwargs):
-        self.rows, self.seen, self.poison = [], {}, None
+        self.rows, self.seen, self.poison, self.micro_batches = [], {}, None, 0
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, **kwargs):
+        self.micro_batches += 1
         for i, (row, weight) in enumerate(zip(inputs.rows, inputs.weight_P.tolist(), strict=True)):
             if weight:
                 self.rows.append((self.state.global_step, row))
@@ -59,6 +61,8 @@ def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, pois
         deepspeed_comm.init_distributed(
             dist_backend="gloo"
         )  # joins the pool's group; under a launcher accelerate does it
+    if not deepspeed:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # of a run before, in the same worker
     config = MRPOConfig(
         output_dir=str(output_dir),
         deepspeed=str(resource("ds_configs") / "zero3_cpu.json") if deepspeed else None,
@@ -102,6 +106,7 @@ def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, pois
     return {
         "log": log,
         "rows": trainer.rows,
+        "micro_batches": trainer.micro_batches,
         "scores": scores,
         "held_out": held_out,
         "stage": stage,
@@ -115,15 +120,25 @@ def alone(folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation", "head_backward"),
-    [(1, 2, "in_forward"), (2, 1, "recompute")],
-    ids=["accumulate", "larger-batch"],
+    ("batch_size", "accumulation", "keys"),
+    [
+        (1, 2, {"head_backward": "in_forward"}),
+        (2, 1, {"head_backward": "recompute"}),
+        (2, 1, {"max_tokens_per_micro_batch": 60}),
+        (1, 2, {"max_tokens_per_micro_batch": 60, "deepspeed": False}),
+        (1, 2, {"max_tokens_per_micro_batch": 10_000}),
+    ],
+    ids=["accumulate", "larger-batch", "token-budget", "token-budget-ddp", "one-micro-batch"],
 )
-def test_two_ranks_take_the_steps_of_one(folders, tmp_path, pool2, alone, batch_size, accumulation, head_backward):
-    """1 process x accumulation 4 = 2 processes x accumulation 2 = 2 processes x 2 pairs, under ZeRO-3, with a ragged tail."""
-    split = {"batch_size": batch_size, "accumulation": accumulation, "head_backward": head_backward}
-    ranks = pool2.run(train, folders, tmp_path, **split, timeout=300)
-    assert ranks[0]["stage"] == 3
+def test_two_ranks_take_the_steps_of_one(folders, tmp_path, pool2, alone, batch_size, accumulation, keys):
+    """1 process x accumulation 4 = 2 processes x accumulation 2 = 2 processes x 2 pairs = micro-batches of so many tokens, more or
+    fewer than the loader's batches, under ZeRO-3 and under DDP, with a ragged tail."""
+    ranks = pool2.run(train, folders, tmp_path, batch_size=batch_size, accumulation=accumulation, **keys, timeout=300)
+    assert ranks[0]["stage"] == (3 if keys.get("deepspeed", True) else None)
+    steps = len(ranks[0]["log"])
+    budget = keys.get("max_tokens_per_micro_batch")
+    expected = {None: {accumulation * steps}, 10_000: {steps}}.get(budget, set(range(steps + 1, 2 * steps + 1)))
+    assert ranks[0]["micro_batches"] == ranks[1]["micro_batches"] and ranks[0]["micro_batches"] in expected
     assert len(ranks[0]["log"]) == len(alone["log"]) == 10
     for entry, expected in zip(ranks[0]["log"], alone["log"], strict=True):
         for key in ("loss", "grad_norm", "rewards/margins", "references/qwen2/weight"):

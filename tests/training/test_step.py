@@ -6,14 +6,16 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
+from benchmarks.dealing import as_drawn
 from mrpo_scale import MRPOConfig, MRPOTrainer
 from mrpo_scale.base.errors import TrainingError
+from mrpo_scale.data.dealing import WindowShape, deal
 from mrpo_scale.data.inputs import TRAIN_SET
 from mrpo_scale.objective import loss_against
 from mrpo_scale.training import step
 from mrpo_scale.training.callbacks import StepClock
 from mrpo_scale.training.prepare import prepare_run, window_sampler
-from mrpo_scale.training.step import StepSums, finish_window, optimizer_step
+from mrpo_scale.training.step import StepSums, finish_window, micro_batches, optimizer_step, policy_loss
 from tests.tiny import pair_dataset, write_models
 
 ROWS, WINDOW = 12, 8
@@ -61,7 +63,7 @@ class Phases(StepClock):
 
 def loader_of(run):
     """Micro-batches as the Trainer's data loader makes them."""
-    order = list(window_sampler(run.args, len(run.train)))
+    order = list(window_sampler(run.args, run.pair_sets[TRAIN_SET], run.shared_prompt, run.end_to_end))
     return iter([[run.train[i] for i in order[start : start + 4]] for start in range(0, len(order), 4)])
 
 
@@ -89,6 +91,42 @@ def test_a_step_is_taken_without_a_trainer(folders, tmp_path):
     assert sums.tokens == sum(batch.pairs.num_tokens for batch in batches)
     batch = ["head and loss", "/head and loss"]
     assert clock.passed == ["step", "data", "references", "/references", "/data", *batch, *batch]
+
+
+def window_of(run, shape, dealt_by):
+    """Loss and gradients of the first window as ``shape.ranks`` ranks compute them, one after the other in this process."""
+    sampler = window_sampler(run.args, run.pair_sets[TRAIN_SET], run.shared_prompt, run.end_to_end)
+    sampler.shape = shape
+    window = next(sampler.windows())
+    dealt = dealt_by(sampler.lengths_N[[draw.row for draw in window]], shape)
+    order = sampler.arranged(window, dealt)
+    batches_BP = [order[i : i + shape.pairs] for i in range(0, len(order), shape.pairs)]
+    run.policy.zero_grad()
+    loss, rows = torch.zeros(()), []
+    for rank in range(shape.ranks):
+        examples = [run.train[draw] for batch in batches_BP[rank :: shape.ranks] for draw in batch]
+        references = run.scores.score(examples, run.pair_sets[TRAIN_SET], run.objective)
+        batches = micro_batches(run, examples, references)
+        assert len(batches) == len(dealt.micro_batches)
+        for batch in batches:
+            _, _, share = policy_loss(run, run.policy, batch, torch.tensor(float(len(window))))
+            share.backward()
+            loss += share.detach()
+            rows += batch.rows
+    assert sorted(rows) == sorted(draw.row for draw in window)
+    return loss.item(), torch.stack([p.grad.double().norm() for p in run.policy.parameters()])
+
+
+@pytest.mark.parametrize("max_tokens", [None, 150])
+def test_who_computes_a_pair_changes_nothing(folders, tmp_path, max_tokens):
+    """Dealt by chance or by length, in micro-batches of 2 pairs or of so many tokens, live references included."""
+    run = prepare_run(folders["llama"], [folders["qwen2"]], config(tmp_path), pair_dataset(40), None, None, {})
+    run.policy.train()
+    old_loss, old_norms = window_of(run, WindowShape(4, 2, 2), as_drawn)
+    new_loss, new_norms = window_of(run, WindowShape(4, 2, 2, max_tokens), deal)
+    assert new_loss == pytest.approx(old_loss, rel=1e-6)
+    torch.testing.assert_close(new_norms.norm(), old_norms.norm(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(new_norms, old_norms, rtol=1e-5, atol=1e-8)
 
 
 def test_the_trainer_reports_every_phase_to_its_timer(folders, tmp_path):

@@ -116,6 +116,17 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return max(blocks, key=_parameters_of, default=[])
 
 
+def expert_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold a matrix of every expert of a layer, stacked."""
+    return [module for module in model.modules() if _stacked(module)]
+
+
+def _stacked(module: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes of the stacked matrices of a module of experts; none of any other. ZeRO-3 leaves the parameters themselves empty."""
+    shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in module.parameters(recurse=False)]
+    return [shape for shape in shapes if len(shape) == 3 and shape[0] == getattr(module, "num_experts", None)]
+
+
 def head_size(config: PretrainedConfig) -> int:
     """Width of one attention head."""
     return getattr(config, "head_dim", None) or _field(config, "hidden_size") // _field(config, "num_attention_heads")

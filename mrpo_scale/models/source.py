@@ -14,8 +14,6 @@ from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -66,8 +64,7 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     """The model's config, if it is one that can be used here; only config.json is read.
 
     Raises:
-        ConfigError: no config, code outside transformers without consent, not a causal language model, quantized, or stored in a
-            layout that only ``from_pretrained`` can convert.
+        ConfigError: no config, code outside transformers without consent, not a causal language model, or quantized.
     """
     name = source.name
     try:
@@ -92,13 +89,6 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
         raise ConfigError(
             f"{name}: {source.path} is quantized ({method}); name the unquantized model it was made from."
-        )
-    if not own_code and any(
-        isinstance(c, WeightConverter) for c in get_checkpoint_conversion_mapping(model_type) or []
-    ):
-        raise ConfigError(
-            f"{name}: model type {model_type!r} keeps its weights on disk in another layout than in memory, as mixtures of experts "
-            "do, and cannot be read in shards; choose a dense model."
         )
     try:
         config = AutoConfig.from_pretrained(

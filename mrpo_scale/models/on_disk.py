@@ -85,7 +85,7 @@ class Converted:
         Raises:
             ConfigError: the converter cannot make it of what is on disk.
         """
-        if rows is None or not self._row_by_row():
+        if rows is None or not self.row_by_row:
             whole = self._convert({pattern: self._read(parts) for pattern, parts in self.sources.items()})
             return whole if rows is None else whole[rows]
         return self._convert({pattern: self._read(parts[rows]) for pattern, parts in self.sources.items()})
@@ -100,7 +100,8 @@ class Converted:
         owner, _, leaf = self._name.rpartition(".")
         return getattr(self._model.get_submodule(owner), leaf)
 
-    def _row_by_row(self) -> bool:
+    @property
+    def row_by_row(self) -> bool:
         """Whether row i of the result is made of the i-th tensor of each pattern alone."""
         first, *others = self._converter.operations
         stacks = isinstance(first, MergeModulelist) and first.dim == 0

@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.sweep_models import PAIRS, plain_logps, relative
 from mrpo_scale.models.on_disk import Converted, OnDisk
 from mrpo_scale.models.stored import build_on_meta, stored_tensors
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.references.sharding import ReferenceSource, ShardedReference, check_source
 from tests.distributed.test_sharding import assert_sharded
-from tests.logps.test_causal_types import PAIRS, plain_logps, relative
 from tests.tiny_types import tiny_model
 
 CPU = torch.device("cpu")
@@ -45,6 +45,7 @@ def three_experts(folder):
     return str(folder)
 
 
+@torch.no_grad()
 def difference(folder, shard_size):
     """Relative, of this rank's log-probs against plain forwards of what ``from_pretrained`` loads."""
     reference = ShardedReference(ReferenceSource("ref", folder), shard_group(shard_size), CPU)

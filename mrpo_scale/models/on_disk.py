@@ -20,6 +20,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from mrpo_scale.base.errors import ConfigError, one_line
 
+_LOW_PRECISION = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+
 
 @dataclass(frozen=True)
 class OnDisk:
@@ -76,7 +78,9 @@ class Converted:
 
     @property
     def shape(self) -> list[int]:
-        """From the headers. Raises as :meth:`read` does."""
+        """From the headers, but for what is dequantized: that is checked when it is read. Raises as :meth:`read` does."""
+        if self._dequantizes:
+            return list(self._target.shape)
         return list(self._convert({p: [_on_meta(d) for d in on_disk] for p, on_disk in self.sources.items()}).shape)
 
     def read(self, rows: slice | None = None) -> Tensor:
@@ -87,12 +91,38 @@ class Converted:
         """
         if rows is None or not self.row_by_row:
             whole = self._convert({pattern: self._read(parts) for pattern, parts in self.sources.items()})
+            if whole.shape != self._target.shape:
+                raise ConfigError(
+                    f"{self._of}: {self._name} is {list(whole.shape)} once dequantized but {list(self._target.shape)} by "
+                    "its config.json; the two do not belong together."
+                )
             return whole if rows is None else whole[rows]
         return self._convert({pattern: self._read(parts[rows]) for pattern, parts in self.sources.items()})
 
     def _read(self, parts: list[OnDisk]) -> list[Tensor]:
+        if self._dequantizes:
+            self._check_scales()
+            return [part.read() for part in parts]
         dtype = self._target.dtype
         return [part.read().to(dtype) for part in parts]
+
+    def _check_scales(self) -> None:
+        """Raises ConfigError where a weight has lost its scale: transformers takes its numbers for what they stand for."""
+        for pattern, parts in self.sources.items():
+            scaled = [
+                p
+                for p, scales in self.sources.items()
+                if p.startswith(f"{pattern}_scale") and len(scales) == len(parts)
+            ]
+            low = [part.key for part in parts if part.dtype in _LOW_PRECISION]
+            if pattern.endswith("weight") and low and not scaled:
+                raise ConfigError(
+                    f"{self._of}: {low[0]} is quantized, and its scales are missing in the checkpoint; get the model again."
+                )
+
+    @property
+    def _dequantizes(self) -> bool:
+        return hasattr(self._converter.operations[0], "hf_quantizer")
 
     @property
     def _target(self) -> Tensor:
@@ -103,9 +133,9 @@ class Converted:
     @property
     def row_by_row(self) -> bool:
         """Whether row i of the result is made of the i-th tensor of each pattern alone."""
-        first, *others = self._converter.operations
-        stacks = isinstance(first, MergeModulelist) and first.dim == 0
-        along_rows = all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
+        operations = self._converter.operations[1:] if self._dequantizes else self._converter.operations
+        stacks = bool(operations) and isinstance(operations[0], MergeModulelist) and operations[0].dim == 0
+        along_rows = all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in operations[1:])
         complete = all(len(parts) == self._target.shape[0] for parts in self.sources.values())
         return stacks and along_rows and complete
 

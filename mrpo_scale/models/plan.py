@@ -30,6 +30,7 @@ from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
+from mrpo_scale.models.quantized import quantization_of
 from mrpo_scale.models.saving import unvalidated_generation_config
 from mrpo_scale.models.source import ReferenceSource, check_config, check_source, snapshot
 from mrpo_scale.models.tensor_check import check_model, check_tensors
@@ -120,8 +121,8 @@ def plan_models(
         write_weights(model, Path(spec.model), is_main=args.process_index == 0)
     policy = _source(spec, args, args.policy_dtype)
     policy_config = check_policy(policy)
-    if args.checkpoints_activations and isinstance(model, str):
-        check_checkpointing(_class_of(policy, policy_config))
+    if isinstance(model, str):
+        _check_trainable(policy, policy_config, checkpointing=args.checkpoints_activations)
     tokenizer = tokenizer or load_tokenizer(spec)
     texts = [_text(spec, args, tokenizer, policy_config)]
 
@@ -168,6 +169,17 @@ def _forget_unused_renamings(model: Any) -> None:
     table = getattr(model, "_weight_conversions", None)
     if table is not None:
         model._weight_conversions = [renaming for renaming in table if renaming.was_used()]
+
+
+def _check_trainable(policy: ReferenceSource, config: PretrainedConfig, *, checkpointing: bool) -> None:
+    """Raises ConfigError where the policy's weights are quantized, or :func:`check_checkpointing` does."""
+    if quantization_of(config) is not None:
+        raise ConfigError(
+            f"policy: {policy.path} is quantized, and all weights of a policy are trained; name the unquantized model that it was "
+            "made from (a reference may be quantized)."
+        )
+    if checkpointing:
+        check_checkpointing(_class_of(policy, config))
 
 
 def check_checkpointing(policy_class: type[PreTrainedModel]) -> None:

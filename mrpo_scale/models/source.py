@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.base.ranks import fail_together
 from mrpo_scale.base.untrusted import read_json
+from mrpo_scale.models.quantized import dequantizer
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -64,7 +65,8 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     """The model's config, if it is one that can be used here; only config.json is read.
 
     Raises:
-        ConfigError: no config, code outside transformers without consent, not a causal language model, or quantized.
+        ConfigError: no config, code outside transformers without consent, not a causal language model, or quantized in a way that
+            cannot be undone here.
     """
     name = source.name
     try:
@@ -84,12 +86,6 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
             f"{name}: model type {model_type!r} is not part of transformers, so {source.path} needs code of its own. Read that "
             "code, then set `trust_remote_code: true` for it, or choose another model."
         )
-    if "quantization_config" in raw:
-        settings = raw["quantization_config"]
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise ConfigError(
-            f"{name}: {source.path} is quantized ({method}); name the unquantized model it was made from."
-        )
     try:
         config = AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -107,6 +103,7 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     own_class = own_code and "AutoModelForCausalLM" in raw["auto_map"]
     if not own_class and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
+    dequantizer(config, name)
     return config
 
 

@@ -24,6 +24,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.models.on_disk import Converted, OnDisk, Stored, targets_of
+from mrpo_scale.models.quantized import OF_ACTIVATIONS, dequantizer, quantization_of
 from mrpo_scale.models.source import ReferenceSource, open_weights, some
 
 # Buffers that old checkpoints hold and that today's models compute; `PreTrainedModel` ignores the same two for every model.
@@ -36,7 +37,8 @@ def stored_tensors(model: PreTrainedModel, files: list[Path], name: str) -> dict
 
     Of a model that has not been sharded yet: the table goes by the names of classes, which FSDP2 changes.
     """
-    transforms = get_model_conversion_mapping(model)
+    quantizer = dequantizer(model.config, name)
+    transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -84,7 +86,8 @@ def match_names(model: PreTrainedModel, stored: Mapping[str, Stored], name: str)
                     "`tie_word_embeddings: false` in its config.json if they are meant to differ."
                 )
     known = {n for names in names_of.values() for n in names}
-    ignorable = re.compile("|".join([*COMPUTED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]))
+    ignored = [*COMPUTED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]
+    ignorable = re.compile("|".join(ignored + OF_ACTIVATIONS * (quantization_of(model.config) is not None)))
     unknown = sorted(n for n in stored if n not in known and not ignorable.search(n))
     if missing or unknown:
         problems = [f"misses {some(missing)}"] * bool(missing) + [f"has unknown {some(unknown)}"] * bool(unknown)

@@ -30,6 +30,7 @@ from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
+from mrpo_scale.logps.routers import has_router_loss
 from mrpo_scale.models.quantized import quantization_of
 from mrpo_scale.models.saving import unvalidated_generation_config
 from mrpo_scale.models.source import ReferenceSource, check_config, check_source, snapshot
@@ -122,7 +123,7 @@ def plan_models(
     policy = _source(spec, args, args.policy_dtype)
     policy_config = check_policy(policy)
     if isinstance(model, str):
-        _check_trainable(policy, policy_config, checkpointing=args.checkpoints_activations)
+        _check_trainable(policy, policy_config, args)
     tokenizer = tokenizer or load_tokenizer(spec)
     texts = [_text(spec, args, tokenizer, policy_config)]
 
@@ -171,15 +172,20 @@ def _forget_unused_renamings(model: Any) -> None:
         model._weight_conversions = [renaming for renaming in table if renaming.was_used()]
 
 
-def _check_trainable(policy: ReferenceSource, config: PretrainedConfig, *, checkpointing: bool) -> None:
-    """Raises ConfigError where the policy's weights are quantized, or :func:`check_checkpointing` does."""
+def _check_trainable(policy: ReferenceSource, config: PretrainedConfig, args: MRPOConfig) -> None:
+    """Raises ConfigError where the policy's weights are quantized, or its class lacks what the arguments ask of it."""
     if quantization_of(config) is not None:
         raise ConfigError(
             f"policy: {policy.path} is quantized, and all weights of a policy are trained; name the unquantized model that it was "
             "made from (a reference may be quantized)."
         )
-    if checkpointing:
+    if args.checkpoints_activations:
         check_checkpointing(_class_of(policy, config))
+    if args.router_aux_loss_coef and not has_router_loss(_class_of(policy, config)):
+        raise ConfigError(
+            f"`router_aux_loss_coef: {args.router_aux_loss_coef}` has no meaning for the policy: transformers has no such loss "
+            f"for {_class_of(policy, config).__name__}; leave it out."
+        )
 
 
 def check_checkpointing(policy_class: type[PreTrainedModel]) -> None:

@@ -180,3 +180,11 @@ def test_a_quantized_policy_is_refused(folders, data, tmp_path, capsys):
         train_main([*words, "--use_cpu", "true"])
     assert stop.value.code == 2
     assert f"error: policy: {folder} is quantized, and all weights of a policy are trained" in capsys.readouterr().err
+
+
+def test_a_router_loss_of_a_dense_policy_is_refused(folders, data, tmp_path, capsys):
+    words = ["--model_name_or_path", folders["llama"], "--dataset_name", data, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        train_main([*words, "--router_aux_loss_coef", "0.01", "--use_cpu", "true"])
+    assert stop.value.code == 2
+    assert "error: `router_aux_loss_coef: 0.01` has no meaning for the policy" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Every causal type of the installed transformers, as a tiny random model: right as reference and as policy, or refused and why.
 
-    python -m benchmarks.sweep_models --output benchmarks/results/models.json --page docs/models.md     # 3 minutes on one core
+    python -m benchmarks.sweep_models --output benchmarks/results/models.json --page docs/models.md     # a minute on one core
     torchrun --nproc_per_node 2 -m benchmarks.sweep_models --ranks 2 --output two-ranks.json            # references only
     python -m benchmarks.sweep_models --types mixtral olmoe                                             # a table of two
 

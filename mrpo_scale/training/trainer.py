@@ -35,6 +35,7 @@ from mrpo_scale.data.inputs import file_name
 from mrpo_scale.data.window import PairExample, WeightedPairs, WindowSampler
 from mrpo_scale.lifecycle.fingerprint import fingerprint
 from mrpo_scale.lifecycle.resume import ResumableTrainer
+from mrpo_scale.logps.flops import active_parameters
 from mrpo_scale.logps.micro_batches import MicroBatch
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.models.saving import cast_as_stored, share_weights
@@ -206,7 +207,7 @@ class MRPOTrainer(ResumableTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         if not isinstance(inputs, MicroBatch):
             return 0
-        return 6 * self.num_parameters * inputs.pairs.num_tokens
+        return 6 * active_parameters(self.policy) * inputs.pairs.num_tokens
 
     def _track_num_input_tokens(self, inputs: MicroBatch) -> None:
         """`include_num_input_tokens_seen`: positions that the policy computes, or those of them that hold a token of a pair."""
@@ -303,7 +304,7 @@ class MRPOTrainer(ResumableTrainer):
         self._sums.tokens = 0
         speed = self.clock.speed_since_last_log(tokens)
         if peak := peak_flops(self.args.device):
-            used = 6 * self.num_parameters * speed["tokens_per_second"]
+            used = 6 * active_parameters(self.policy) * speed["tokens_per_second"]
             speed["mfu"] = used / (peak * self.accelerator.num_processes)
         return speed
 

@@ -74,9 +74,9 @@ READING_ORDER = [
     ("mrpo_scale.data", "loading . tokenization pair_dataset inputs dealing window"),
     (
         "mrpo_scale.logps",
-        ". logit_transform span_attention pair_batch micro_batches pair_forward self_check flops",
+        ". logit_transform span_attention pair_batch micro_batches routers pair_forward self_check flops",
     ),
-    ("mrpo_scale.models", ". hub source stored left_out saving tensor_check adapter plan"),
+    ("mrpo_scale.models", ". hub quantized source on_disk stored left_out saving tensor_check adapter plan"),
     ("mrpo_scale.references", ". placement mapped sharding live adapter_off loading"),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
     ("mrpo_scale.references", "stores prompt_logps served precompute scores validation_weights"),

@@ -55,6 +55,39 @@ _SHAPES: list[dict[str, int]] = [
     {"hidden": 32, "heads": 4, "kv": 4, "head": 16, "rope": 8, "ffn": 64, "layers": 4, "top": 2},
     {"hidden": 64, "heads": 4, "kv": 4, "head": 16, "rope": 8, "ffn": 64, "layers": 6, "top": 2},
 ]
+# What a type's constructor leaves unset, or sizes that must fit each other.
+_NEEDS: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"num_key_value_heads": 4},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {
+        "num_hidden_layers": 8,
+        "layers_block_type": ["mamba", "hybrid"] * 4,
+        "hybrid_layer_ids": [1, 3, 5, 7],
+        "mamba_d_state": 8,
+        "mamba_headdim": 16,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 4,
+        "num_mem_blocks": 2,
+        "adapter_rank": 4,
+        "num_key_value_heads": 4,
+    },
+}
 
 
 def causal_types() -> list[str]:
@@ -118,7 +151,7 @@ def shrunken(config_class: type[PretrainedConfig], shape: dict[str, int], dropou
             changes[key] = dropout
         elif re.fullmatch(r".*_token_(id|index)", key) and isinstance(value, int) and value >= VOCABULARY:
             changes[key] = VOCABULARY - 1
-    return config_class(**changes)
+    return config_class(**{**changes, **_NEEDS.get(default.model_type, {})})
 
 
 def _own_values(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:

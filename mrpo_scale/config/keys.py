@@ -156,6 +156,10 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
         0.0, "Probability that a label is flipped, for sigmoid (cDPO), robust and exo_pair."
     )
     discopop_tau: Decides[float] = key(0.05, "Temperature of `loss_type: discopop`.")
+    router_aux_loss_coef: Annotated[Decides[float | None], AtLeast(0)] = key(
+        None,
+        "Weight of the loss that keeps a mixture of experts' routers even (default: what the model's config says; 0: none).",
+    )
     reference_margin: Decides[Literal["signed", "nonnegative"]] = key(
         "signed",
         "nonnegative: where the virtual reference prefers the rejected response, it counts as undecided (HyPO).",

@@ -34,7 +34,6 @@ TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "sync_ref_model": ((False,), "references are frozen"),
     "ref_model_mixup_alpha": ((0.6,), "references are frozen"),
     "ref_model_sync_steps": ((512,), "references are frozen"),
-    "router_aux_loss_coef": ((None, 0.0), "no auxiliary loss is added"),
     "activation_offloading": ((False,), "use `gradient_checkpointing: true`"),
     "dataset_streaming": (
         (False,),

@@ -8,6 +8,7 @@ counter over real forwards and backwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -92,14 +93,15 @@ def unit_costs(model: PreTrainedModel) -> UnitCosts:
         ConfigError: the config lacks a field that attention's size is made of; the message names it.
     """
     head = model.get_output_embeddings()
-    linear = sum(2 * _size(module) for module in model.modules() if _size(module) and module is not head)
     config = model.config.get_text_config()
+    linear = sum(2 * _size(module) for module in model.modules() if _size(module) and module is not head)
+    linear += 2 * _used_of_experts(model, config)
     layers, heads = (_field(config, name) for name in ("num_hidden_layers", "num_attention_heads"))
     return UnitCosts(
         per_position=linear,
         per_score=2 * 2 * layers * heads * head_size(config),
         per_response_token=2 * _size(head),
-        recomputed_per_position=sum(map(_recomputed, decoder_layers(model))),
+        recomputed_per_position=sum(_recomputed(layer, config) for layer in decoder_layers(model)),
         attn_implementation=str(config._attn_implementation),
     )
 
@@ -114,6 +116,30 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = [members for members in lists if not any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in members)]
     return max(blocks, key=_parameters_of, default=[])
+
+
+def expert_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold a matrix of every expert of a layer, stacked."""
+    return [module for module in model.modules() if _stacked(module)]
+
+
+def _stacked(module: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes of the stacked matrices of a module of experts; none of any other. ZeRO-3 leaves the parameters themselves empty."""
+    shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in module.parameters(recurse=False)]
+    return [shape for shape in shapes if len(shape) == 3 and shape[0] == getattr(module, "num_experts", None)]
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """Of a mixture of experts those that a token meets, of other models all."""
+    experts = sum(math.prod(shape) for module in expert_modules(model) for shape in _stacked(module))
+    return _parameters_of([model]) - experts + _used_of_experts(model, model.config.get_text_config())
+
+
+def _used_of_experts(module: nn.Module, config: PretrainedConfig) -> int:
+    """Elements of the experts' matrices in ``module`` that a token is multiplied by: those of the experts that it is sent to."""
+    shapes = [shape for experts in expert_modules(module) for shape in _stacked(experts)]
+    sent_to = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)  # Aria's name
+    return sum(math.prod(shape) // shape[0] * min(sent_to or shape[0], shape[0]) for shape in shapes)
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -208,11 +234,13 @@ def total_work(parts: Sequence[Work]) -> Work:
     return Work(*(sum(column) for column in zip(NO_WORK, *parts, strict=True)))
 
 
-def _recomputed(layer: nn.Module) -> int:
+def _recomputed(layer: nn.Module, config: PretrainedConfig) -> int:
     """FLOPs per position of a decoder layer's second forward, attention left out. Torch stops it once everything that the backward
     needs is there again, and nothing needs the output of the last projection unless a norm follows. A CpuLinear notes what it
     needs when its product is done, so it is not spared."""
     products = [module for module in layer.modules() if _size(module)]
+    if routed := _used_of_experts(layer, config):
+        return 2 * routed + sum(2 * _size(module) for module in products)
     spared = not hasattr(layer, "post_feedforward_layernorm") and not isinstance(products[-1], CpuLinear)
     return sum(2 * _size(module) for module in (products[:-1] if spared else products))
 

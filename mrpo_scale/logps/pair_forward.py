@@ -29,6 +29,7 @@ from mrpo_scale.logps.pair_batch import (
     supports_end_to_end,
     supports_shared_prompt,
 )
+from mrpo_scale.logps.routers import RouterBalance, router_balance
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 
 logger = logging.getLogger(__name__)
@@ -111,15 +112,19 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
         pairs: PairBatch | None = None,
         with_head: bool = True,
         loss_of_pairs: LossOfPairs | None = None,
+        with_routers: bool = False,
         **kwargs: Any,
     ) -> Any:
         if pairs is None:
             return plain_forward(*args, **kwargs)
-        hidden_TD = _response_hidden(self, pairs)
+        outputs = _run_body(self, pairs, output_router_logits=True) if with_routers else _run_body(self, pairs)
+        # Only the positions that predict a response token reach the head.
+        hidden_TD = outputs.last_hidden_state.flatten(0, 1).index_select(0, pairs.logit_index_T)
         if not with_head:
             return hidden_TD
         scored = self.get_output_embeddings()(hidden_TD, pairs.labels_T, pairs.cu_seqlens, loss_of_pairs, pairs.bounds)
-        return scored.view(-1, 2) if loss_of_pairs is None else scored
+        scored = scored.view(-1, 2) if loss_of_pairs is None else scored
+        return (scored, router_balance(self, outputs.router_logits, pairs)) if with_routers else scored
 
     model.forward = types.MethodType(forward, model)
 
@@ -142,11 +147,9 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return parts[0]
 
 
-def _response_hidden(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
-    inputs = {"position_ids": pairs.position_ids_BL, **attention_inputs(pairs, model.config, model.dtype)}
-    hidden_BLD = body_of(model)(input_ids=pairs.input_ids_BL, use_cache=False, **inputs).last_hidden_state
-    # Only the positions that predict a response token reach the head.
-    return hidden_BLD.flatten(0, 1).index_select(0, pairs.logit_index_T)
+def _run_body(model: PreTrainedModel, pairs: PairBatch, **options: Any) -> Any:
+    inputs = {"position_ids": pairs.position_ids_BL, **attention_inputs(pairs, model.config, model.dtype), **options}
+    return body_of(model)(input_ids=pairs.input_ids_BL, use_cache=False, **inputs)
 
 
 def choose_shared_prompt(setting: str, config: PretrainedConfig, name: str) -> bool:
@@ -186,9 +189,21 @@ def score_pairs(model: nn.Module, pairs: PairBatch) -> Tensor:
     return model(pairs=pairs)
 
 
-def preference_step(model: nn.Module, pairs: PairBatch, loss_of_pairs: LossOfPairs) -> LinearPreferenceLoss:
-    """(loss, policy_logps_P2) with the head's gradients made in the forward: see ``linear_preference_loss``."""
-    return LinearPreferenceLoss(*model(pairs=pairs, loss_of_pairs=loss_of_pairs))
+def score_pairs_and_routers(model: nn.Module, pairs: PairBatch) -> tuple[Tensor, RouterBalance]:
+    """As :func:`score_pairs`, of a model that :func:`~mrpo_scale.logps.routers.has_router_loss`."""
+    logps_P2, balance = model(pairs=pairs, with_routers=True)
+    return logps_P2, RouterBalance(*balance)
+
+
+def preference_step(
+    model: nn.Module, pairs: PairBatch, loss_of_pairs: LossOfPairs, *, with_routers: bool = False
+) -> tuple[LinearPreferenceLoss, RouterBalance | None]:
+    """(loss, policy_logps_P2) with the head's gradients made in the forward: see ``linear_preference_loss``; and on demand what the
+    routers did."""
+    if not with_routers:
+        return LinearPreferenceLoss(*model(pairs=pairs, loss_of_pairs=loss_of_pairs)), None
+    scored, balance = model(pairs=pairs, loss_of_pairs=loss_of_pairs, with_routers=True)
+    return LinearPreferenceLoss(*scored), RouterBalance(*balance)
 
 
 def response_hidden(model: nn.Module, pairs: PairBatch) -> Tensor:

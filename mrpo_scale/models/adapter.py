@@ -79,7 +79,7 @@ def check_adapter(source: ReferenceSource, config: PretrainedConfig, args: MRPOC
         )
 
 
-def quantization_of(args: MRPOConfig) -> BitsAndBytesConfig | None:
+def four_bits(args: MRPOConfig) -> BitsAndBytesConfig | None:
     """How the policy's frozen weights are quantized as they load; None: not at all. The output head never is."""
     if not args.load_in_4bit:
         return None

@@ -29,7 +29,8 @@ def left_out(model: PreTrainedModel, source: Path) -> dict[Path, list[str]]:
     found: dict[Path, list[str]] = defaultdict(list)
     for name, stored in stored_tensors(model, weight_files(source, "policy"), "policy").items():
         if name not in state and not computed.search(name):
-            found[stored.file].append(stored.key)
+            for part in stored.parts:
+                found[part.file].append(part.key)
     return dict(found)
 
 

@@ -31,7 +31,9 @@ from mrpo_scale.base.ranks import barrier
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
+from mrpo_scale.logps.routers import has_router_loss
 from mrpo_scale.models.adapter import check_adapter
+from mrpo_scale.models.quantized import quantization_of
 from mrpo_scale.models.saving import unvalidated_generation_config
 from mrpo_scale.models.source import ReferenceSource, Server, check_config, check_source, resolve_source, snapshot
 from mrpo_scale.models.tensor_check import check_model, check_tensors
@@ -122,8 +124,10 @@ def plan_models(
         write_weights(model, Path(spec.model), is_main=args.process_index == 0)
     policy = resolve_source(_source(spec, args, args.policy_dtype))
     policy_config = check_policy(policy)
-    if args.checkpoints_activations:
-        check_checkpointing(_class_of(policy, policy_config) if isinstance(model, str) else type(model))
+    if isinstance(model, str):
+        _check_trainable(policy, policy_config, args)
+    elif args.checkpoints_activations:
+        check_checkpointing(type(model))
     if args.use_peft:
         check_adapter(policy, policy_config, args)
     tokenizer = tokenizer or load_tokenizer(replace(spec, model=policy.files))
@@ -191,6 +195,22 @@ def _forget_unused_renamings(model: Any) -> None:
     table = getattr(model, "_weight_conversions", None)
     if table is not None:
         model._weight_conversions = [renaming for renaming in table if renaming.was_used()]
+
+
+def _check_trainable(policy: ReferenceSource, config: PretrainedConfig, args: MRPOConfig) -> None:
+    """Raises ConfigError where the policy's weights are quantized, or its class lacks what the arguments ask of it."""
+    if quantization_of(config) is not None:
+        raise ConfigError(
+            f"policy: {policy.path} is quantized, and all weights of a policy are trained; name the unquantized model that it was "
+            "made from (a reference may be quantized)."
+        )
+    if args.checkpoints_activations:
+        check_checkpointing(_class_of(policy, config))
+    if args.router_aux_loss_coef and not has_router_loss(_class_of(policy, config)):
+        raise ConfigError(
+            f"`router_aux_loss_coef: {args.router_aux_loss_coef}` has no meaning for the policy: transformers has no such loss "
+            f"for {_class_of(policy, config).__name__}; leave it out."
+        )
 
 
 def check_checkpointing(policy_class: type[PreTrainedModel]) -> None:

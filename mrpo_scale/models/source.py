@@ -13,8 +13,6 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -22,6 +20,7 @@ from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, is_first_of_node, world_group
 from mrpo_scale.base.untrusted import read_json
 from mrpo_scale.models.hub import download
+from mrpo_scale.models.quantized import dequantizer
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SECOND_COPIES = ["consolidated*", "*/*"]  #: of the weights, for other programs
@@ -116,8 +115,8 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     """The model's config, if it is one that can be used here; only config.json is read.
 
     Raises:
-        ConfigError: no config, code outside transformers without consent, not a causal language model, quantized, or stored in a
-            layout that only ``from_pretrained`` can convert.
+        ConfigError: no config, code outside transformers without consent, not a causal language model, or quantized in a way that
+            cannot be undone here.
     """
     name = source.name
     try:
@@ -138,19 +137,6 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
             f"{name}: model type {model_type!r} is not part of transformers, so {source.path} needs code of its own. Read that "
             "code, then set `trust_remote_code: true` for it, or choose another model."
         )
-    if "quantization_config" in raw:
-        settings = raw["quantization_config"]
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise ConfigError(
-            f"{name}: {source.path} is quantized ({method}); name the unquantized model it was made from."
-        )
-    if not own_code and any(
-        isinstance(c, WeightConverter) for c in get_checkpoint_conversion_mapping(model_type) or []
-    ):
-        raise ConfigError(
-            f"{name}: model type {model_type!r} keeps its weights on disk in another layout than in memory, as mixtures of experts "
-            "do, and cannot be read in shards; choose a dense model."
-        )
     try:
         config = AutoConfig.from_pretrained(
             source.files, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -168,6 +154,7 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     own_class = own_code and "AutoModelForCausalLM" in raw["auto_map"]
     if not own_class and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
+    dequantizer(config, name)
     return config
 
 

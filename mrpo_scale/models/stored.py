@@ -6,68 +6,63 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.big_modeling import init_empty_weights
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from mrpo_scale.base.errors import ConfigError, one_line
-from mrpo_scale.models.source import (
-    ReferenceSource,
-    open_weights,
-    some,
-)
+from mrpo_scale.models.on_disk import Converted, OnDisk, Stored, targets_of
+from mrpo_scale.models.quantized import OF_ACTIVATIONS, dequantizer, quantization_of
+from mrpo_scale.models.source import ReferenceSource, open_weights, some
 
 # Buffers that old checkpoints hold and that today's models compute; `PreTrainedModel` ignores the same two for every model.
 COMPUTED_BUFFERS = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
 
 
-@dataclass(frozen=True)
-class _Stored:
-    file: Path
-    key: str
+def stored_tensors(model: PreTrainedModel, files: list[Path], name: str) -> dict[str, Stored]:
+    """{name in the model: what it is made of on disk}. Checkpoints keep the names and layouts of their first days (GPT-NeoX:
+    embed_out for lm_head; mixtures: a matrix for each expert), which transformers' own table and rules translate.
 
-    def read(self, name: str) -> Tensor:
-        with open_weights(self.file, name) as tensors:
-            return tensors.get_tensor(self.key)
-
-
-def stored_tensors(model: PreTrainedModel, files: list[Path], name: str) -> dict[str, _Stored]:
-    """{name in the model: where it is on disk}. Checkpoints keep the names of their first days (GPT-NeoX: embed_out for
-    lm_head), which transformers' own table and rule translate."""
-    transforms = get_model_conversion_mapping(model)
+    Of a model that has not been sharded yet: the table goes by the names of classes, which FSDP2 changes.
+    """
+    quantizer = dequantizer(model.config, name)
+    transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = model.state_dict()
-    stored = {}
+    on_disk: dict[str, OnDisk] = {}
     for file in files:
         with open_weights(file, name) as tensors:
-            keys = sorted(tensors.keys())
-        for key in keys:
-            target, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-            if target not in state and key in state:
-                target, converter = key, None
-            if converter is not None:
-                raise ConfigError(
-                    f"{name}: {key} is stored in a layout that cannot be read in shards; choose another model."
-                )
-            stored[target] = _Stored(file, key)
+            on_disk.update({key: OnDisk(file, key, tensors.get_slice(key)) for key in tensors.keys()})  # noqa: SIM118
+    stored: dict[str, Stored] = {}
+    for key in sorted(on_disk, key=dot_natural_key):  # experts by number, as converters want them
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if target not in state and key in state:
+            target, pattern = key, None
+        if pattern is None:
+            stored[target] = on_disk[key]
+            continue
+        for made in targets_of(converter_of[pattern], target):
+            if made not in stored:
+                stored[made] = Converted(name, model, converter_of[pattern], target, made)
+            cast(Converted, stored[made]).sources[pattern].append(on_disk[key])
     return stored
 
 
-def match_names(model: PreTrainedModel, stored: Mapping[str, _Stored], name: str) -> dict[str, list[str]]:
+def match_names(model: PreTrainedModel, stored: Mapping[str, Stored], name: str) -> dict[str, list[str]]:
     """{a name that is on disk: all names that the model has for that tensor}, several if tied.
 
     Raises:
@@ -85,13 +80,14 @@ def match_names(model: PreTrainedModel, stored: Mapping[str, _Stored], name: str
             continue
         plan[present[0]] = names
         for other in present[1:]:
-            if not torch.equal(stored[present[0]].read(name), stored[other].read(name)):
+            if not torch.equal(stored[present[0]].read(), stored[other].read()):
                 raise ConfigError(
                     f"{name}: its config ties {present[0]} to {other}, but the checkpoint holds two different tensors; say "
                     "`tie_word_embeddings: false` in its config.json if they are meant to differ."
                 )
     known = {n for names in names_of.values() for n in names}
-    ignorable = re.compile("|".join([*COMPUTED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]))
+    ignored = [*COMPUTED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]
+    ignorable = re.compile("|".join(ignored + OF_ACTIVATIONS * (quantization_of(model.config) is not None)))
     unknown = sorted(n for n in stored if n not in known and not ignorable.search(n))
     if missing or unknown:
         problems = [f"misses {some(missing)}"] * bool(missing) + [f"has unknown {some(unknown)}"] * bool(unknown)
@@ -152,7 +148,7 @@ def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def locate_tensors(
     model: PreTrainedModel, files: list[Path], name: str
-) -> tuple[dict[str, _Stored], dict[str, list[str]]]:
+) -> tuple[dict[str, Stored], dict[str, list[str]]]:
     """(:func:`stored_tensors`, :func:`match_names`) of files that hold the whole model.
 
     Raises:
@@ -161,13 +157,10 @@ def locate_tensors(
     stored = stored_tensors(model, files, name)
     plan = match_names(model, stored, name)
     state = model.state_dict()
-    for file in files:
-        with open_weights(file, name) as tensors:
-            for target in (target for target in plan if stored[target].file == file):
-                shape, found = list(state[target].shape), tensors.get_slice(stored[target].key).get_shape()
-                if found != shape:
-                    raise ConfigError(
-                        f"{name}: {target} is {found} in the checkpoint but {shape} by its config.json; the two do not belong "
-                        "together."
-                    )
+    for target in plan:
+        shape, found = list(state[target].shape), stored[target].shape
+        if found != shape:
+            raise ConfigError(
+                f"{name}: {target} is {found} in the checkpoint but {shape} by its config.json; the two do not belong together."
+            )
     return stored, plan

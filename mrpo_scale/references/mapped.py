@@ -7,15 +7,15 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
+from transformers import PreTrainedModel
 
 from mrpo_scale.base.errors import TrainingError
 from mrpo_scale.base.ranks import all_gather_object, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.models.source import ReferenceSource, local_folder, open_weights, weight_files
+from mrpo_scale.models.on_disk import OnDisk
+from mrpo_scale.models.source import ReferenceSource, check_config, check_weights, local_folder
+from mrpo_scale.models.stored import build_on_meta, stored_tensors
 from mrpo_scale.references.placement import find_nodes
-
-_STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def ranks_that_share(sources: Sequence[ReferenceSource], args: MRPOConfig) -> list[list[int]]:
@@ -29,22 +29,23 @@ def ranks_that_share(sources: Sequence[ReferenceSource], args: MRPOConfig) -> li
         return nodes
     folders = [local_folder(source, world_group()) for source in sources]
     with fail_together(world_group()):
-        mapped = all(
-            can_be_mapped(source, weight_files(folder, source.name))
-            for source, folder in zip(sources, folders, strict=True)
-        )
+        mapped = all(_can_be_mapped(source, folder) for source, folder in zip(sources, folders, strict=True))
     if not all(all_gather_object(mapped, world_group())):
         return nodes
     return [[rank] for node in nodes for rank in node]
 
 
-def can_be_mapped(source: ReferenceSource, files: Sequence[Path]) -> bool:
-    """Whether every tensor of a model's files has the dtype that it computes in; otherwise it must be converted, into a copy."""
+def _can_be_mapped(source: ReferenceSource, folder: Path) -> bool:
+    config = check_config(source)
+    files = check_weights(folder, config, source.name)  # before a model is built by what config.json says
+    return can_be_mapped(source, build_on_meta(source, config), files)
+
+
+def can_be_mapped(source: ReferenceSource, model: PreTrainedModel, files: list[Path]) -> bool:
+    """Whether every tensor lies in the files as it computes, in dtype and layout; else it must be converted, into a copy."""
     return all(
-        tensors.get_slice(key).get_dtype() == _STORED_AS.get(source.dtype)
-        for file in files
-        for tensors in [open_weights(file, source.name)]
-        for key in tensors.keys()  # noqa: SIM118 (no mapping)
+        isinstance(stored, OnDisk) and stored.dtype == source.dtype
+        for stored in stored_tensors(model, files, source.name).values()
     )
 
 

@@ -25,7 +25,7 @@ from mrpo_scale.base.device import map_blocks_from
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.ranks import fail_together
 from mrpo_scale.data.tokenization import PairTokens
-from mrpo_scale.logps.flops import decoder_layers
+from mrpo_scale.logps.flops import decoder_layers, expert_modules
 from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.logps.pair_forward import (
     FusedHead,
@@ -36,12 +36,12 @@ from mrpo_scale.logps.pair_forward import (
     score_pairs,
 )
 from mrpo_scale.logps.self_check import check_pair_scoring
+from mrpo_scale.models.on_disk import Stored
 from mrpo_scale.models.source import (
     ReferenceSource,
     check_source,
     check_weights,
     local_folder,
-    open_weights,
     some,
 )
 from mrpo_scale.models.stored import build_on_meta, locate_tensors
@@ -98,7 +98,7 @@ class ShardedReference:
             self.model = build_on_meta(source, config)
             self.shared_prompt = choose_shared_prompt(shared_prompt, self.config, source.name)
             self.end_to_end = choose_end_to_end(self.model, device)
-            self.mapped = self.group is None and device.type == "cpu" and can_be_mapped(source, files)
+            self.mapped = self.group is None and device.type == "cpu" and can_be_mapped(source, self.model, files)
             self._mapped_files = MappedFiles(files if self.mapped else [], source.name)
             self._load(files)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -179,11 +179,8 @@ class ShardedReference:
         if self.group is not None:
             mesh = DeviceMesh.from_group(self.group, self.device.type)
             _shard(self.model, mesh, self.name, offload=self.offload)
-        for file in files:
-            with open_weights(file, self.name) as tensors:
-                for name, names in plan.items():
-                    if stored[name].file == file:
-                        _fill(self.model, names, tensors.get_slice(stored[name].key), self, mesh)
+        for name, names in plan.items():
+            _fill(self.model, names, stored[name], self, mesh)
         for module in self.model.modules():
             for buffer_name, buffer in module._buffers.items():
                 module._buffers[buffer_name] = None if buffer is None else buffer.to(self.device)
@@ -210,7 +207,7 @@ def _gathers_off_the_heap(group: dist.ProcessGroup | None, device: torch.device)
 
 
 def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str, *, offload: bool) -> None:
-    """FSDP2 over each decoder layer, over an untied embedding and head, and over the rest."""
+    """FSDP2 over each decoder layer, in it over its experts, over an untied embedding and head, and over the rest."""
     layers = decoder_layers(model)
     if not layers:
         raise ConfigError(
@@ -218,7 +215,8 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, name: str, *, offload: bool
             "cannot be sharded; set `ref_shard_size: 1` to hold it whole on every rank."
         )
     # The two large matrices need not be whole at the same time, unless they are one.
-    units = _without_shared(model, [*layers, model.get_input_embeddings(), model.get_output_embeddings()])
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    units = _without_shared(model, [*layers, *expert_modules(model), *ends])
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for unit in [*reversed(units), model]:
         # Set explicitly on the root, which stays gathered after a forward by default, for a backward that never comes here.
@@ -260,7 +258,7 @@ class _BroadcastGather:
 def _fill(
     model: PreTrainedModel,
     names: list[str],
-    on_disk: Any,
+    stored: Stored,
     reference: ShardedReference,
     mesh: DeviceMesh | None,
 ) -> None:
@@ -270,17 +268,17 @@ def _fill(
     target = getattr(module, leaf)
     shape = list(target.shape)
     if leaf in module._buffers:
-        module._buffers[leaf] = on_disk[...].to(reference.device, target.dtype, copy=True)
+        module._buffers[leaf] = stored.read().to(reference.device, target.dtype, copy=True)
         return
     dtype = target.dtype
     # Copies unless the model is used as it lies there: what safetensors hands out is a view of the mapped file.
     if mesh is None:
-        weight = on_disk[...].to(reference.device, dtype, copy=not reference.mapped)
+        weight = stored.read().to(reference.device, dtype, copy=not reference.mapped)
     else:
         rows = -(-shape[0] // mesh.size())  # as torch.chunk cuts, which is how Shard(0) lies
         start = min(mesh.get_local_rank() * rows, shape[0])
         stop = min(start + rows, shape[0])
-        local = on_disk[start:stop] if start < stop else torch.empty(0, *shape[1:])
+        local = stored.read(slice(start, stop)) if start < stop else torch.empty(0, *shape[1:])
         if (
             reference.offload
         ):  # a shard in host memory of a parameter that computes on the device: only empty_like makes one

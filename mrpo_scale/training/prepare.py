@@ -30,7 +30,8 @@ from mrpo_scale.data.window import TokenizedPairs, WeightedPairs, WindowSampler
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date
 from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring
-from mrpo_scale.models.adapter import add_adapter, quantization_of
+from mrpo_scale.logps.routers import router_loss_coef
+from mrpo_scale.models.adapter import add_adapter, four_bits
 from mrpo_scale.models.plan import RunPlan, disable_dropout, load_policy, plan_models
 from mrpo_scale.models.saving import check_small_files
 from mrpo_scale.models.source import local_folder
@@ -62,6 +63,7 @@ class PreparedRun:
         bool | None
     )  #: what the policy's source says, which the Trainer switches off; of a wrapper the text config has it
     dropouts: Sequence[Any]  #: what was switched off, see models/plan.py
+    router_loss_coef: float  #: of the routers' auxiliary loss, see logps/routers.py; 0: there is none
     shared_prompt: bool  #: layout of the policy's batches, see logps/pair_batch.py
     end_to_end: bool
     tokenizer_of_source: bool  #: no ``processing_class`` was passed
@@ -130,6 +132,7 @@ def prepare_run(
         policy=policy,
         use_cache=use_cache,
         dropouts=disable_dropout(policy) if args.disable_dropout else [],
+        router_loss_coef=router_loss_coef(policy, args.router_aux_loss_coef),
         shared_prompt=choose_shared_prompt(args.shared_prompt, policy.config, "policy"),
         end_to_end=choose_end_to_end(policy, args.device, compiled=bool(args.torch_compile)),
         tokenizer_of_source=processing_class is None,
@@ -180,7 +183,7 @@ def _policy(model: str | PreTrainedModel, plan: RunPlan, args: MRPOConfig) -> Pr
     if not isinstance(model, str):
         return model
     local_folder(plan.policy, world_group())  # one rank of each node downloads it
-    return load_policy(plan.policy, quantization_of(args))
+    return load_policy(plan.policy, four_bits(args))
 
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:

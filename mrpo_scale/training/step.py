@@ -23,7 +23,8 @@ from mrpo_scale.base.ranks import all_gather_object, fail_together, sum_over_ran
 from mrpo_scale.data.inputs import TRAIN_SET
 from mrpo_scale.data.window import PairExample
 from mrpo_scale.logps.micro_batches import MicroBatch, policy_batches
-from mrpo_scale.logps.pair_forward import preference_step, score_pairs
+from mrpo_scale.logps.pair_forward import preference_step, score_pairs, score_pairs_and_routers
+from mrpo_scale.logps.routers import RouterBalance
 from mrpo_scale.logps.self_check import check_pair_scoring
 from mrpo_scale.objective import PreferenceLoss, loss_against
 from mrpo_scale.references.adapter_off import AdapterOffAnchor
@@ -80,8 +81,8 @@ def optimizer_step(
     def loss_of_batch(model: nn.Module, batch: MicroBatch) -> Tensor:
         set_activity(f"computing step {step}")
         with clock.phase("head and loss"):  # the model's body is a phase of its own within
-            policy_logps_P2, loss, share = policy_loss(run, model, batch, num_pairs)
-            measure(run, policy_logps_P2, loss, share, batch, sums)
+            policy_logps_P2, loss, share, balance = policy_loss(run, model, batch, num_pairs)
+            measure(run, policy_logps_P2, loss, share, balance, batch, sums)
         return share
 
     return batches, num_pairs, loss_of_batch
@@ -102,21 +103,30 @@ def micro_batches(
 
 def policy_loss(
     run: PreparedRun, model: nn.Module, batch: MicroBatch, num_pairs: Tensor
-) -> tuple[Tensor, PreferenceLoss, Tensor]:
-    """The policy's log-probs [P, 2], the loss of each pair, and this micro-batch's share of the window's mean loss, times the world
-    size (data parallelism averages gradients)."""
+) -> tuple[Tensor, PreferenceLoss, Tensor, RouterBalance | None]:
+    """The policy's log-probs [P, 2], the loss of each pair, this micro-batch's share of the window's mean loss, times the world
+    size (data parallelism averages gradients), and of a mixture of experts whose routers are kept even what they did."""
     share_P = batch.weight_P / num_pairs * run.args.world_size
     references, objective, lengths_P2 = batch.references, run.objective, batch.pairs.response_lengths
+    with_routers, balance = run.router_loss_coef > 0, None
     if not run.args.gradients_in_forward:
-        policy_logps_P2 = score_pairs(model, batch.pairs)
+        if with_routers:
+            policy_logps_P2, balance = score_pairs_and_routers(model, batch.pairs)
+        else:
+            policy_logps_P2 = score_pairs(model, batch.pairs)
         loss = loss_against(policy_logps_P2, references, objective, lengths_P2)
-        return policy_logps_P2, loss, (loss.losses_P * share_P).sum()
+        share = (loss.losses_P * share_P).sum()
+    else:
 
-    def loss_of_pairs(logps_C2: Tensor, pairs: slice) -> Tensor:
-        return share_P[pairs] * loss_against(logps_C2, references[pairs], objective, lengths_P2[pairs]).losses_P
+        def loss_of_pairs(logps_C2: Tensor, pairs: slice) -> Tensor:
+            return share_P[pairs] * loss_against(logps_C2, references[pairs], objective, lengths_P2[pairs]).losses_P
 
-    share, policy_logps_P2 = preference_step(model, batch.pairs, loss_of_pairs)
-    return policy_logps_P2, loss_against(policy_logps_P2, references, objective, lengths_P2), share
+        scored, balance = preference_step(model, batch.pairs, loss_of_pairs, with_routers=with_routers)
+        share, policy_logps_P2 = scored
+        loss = loss_against(policy_logps_P2, references, objective, lengths_P2)
+    if balance is not None:
+        share = share + run.router_loss_coef * balance.loss * share_P.sum()
+    return policy_logps_P2, loss, share, balance
 
 
 def finish_window(run: PreparedRun, sums: StepSums, grad_norm: Tensor | None = None) -> float | None:
@@ -165,6 +175,7 @@ def measure(
     policy_logps_P2: Tensor,
     loss: PreferenceLoss,
     share: Tensor,
+    balance: RouterBalance | None,
     batch: MicroBatch,
     sums: StepSums,
 ) -> None:
@@ -178,6 +189,10 @@ def measure(
     sums.metrics.add_sum("_not_finite", (~torch.isfinite(losses_P)).sum())
     sums.metrics.add_sum("_loss", share.detach() / run.args.world_size)
     metrics = pair_metrics(policy_logps_P2, batch.references, loss, run.objective, run.plan.names)
+    if balance is not None:
+        metrics |= {
+            f"router/{name}": v.detach().float().expand_as(batch.weight_P) for name, v in balance._asdict().items()
+        }
     sums.metrics.add(metrics, batch.weight_P)
     sums.tokens += batch.pairs.num_tokens
 

@@ -38,8 +38,9 @@ from mrpo_scale.data.inputs import file_name
 from mrpo_scale.data.window import PairExample, WeightedPairs, WindowSampler, held_out_sampler
 from mrpo_scale.lifecycle.fingerprint import fingerprint
 from mrpo_scale.lifecycle.resume import ResumableTrainer
+from mrpo_scale.logps.flops import active_parameters
 from mrpo_scale.logps.micro_batches import MicroBatch
-from mrpo_scale.models.adapter import count_parameters
+from mrpo_scale.models.adapter import count_parameters, has_adapter
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.models.saving import cast_as_stored, share_weights
 from mrpo_scale.objective import Objective
@@ -279,9 +280,10 @@ class MRPOTrainer(ResumableTrainer):
 
     @property
     def flops_per_token(self) -> int:
-        """Of products with weights: 2 forward, 2 for the inputs' gradients and, of those that train, 2 for their own."""
-        frozen, trained = count_parameters(self.policy)
-        return 4 * frozen + 6 * trained
+        """Of products with weights that a token meets: 2 forward, 2 for the inputs' gradients and, of those that train, 2 for their
+        own. Of frozen weights in 4 bits it counts half."""
+        active = active_parameters(self.policy)
+        return 6 * active if not has_adapter(self.policy) else 4 * active + 2 * count_parameters(self.policy)[1]
 
     # ---- what a checkpoint needs -------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ from mrpo_scale.config.keys import MRPOConfig, ScriptArguments, keys_of_role
 
 #: As in the fingerprints of checkpoints of November 2026. One more is a decision: older checkpoints lack it.
 DECIDING = """objective beta epsilon_max clip ref_weights weights_split aggregate loss_type loss_weights label_smoothing
-    discopop_tau reference_margin disable_dropout neftune_noise_alpha seed data_seed train_sampling_strategy dataloader_drop_last
+    discopop_tau router_aux_loss_coef reference_margin disable_dropout neftune_noise_alpha
+    seed data_seed train_sampling_strategy dataloader_drop_last
     num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args
     use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save
     use_rslora use_dora

@@ -81,7 +81,6 @@ TRL_OWN_KEYS = [
     "precompute_ref_log_probs",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
-    "router_aux_loss_coef",
     "sync_ref_model",
     "truncation_mode",
     "trust_remote_code",
@@ -230,7 +229,6 @@ TAKEN = {
             "save_safetensors": "true",
             "use_peft": "false",
             "lora_r": "16",
-            "router_aux_loss_coef": "0.0",
             "pad_to_multiple_of": "auto",
             "padding_free": "true",
         }.items()
@@ -259,7 +257,7 @@ REFUSED = {
     "model_init_kwargs: {device_map: auto}": ["model_init_kwargs: device_map", "launcher"],
     "model_init_kwargs: {dtypo: auto}": ["model_init_kwargs: dtypo", "`attn_implementation`"],
     "model_init_kwargs: {dtype: float32}\ndtype: bfloat16": ["`model_init_kwargs` and `dtype`", "leave `dtype`"],
-    "router_aux_loss_coef: 0.001": ["router_aux_loss_coef"],
+    "router_aux_loss_coef: -0.001": ["router_aux_loss_coef"],
     "warmup_ratio: 5": ["`warmup_ratio: 5`", "below 1"],
     "warmup_ratio: 0.1\nwarmup_steps: 5": ["`warmup_ratio` and `warmup_steps`", "leave `warmup_steps`"],
 }

@@ -144,7 +144,10 @@ def check_kept_float32(folder, dtype):
             assert_sharded(reference)
 
 
-@pytest.mark.parametrize(("model_type", "dtype"), [("inkling_text", torch.bfloat16), ("gpt_oss", torch.float16)])
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [("inkling_text", torch.bfloat16), ("glm4_moe", torch.bfloat16), ("gpt_oss", torch.float16)],
+)
 def test_what_stays_in_float32(pool2, tmp_path, model_type, dtype):
     """Parameters that from_pretrained keeps in float32 (`_keep_in_fp32_modules_strict`; in float16 `_keep_in_fp32_modules` too)."""
     tiny_model(model_type).save_pretrained(tmp_path)

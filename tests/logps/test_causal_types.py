@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
+from benchmarks.sweep_models import PAIRS, plain_logps, relative
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.logps.pair_batch import collate_pairs
 from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring, score_pairs
 from mrpo_scale.logps.self_check import check_pair_scoring
@@ -16,36 +16,6 @@ from tests.tiny_types import causal_types, tiny_model
 
 CPU = torch.device("cpu")
 DROPOUT = 0.1
-
-
-def random_pairs(lengths):
-    generator = torch.Generator().manual_seed(1)
-
-    def ids(count):
-        return torch.randint(10, 90, (count,), generator=generator).tolist()
-
-    return [PairTokens(ids(a), ids(b), ids(c)) for a, b, c in lengths]
-
-
-# Prompts and responses longer and shorter than the tiny models' windows, and rows that are mostly padding.
-PAIRS = random_pairs([(23, 17, 25), (3, 5, 2), (30, 1, 6), (12, 12, 13)])
-
-
-@torch.no_grad()
-def plain_logps(model):
-    """[P, 2] of ordinary forwards of single texts without padding."""
-    values = []
-    for pair in PAIRS:
-        for response in (pair.chosen_ids, pair.rejected_ids):
-            text = torch.tensor([pair.prompt_ids + response])
-            logps_LV = model(input_ids=text, use_cache=False).logits[0].double().log_softmax(-1)
-            rows = torch.arange(len(response)) + len(pair.prompt_ids) - 1
-            values.append(logps_LV[rows, torch.tensor(response)].sum())
-    return torch.stack(values).view(-1, 2)
-
-
-def relative(got_P2, expected_P2):
-    return ((got_P2.double() - expected_P2) / expected_P2).abs().max().item()
 
 
 @torch.no_grad()

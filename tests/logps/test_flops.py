@@ -13,6 +13,7 @@ from mrpo_scale.logps.flops import (
     NO_WORK,
     UnitCosts,
     Work,
+    active_parameters,
     forward_flops,
     total_work,
     training_flops,
@@ -24,6 +25,7 @@ from mrpo_scale.logps.pair_batch import collate_pairs
 from mrpo_scale.logps.pair_forward import choose_end_to_end, enable_pair_scoring, preference_step, score_pairs
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 from mrpo_scale.models.plan import disable_dropout
+from tests.tiny_types import tiny_model
 
 SIZES = {
     "vocab_size": 307,  # odd on purpose: nothing may be rounded
@@ -123,12 +125,34 @@ def test_frozen_weights_get_no_gradient(early):
 
     def step():
         if early:
-            preference_step(model, batch, lambda logps_P2, pairs: logps_P2.sum(-1)).loss.backward()
+            scored, _ = preference_step(model, batch, lambda logps_P2, pairs: logps_P2.sum(-1))
+            scored.loss.backward()
         else:
             score_pairs(model, batch).sum().backward()
 
     options = {"gradient_checkpointing": False, "gradients_in_forward": early, "frozen": True}
     assert counted(step) == training_flops(unit_costs(model), work_of_batch(batch), **options).total
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_mixture_costs_what_its_tokens_are_sent_to(checkpointing):
+    """Two of four experts; the routers' own products, which are thousandths, are not counted."""
+    model = tiny_model("mixtral")
+    model.set_experts_implementation("eager")
+    enable_pair_scoring(model, "mixtral", "torch")
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    batch = collate_pairs(PAIRS, shared_prompt=False)
+    expected = training_flops(
+        unit_costs(model), work_of_batch(batch), gradient_checkpointing=checkpointing, gradients_in_forward=False
+    )
+    again = 0 if checkpointing else expected.recompute  # of fused attention, which the counter sees as plain products
+    got = counted(lambda: score_pairs(model, batch).sum().backward())
+    assert got == pytest.approx(expected.total - again, rel=0.03)
+    layers = 3 * 4 * 32 * 48 * model.config.num_hidden_layers
+    everything = sum(p.numel() for p in model.parameters())
+    assert active_parameters(model) == everything - layers // 2
 
 
 def test_sizes_are_read_where_weights_are_not():

@@ -169,3 +169,22 @@ def test_the_check_says_what_a_class_lacks(ctrl, data, tmp_path, capsys):
     assert LACKS in capsys.readouterr().out
     check([*words, "--gradient_checkpointing", "false"])
     assert LACKS not in capsys.readouterr().out
+
+
+def test_a_quantized_policy_is_refused(folders, data, tmp_path, capsys):
+    folder = tmp_path / "policy"
+    shutil.copytree(folders["llama"], folder)
+    edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    words = ["--model_name_or_path", str(folder), "--dataset_name", data, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        train_main([*words, "--use_cpu", "true"])
+    assert stop.value.code == 2
+    assert f"error: policy: {folder} is quantized, and all weights of a policy are trained" in capsys.readouterr().err
+
+
+def test_a_router_loss_of_a_dense_policy_is_refused(folders, data, tmp_path, capsys):
+    words = ["--model_name_or_path", folders["llama"], "--dataset_name", data, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        train_main([*words, "--router_aux_loss_coef", "0.01", "--use_cpu", "true"])
+    assert stop.value.code == 2
+    assert "error: `router_aux_loss_coef: 0.01` has no meaning for the policy" in capsys.readouterr().err

@@ -200,20 +200,6 @@ def test_missing_shard_file(tmp_path):
         check_source(ReferenceSource("ref", str(tmp_path)))
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe"])
-def test_mixture_of_experts_is_refused_by_name(tmp_path, model_type):
-    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=f"ref: model type '{model_type}'.*mixtures of experts"):
-        check_source(ReferenceSource("ref", str(tmp_path)))
-
-
-def test_quantized_is_refused(tmp_path):
-    write_model(tmp_path)
-    edit_config(tmp_path, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ConfigError, match=r"quantized \(gptq\)"):
-        check_source(ReferenceSource("ref", str(tmp_path)))
-
-
 def test_not_a_language_model(tmp_path):
     AutoConfig.for_model("vit").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="'vit' is not a causal language model"):

@@ -181,7 +181,7 @@ class BenchTrainer(MRPOTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: MicroBatch, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         assert self._now is not None and self._policy_costs is not None
-        work = work_of_batch(inputs.pairs)
+        work = work_of_batch(inputs.pairs, self._policy_costs.attn_implementation)
         flops = training_flops(
             self._policy_costs,
             work,
@@ -217,7 +217,9 @@ class BenchTrainer(MRPOTrainer):
         costs = self._costs_of[id(reference)]
 
         def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            work: Work = work_of_batch(kwargs["pairs"]) if "pairs" in kwargs else NO_WORK
+            work: Work = NO_WORK
+            if "pairs" in kwargs:
+                work = work_of_batch(kwargs["pairs"], costs.attn_implementation)
             if self._now is not None:
                 flops = forward_flops(costs, work).total
                 self._now.reference_flops += flops

@@ -6,8 +6,8 @@ response]; any causal model takes it.
 
 Two ways to put segments into rows. **Padded**: shared-prompt segments are packed into rows as long as the longest pair, because
 the mask that keeps responses apart keeps pairs apart as well; separate ones get a row each and an ordinary padding mask. **End to
-end**: one row without any padding, for an attention that is told where each segment lies: flash-attention's varlen calls, or
-:mod:`~mrpo_scale.logps.span_attention`.
+end**: one row without any padding, for an attention that is told where each segment lies:
+:mod:`~mrpo_scale.logps.attention_ways` on a GPU, :mod:`~mrpo_scale.logps.span_attention` on a CPU.
 
 P pairs, S = 2P responses ordered (pair 0 chosen, pair 0 rejected, pair 1 chosen, ...), B rows of L positions, T response tokens.
 """
@@ -23,7 +23,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.attention_ways import FLEX, WAYS, FlexSpans
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION, Spans
+from mrpo_scale.logps.varlen_layout import varlen_index, varlen_layout
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
@@ -41,6 +43,9 @@ class PairBatch:
     cu_seqlens: Tensor  #: [2P+1] int32 boundaries of the responses in T
     shared_prompt: bool
     spans: Spans | None  #: where segments lie end to end, B = 1; None: padded rows
+    varlen_index: Tensor | None = (
+        None  #: the same for a variable-length attention call; see :func:`~.varlen_layout.varlen_index`
+    )
 
     @property
     def num_pairs(self) -> int:
@@ -112,6 +117,7 @@ def collate_pairs(
                     responses[response] = (index[: len(ids)], ids)
                 start += len(ids)
     counts = torch.tensor([0, *(len(ids) for _, ids in responses)])
+    spans = _spans(segments, shared_prompt) if end_to_end else None
     return PairBatch(
         input_ids_BL=input_ids_BL,
         position_ids_BL=position_ids_BL,
@@ -121,7 +127,8 @@ def collate_pairs(
         labels_T=torch.tensor([i for _, ids in responses for i in ids], dtype=torch.long),
         cu_seqlens=counts.cumsum(0).to(torch.int32),
         shared_prompt=shared_prompt,
-        spans=_spans(segments, shared_prompt) if end_to_end else None,
+        spans=spans,
+        varlen_index=None if spans is None else varlen_index(spans.lengths),
     )
 
 
@@ -165,23 +172,26 @@ SHARED_PROMPT_MODELS = {
 }
 
 
+def shares_prompt(config: PretrainedConfig) -> bool:
+    """Whether nothing but an attention that can be told who sees whom mixes positions: a tested model type."""
+    return config.model_type in SHARED_PROMPT_MODELS
+
+
 def supports_shared_prompt(config: PretrainedConfig) -> bool:
-    """Whether chosen and rejected can share one forward over their prompt: a tested model type under a maskable attention."""
-    return config.model_type in SHARED_PROMPT_MODELS and config._attn_implementation in (
-        "sdpa",
-        "eager",
-        SPAN_ATTENTION,
-    )
+    """Whether chosen and rejected can share one forward over their prompt."""
+    told = config._attn_implementation in ("sdpa", "eager", SPAN_ATTENTION, *WAYS)
+    return shares_prompt(config) and told
 
 
 def supports_end_to_end(config: PretrainedConfig) -> bool:
     """Whether segments can lie end to end in one row: nothing but attention mixes positions in these model types, and the
     attention can be told where they lie."""
-    told = config._attn_implementation == SPAN_ATTENTION or is_flash(config)
-    return config.model_type in SHARED_PROMPT_MODELS and told
+    told = config._attn_implementation in (SPAN_ATTENTION, *WAYS) or is_flash(config)
+    return shares_prompt(config) and told
 
 
 def is_flash(config: PretrainedConfig) -> bool:
+    """Whether attention is transformers' own call of a flash-attention that has no way of ours: version 4, or one of the hub."""
     return "flash" in str(config._attn_implementation)
 
 
@@ -190,14 +200,23 @@ def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dt
     if batch.spans is None:
         return {"attention_mask": attention_mask(batch, config, dtype)}
     if is_flash(config):
-        lengths = [trunk for trunk, _ in batch.spans.lengths]
-        starts = torch.tensor([0, *lengths], device=batch.input_ids_BL.device).cumsum(0).to(torch.int32)
-        varlen = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-        return {"attention_mask": None, **varlen, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+        layout = varlen_layout(batch.spans.lengths, _index(batch))
+        boundaries = {"cu_seq_lens_q": layout.cu_q, "cu_seq_lens_k": layout.cu_k}
+        return {"attention_mask": None, **boundaries, "max_length_q": layout.max_q, "max_length_k": layout.max_k}
     unused: Any = batch.segment_BL.new_zeros(1, 1, 1, 1)  # a 4-D mask is passed on as it is: none is made
     if SHARED_PROMPT_MODELS[config.model_type] == "layer_types":
         unused = dict.fromkeys(("full_attention", "sliding_attention"))
-    return {"attention_mask": unused, "spans": batch.spans}
+    spans: Any = batch.spans
+    if config._attn_implementation == FLEX:
+        spans = FlexSpans(batch.segment_BL[0], batch.part_BL[0], batch.position_ids_BL[0])
+    elif config._attn_implementation in WAYS:
+        spans = varlen_layout(batch.spans.lengths, _index(batch))
+    return {"attention_mask": unused, "spans": spans}
+
+
+def _index(batch: PairBatch) -> Tensor:
+    assert batch.varlen_index is not None, "laid out without collate_pairs"
+    return batch.varlen_index
 
 
 def attention_mask(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:

@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.logps.attention_ways import WAYS
 from mrpo_scale.logps.logit_transform import logit_transform
 from mrpo_scale.logps.pair_batch import (
     SHARED_PROMPT_MODELS,
     PairBatch,
     attention_inputs,
-    supports_end_to_end,
     supports_shared_prompt,
 )
-from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 
 logger = logging.getLogger(__name__)
 
@@ -156,26 +155,13 @@ def choose_shared_prompt(setting: str, config: PretrainedConfig, name: str) -> b
     if setting == "true" and not supported:
         raise ConfigError(
             f"`shared_prompt: true` does not work for {name} ({config.model_type} under {config._attn_implementation} attention): "
-            f"it is tested for {', '.join(SHARED_PROMPT_MODELS)} under sdpa and eager. Use `shared_prompt: auto`."
+            f"it is tested for {', '.join(SHARED_PROMPT_MODELS)} under sdpa, eager and {', '.join(WAYS)}. Use "
+            "`shared_prompt: auto`."
         )
     shared = supported and setting != "false"
     way = "one forward over prompt, chosen and rejected" if shared else "two sequences per pair"
     logger.info("%s (%s, %s attention): %s", name, config.model_type, config._attn_implementation, way)
     return shared
-
-
-def choose_end_to_end(model: PreTrainedModel, device: torch.device, *, compiled: bool = False) -> bool:
-    """Whether ``model``'s batches should be laid end to end: under flash-attention, and under sdpa on a CPU, where ``model`` is
-    given the attention that goes span by span. Not when it will be compiled, which lengths that change with every batch undo."""
-    config = model.config
-    if (
-        device.type == "cpu"
-        and config._attn_implementation == "sdpa"
-        and supports_shared_prompt(config)
-        and not compiled
-    ):
-        model.set_attn_implementation(SPAN_ATTENTION)
-    return supports_end_to_end(config)
 
 
 def score_pairs(model: nn.Module, pairs: PairBatch) -> Tensor:

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from mrpo_scale.logps.flops import SKIPS_THE_MASKED, Work, decoder_layers, head_size
+from mrpo_scale.logps.attention_choice import head_size
+from mrpo_scale.logps.flops import SKIPS_THE_MASKED, Work, decoder_layers
 from mrpo_scale.logps.pair_forward import body_of
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 

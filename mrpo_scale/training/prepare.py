@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mrpo_scale.base.device import map_blocks_from
@@ -27,7 +28,8 @@ from mrpo_scale.data.tokenization import PairDataset
 from mrpo_scale.data.window import WeightedPairs, WindowSampler
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date
-from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring
+from mrpo_scale.logps.attention_choice import choose_end_to_end
+from mrpo_scale.logps.pair_forward import choose_shared_prompt, enable_pair_scoring
 from mrpo_scale.models.plan import RunPlan, disable_dropout, load_policy, plan_models
 from mrpo_scale.models.saving import check_small_files
 from mrpo_scale.objective import Objective
@@ -112,6 +114,7 @@ def prepare_run(
     use_cache = getattr(policy.config, "use_cache", None)
     check_optimizer(trainer_arguments, policy)
     enable_pair_scoring(policy, "policy", args.head_impl)
+    end_to_end = _choose_attention(policy, args)
     weighted = {split: WeightedPairs(pairs) for split, pairs in pair_sets.items() if split != WEIGHTS_SET}
     return PreparedRun(
         args=args,
@@ -125,7 +128,7 @@ def prepare_run(
         use_cache=use_cache,
         dropouts=disable_dropout(policy) if args.disable_dropout else [],
         shared_prompt=choose_shared_prompt(args.shared_prompt, policy.config, "policy"),
-        end_to_end=choose_end_to_end(policy, args.device, compiled=bool(args.torch_compile)),
+        end_to_end=end_to_end,
         tokenizer_of_source=processing_class is None,
     )
 
@@ -165,6 +168,18 @@ def _set_allocation(args: MRPOConfig) -> None:
 def _policy(model: str | PreTrainedModel, plan: RunPlan) -> PreTrainedModel:
     set_activity("loading the policy")
     return load_policy(plan.policy) if isinstance(model, str) else model
+
+
+def _choose_attention(policy: PreTrainedModel, args: MRPOConfig) -> bool:
+    return choose_end_to_end(
+        policy,
+        args.device,
+        name="policy",
+        asked=args.attn_implementation,
+        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        dropout=not args.disable_dropout,
+        compiled=bool(args.torch_compile),
+    )
 
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:

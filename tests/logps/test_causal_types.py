@@ -8,8 +8,9 @@ import torch
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.pair_batch import collate_pairs
-from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring, score_pairs
+from mrpo_scale.logps.pair_forward import choose_shared_prompt, enable_pair_scoring, score_pairs
 from mrpo_scale.logps.self_check import check_pair_scoring
 from mrpo_scale.models.plan import disable_dropout
 from tests.tiny_types import causal_types, tiny_model

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.flops import (
     NO_WORK,
     UnitCosts,
@@ -21,7 +22,7 @@ from mrpo_scale.logps.flops import (
     work_of_lengths,
 )
 from mrpo_scale.logps.pair_batch import collate_pairs
-from mrpo_scale.logps.pair_forward import choose_end_to_end, enable_pair_scoring, score_pairs
+from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 from mrpo_scale.models.plan import disable_dropout
 

@@ -8,9 +8,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.logps import pair_batch
+from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.pair_batch import SHARED_PROMPT_MODELS, collate_pairs, supports_shared_prompt
 from mrpo_scale.logps.pair_forward import (
-    choose_end_to_end,
     choose_shared_prompt,
     enable_pair_scoring,
     score_pairs,

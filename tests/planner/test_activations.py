@@ -6,9 +6,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.validate_planner import saved_bytes
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.flops import work_of_batch
 from mrpo_scale.logps.pair_batch import SHARED_PROMPT_MODELS, collate_pairs
-from mrpo_scale.logps.pair_forward import choose_end_to_end, enable_pair_scoring, score_pairs
+from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 from mrpo_scale.models.plan import disable_dropout
 from mrpo_scale.planner.activations import activations_of

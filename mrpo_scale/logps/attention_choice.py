@@ -82,7 +82,7 @@ def choose_end_to_end(
     if compiled or not shares_prompt(config):
         return supports_end_to_end(config)
     if device.type == "cpu" and wanted in (None, "sdpa"):
-        if standing == "sdpa":
+        if standing == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:  # which sdpa may leave out
             model.set_attn_implementation(SPAN_ATTENTION)
     elif wanted is None:
         model.set_attn_implementation(
@@ -212,12 +212,13 @@ def trial_error(way: Way, needs: Needs, device: torch.device, window: int | None
 
     with torch.autocast(device.type, enabled=False), torch.enable_grad():
         exact = computed([x.double() for x in (query, key, value)], layout, WAYS[REFERENCE])
-        got = computed([query, key, value], _flex(device) if way.name == FLEX else layout, way)
+        got = computed([query, key, value], trial_flex_spans(device) if way.name == FLEX else layout, way)
     off = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
     return max(off)
 
 
-def _flex(device: torch.device) -> FlexSpans:
+def trial_flex_spans(device: torch.device) -> FlexSpans:
+    """The trial's pairs, as FlexAttention takes them."""
     segment, part, position = [], [], []
     for s, (trunk, branches) in enumerate(TRIAL):
         lengths = (trunk, *branches)

@@ -6,10 +6,12 @@ import types
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface
+from transformers.integrations import flex_attention as theirs
 
 from mrpo_scale.logps import attention_ways
-from mrpo_scale.logps.attention_choice import TRIAL, choose_end_to_end
+from mrpo_scale.logps.attention_choice import TRIAL, choose_end_to_end, trial_flex_spans
 from mrpo_scale.logps.attention_ways import FLEX, REFERENCE, WAYS, FlexSpans, attention_function
 from mrpo_scale.logps.masked_attention import masked_attention, varlen_reference
 from mrpo_scale.logps.pair_batch import SHARED_PROMPT_MODELS, _in_window, _visible, collate_pairs
@@ -46,7 +48,7 @@ def test_equals_plain_forwards_and_backwards(model_type, shared_prompt, checkpoi
     enable_pair_scoring(model, model_type)
     assert choose_end_to_end(model, CPU, asked=REFERENCE) and model.config._attn_implementation == REFERENCE
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name since 5.2x
         model.train()
     got_P2 = score_pairs(model, collate_pairs(PAIRS, shared_prompt=shared_prompt, end_to_end=True))
     assert ((got_P2 - expected_P2) / expected_P2).abs().max() < 1e-5
@@ -63,9 +65,8 @@ def test_a_prompt_is_read_once_in_every_layer():
 
     def kernel(query, key, value, layout, *, scale, window, **_):
         seen.append((len(query), len(key), len(layout.cu_q) - 1))
-        return varlen_reference(
-            query, key, value, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, scale=scale, window_size=(-1, 0), enable_gqa=True
-        )
+        places = (layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
+        return varlen_reference(query, key, value, *places, scale=scale, window_size=(-1, 0), enable_gqa=True)
 
     model = tiny_model("llama", "sdpa")
     enable_pair_scoring(model, "llama")
@@ -100,48 +101,52 @@ def through(way, query, key, value, spans, **options):
     return attention_function(way)(module, query, key, value, None, spans=spans, **options)[0]
 
 
-def test_torchs_varlen_attn_takes_what_it_is_given():
-    """On meta, where its own shape functions run: arguments, a gradient for each input, grouped heads."""
-    query, key, value, layout = layer(torch.bfloat16, "meta")
-    output = through(WAYS["varlen_spans"], query, key, value, layout, sliding_window=37, scaling=0.3)
-    assert output.shape == (1, query.shape[2], 4, 8)
+@pytest.mark.parametrize("window", [None, 37])
+def test_torchs_varlen_attn_takes_what_it_is_given(window):
+    """On meta, where its own shape functions run: arguments, a gradient for each input, grouped heads, no read of the device."""
+    *inputs, layout = layer(torch.bfloat16, "meta")
+    query, key, value = (x[0].transpose(0, 1) for x in inputs)
+    options = {"scale": 0.3, "window": window, "softcap": None, "sinks": None, "dropout": 0.0}
+    output = WAYS["varlen_spans"].kernel(query, layout.keys_of(key), layout.keys_of(value), layout, **options)
+    assert output.shape == query.shape
     output.sum().backward()
-    assert [x.grad.shape for x in (query, key, value)] == [x.shape for x in (query, key, value)]
+    assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
 
 
 def test_torch_2_11_has_keys_repeated_for_grouped_heads(monkeypatch):
     """Its varlen_attn has no `enable_gqa`."""
 
-    def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    def of_2_11(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
         return varlen_reference(
             query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
         )
 
-    query, key, value, layout = layer()
-    expected = through(WAYS[REFERENCE], query, key, value, layout, sliding_window=9)
+    inputs = layer()
+    expected = through(WAYS[REFERENCE], *inputs, sliding_window=9)
     monkeypatch.setattr(attention_ways, "varlen_attn", of_2_11)
-    torch.testing.assert_close(through(WAYS["varlen_spans"], query, key, value, layout, sliding_window=9), expected)
+    torch.testing.assert_close(through(WAYS["varlen_spans"], *inputs, sliding_window=9), expected)
 
 
+# fmt: off
 # The signatures of flash-attn 2.8 and of flash-attn 3.
 def flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-            window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None):  # fmt: skip
+            window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+            block_table=None):
     assert causal and q.dtype == k.dtype == v.dtype and dropout_p == 0.0
     return varlen_reference(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        scale=softmax_scale,
-        window_size=(window_size[0], 0),
-        enable_gqa=True,
-        softcap=softcap or None,
-    )
+        scale=softmax_scale, window_size=(window_size[0], 0), enable_gqa=True, softcap=softcap or None)
 
 
-def flash_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None,
-            causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0,
-            softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0):  # fmt: skip
-    output = flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale, causal=causal,
-                     window_size=window_size, softcap=softcap)  # fmt: skip
+def flash_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+            softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
+            attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0):
+    output = flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale,
+                     causal=causal, window_size=window_size, softcap=softcap)
     return output, None  # and the log of the scores' sum, in some versions
+# fmt: on
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 9}, {"softcap": 3.0, "scaling": 0.2}], ids=str)
@@ -180,16 +185,16 @@ def test_flex_sees_what_a_mask_shows(shared_prompt, window):
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{"sliding_window": 9}, {"softcap": 3.0}], ids=str)
 def test_flex_computes_the_same(options, monkeypatch):
-    """Its forward, without the compiler, which on a CPU has no backward."""
-    from torch.nn.attention.flex_attention import flex_attention
-    from transformers.integrations import flex_attention as theirs
-
-    monkeypatch.setattr(theirs, "compile_friendly_flex_attention", lambda *args, training, **kwargs: flex_attention(*args, **kwargs))
-    query, key, value, layout = layer()
-    expected = through(WAYS[REFERENCE], query, key, value, layout, **options)
-    from mrpo_scale.logps.attention_choice import _flex
-
-    got = through(WAYS[FLEX], query, key, value, _flex(CPU), **options)
+    """Its forward, without the compiler; on a CPU it has no backward."""
+    monkeypatch.setattr(
+        theirs,
+        "compile_friendly_flex_attention",
+        lambda *inputs, training, **kwargs: flex_attention(*inputs, **kwargs),
+    )
+    *inputs, layout = layer()
+    inputs = [x.detach() for x in inputs]
+    expected = through(WAYS[REFERENCE], *inputs, layout, **options)
+    got = through(WAYS[FLEX], *inputs, trial_flex_spans(CPU), **options)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

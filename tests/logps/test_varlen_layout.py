@@ -89,4 +89,7 @@ def test_one_tensor_moves_with_the_batch_and_is_cut_without_being_read():
     assert layout.cu_q.device.type == "meta" and layout.max_k == 45
     assert layout.keys_of(torch.empty(121, 2, 4, device="meta")).shape == (154, 2, 4)
     on_host = varlen_layout(LENGTHS["pairs"], index)
-    assert all(part.untyped_storage().data_ptr() == index.untyped_storage().data_ptr() for part in (on_host.cu_k, on_host.first_T))
+    assert all(
+        part.untyped_storage().data_ptr() == index.untyped_storage().data_ptr()
+        for part in (on_host.cu_k, on_host.first_T)
+    )

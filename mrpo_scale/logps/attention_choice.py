@@ -89,7 +89,7 @@ def choose_end_to_end(
             _first(_needs(config, dtype or model.dtype, dropout), device, name, tried) or standing
         )
     elif (way := SAME_KERNEL.get(wanted, wanted)) in WAYS:
-        reason = _refusal(WAYS[way], _needs(config, dtype or model.dtype, dropout), device, tried)
+        reason = refusal(WAYS[way], _needs(config, dtype or model.dtype, dropout), device, tried)
         if reason:
             raise ConfigError(f"`attn_implementation: {wanted}` does not work for {name}: {reason}. Leave the key out.")
         model.set_attn_implementation(way)
@@ -143,7 +143,7 @@ def _first(needs: Needs, device: torch.device, name: str, tried: bool) -> str | 
     for way in WAYS.values():
         if way.name == REFERENCE:
             continue
-        reason = _refusal(way, needs, device, tried)
+        reason = refusal(way, needs, device, tried)
         if reason is None:
             logger.info("%s: %s%s", name, way.called, f" (not {'; '.join(reasons)})" if reasons else "")
             return way.name
@@ -152,7 +152,7 @@ def _first(needs: Needs, device: torch.device, name: str, tried: bool) -> str | 
     return None
 
 
-def _refusal(way: Way, needs: Needs, device: torch.device, tried: bool) -> str | None:
+def refusal(way: Way, needs: Needs, device: torch.device, tried: bool) -> str | None:
     """Why ``way`` cannot serve these heads, or None."""
     if way.package is not None and importlib.util.find_spec(way.package) is None:
         return f"the package {way.package} is not installed"

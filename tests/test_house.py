@@ -71,8 +71,8 @@ READING_ORDER = [
     ("mrpo_scale.data", "loading . tokenization inputs window"),
     (
         "mrpo_scale.logps",
-        ". logit_transform varlen_layout masked_attention attention_ways span_attention pair_batch attention_choice micro_batches "
-        "pair_forward self_check flops",
+        ". logit_transform varlen_layout masked_attention attention_ways span_attention layer_masks pair_batch attention_choice "
+        "micro_batches pair_forward self_check flops",
     ),
     ("mrpo_scale.models", ". source stored left_out saving tensor_check plan"),
     ("mrpo_scale.references", ". placement mapped sharding live loading"),

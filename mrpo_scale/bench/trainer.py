@@ -27,8 +27,8 @@ from mrpo_scale.bench.communication import CollectiveCounter, busy_seconds, link
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.window import PairExample
 from mrpo_scale.logps.flops import NO_WORK, UnitCosts, Work, forward_flops, training_flops, unit_costs, work_of_batch
+from mrpo_scale.logps.layer_masks import body_of
 from mrpo_scale.logps.micro_batches import MicroBatch
-from mrpo_scale.logps.pair_forward import body_of
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.live import Reference

@@ -20,7 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.logps.attention_ways import FLEX, REFERENCE, WAYS, FlexSpans, Way, attention_function
-from mrpo_scale.logps.pair_batch import shares_prompt, supports_end_to_end
+from mrpo_scale.logps.layer_masks import reaches_attention
+from mrpo_scale.logps.pair_batch import is_flash
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 from mrpo_scale.logps.varlen_layout import VarlenLayout, varlen_index, varlen_layout
 
@@ -41,7 +42,9 @@ class Needs:
     key_heads: int
     head_size: int
     dtype: torch.dtype  #: that it computes in
+    value_size: int | None = None  #: None: as wide as queries and keys
     softcap: float | None = None
+    sinks: bool = False
     dropout: bool = False
     window: bool = False
 
@@ -74,27 +77,28 @@ def choose_end_to_end(
     standing = config._attn_implementation
     default = "sdpa" if model._supports_sdpa else "eager"
     wanted = asked or (None if standing == default else standing)
-    if wanted in WAYS and not shares_prompt(config):
+    reached = reaches_attention(model)
+    if wanted in WAYS and not reached:
         raise ConfigError(
             f"`attn_implementation: {wanted}` does not work for {name} ({config.model_type}): pairs of this type do not lie end to "
             "end. Leave the key out."
         )
-    if compiled or not shares_prompt(config):
-        return supports_end_to_end(config)
+    if compiled or not reached:
+        return _lies_end_to_end(model)
     if device.type == "cpu" and wanted in (None, "sdpa"):
         if standing == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None:  # which sdpa may leave out
             model.set_attn_implementation(SPAN_ATTENTION)
     elif wanted is None:
         model.set_attn_implementation(
-            _first(_needs(config, dtype or model.dtype, dropout), device, name, tried) or standing
+            _first(_needs(model, dtype or model.dtype, dropout), device, name, tried) or standing
         )
     elif (way := SAME_KERNEL.get(wanted, wanted)) in WAYS:
-        reason = refusal(WAYS[way], _needs(config, dtype or model.dtype, dropout), device, tried)
+        reason = refusal(WAYS[way], _needs(model, dtype or model.dtype, dropout), device, tried)
         if reason:
             raise ConfigError(f"`attn_implementation: {wanted}` does not work for {name}: {reason}. Leave the key out.")
         model.set_attn_implementation(way)
         logger.info("%s: %s, as asked", name, WAYS[way].called)
-    return supports_end_to_end(config)
+    return _lies_end_to_end(model)
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -123,15 +127,26 @@ def named_size(config: PretrainedConfig, name: str) -> int:
     return value
 
 
-def _needs(config: PretrainedConfig, dtype: torch.dtype, dropout: bool) -> Needs:
-    config = config.get_text_config()
+def _lies_end_to_end(model: PreTrainedModel) -> bool:
+    config = model.config
+    told = config._attn_implementation in (SPAN_ATTENTION, *WAYS) or is_flash(config)
+    return told and reaches_attention(model)
+
+
+def _needs(model: PreTrainedModel, dtype: torch.dtype, dropout: bool) -> Needs:
+    config = model.config.get_text_config()
     heads = named_size(config, "num_attention_heads")
+    nope, rope, value = (getattr(config, f"{name}_head_dim", None) for name in ("qk_nope", "qk_rope", "v"))
+    latent = None not in (nope, rope, value)  # DeepSeek's attention: values have a width of their own
+    widest = max(head_size(config), getattr(config, "global_head_dim", None) or 0)  # Gemma 4's layers differ
     return Needs(
         heads=heads,
-        key_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=head_size(config),
+        key_heads=heads if latent else getattr(config, "num_key_value_heads", None) or heads,
+        head_size=nope + rope if latent else widest,  # type: ignore[operator]
+        value_size=value if latent else None,
         dtype=dtype,
         softcap=getattr(config, "attn_logit_softcapping", None),
+        sinks=any("sink" in name for name, _ in model.named_parameters()),
         dropout=dropout and bool(getattr(config, "attention_dropout", 0.0)),
         window=isinstance(getattr(config, "sliding_window", None), int),
     )
@@ -160,6 +175,10 @@ def refusal(way: Way, needs: Needs, device: torch.device, tried: bool) -> str | 
         return f"it needs an NVIDIA GPU, not {device.type}"
     if needs.softcap is not None and not way.softcap:
         return "it has no soft-capped scores"
+    if needs.sinks and not way.sinks:
+        return "it has no attention sinks"
+    if needs.value_size not in (None, needs.head_size) and not way.any_value:
+        return f"its values are as wide as its keys, these have {needs.value_size} columns and {needs.head_size}"
     if needs.dropout and not way.dropout:
         return "it has no dropout; set `disable_dropout: true`"
     if way.half_only and needs.dtype not in (torch.bfloat16, torch.float16):
@@ -196,17 +215,19 @@ def trial_error(way: Way, needs: Needs, device: torch.device, window: int | None
     generator = torch.Generator().manual_seed(0)
     num_tokens = sum(trunk + sum(branches) for trunk, branches in TRIAL)
 
-    def random(heads: int) -> Tensor:
-        return torch.randn(1, heads, num_tokens, needs.head_size, generator=generator).to(device, needs.dtype)
+    def random(heads: int, columns: int) -> Tensor:
+        return torch.randn(1, heads, num_tokens, columns, generator=generator).to(device, needs.dtype)
 
-    query, upstream = random(needs.heads), random(needs.heads).transpose(1, 2)
-    key, value = random(needs.key_heads), random(needs.key_heads)
+    values = needs.value_size or needs.head_size
+    query, upstream = random(needs.heads, needs.head_size), random(needs.heads, values).transpose(1, 2)
+    key, value = random(needs.key_heads, needs.head_size), random(needs.key_heads, values)
+    sinks = torch.randn(needs.heads, generator=generator).to(device, needs.dtype) if needs.sinks else None
     module = nn.Module()
     module.is_causal = True  # type: ignore[assignment]
 
     def computed(inputs: list[Tensor], spans: VarlenLayout | FlexSpans, of: Way) -> list[Tensor]:
         inputs = [x.detach().requires_grad_() for x in inputs]
-        options = {"sliding_window": window, "softcap": needs.softcap}
+        options = {"sliding_window": window, "softcap": needs.softcap, "s_aux": sinks}
         output, _ = attention_function(of)(module, *inputs, None, spans=spans, **options)
         return [output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))]
 

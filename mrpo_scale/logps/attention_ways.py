@@ -56,6 +56,7 @@ class Way:
     softcap: bool = False
     sinks: bool = False
     dropout: bool = False
+    any_value: bool = False  #: takes values of another width than keys
     half_only: bool = True  #: takes bfloat16 and float16 alone
     largest_head: int | None = 256
 
@@ -138,7 +139,7 @@ WAYS = {
         Way("fa3_spans", "flash-attn 3", _flash_kernel("flash_attn_interface"), "flash_attn_interface", softcap=True),
         Way("varlen_spans", "torch's varlen_attn", _torch_kernel),
         Way("fa2_spans", "flash-attn 2", _flash_kernel("flash_attn"), "flash_attn", softcap=True, dropout=True),
-        Way(FLEX, "FlexAttention", None, softcap=True, sinks=True, half_only=False, largest_head=None),
+        Way(FLEX, "FlexAttention", None, softcap=True, sinks=True, any_value=True, half_only=False, largest_head=None),
         Way(
             REFERENCE,
             "plain products, sequence by sequence",
@@ -146,6 +147,7 @@ WAYS = {
             softcap=True,
             sinks=True,
             dropout=True,
+            any_value=True,
             half_only=False,
             largest_head=None,
         ),

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.logps.attention_ways import FLEX, WAYS, FlexSpans
-from mrpo_scale.logps.span_attention import SPAN_ATTENTION, Spans
+from mrpo_scale.logps.layer_masks import layer_masks
+from mrpo_scale.logps.span_attention import Spans
 from mrpo_scale.logps.varlen_layout import varlen_index, varlen_layout
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
@@ -153,59 +154,24 @@ def packed_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
-# How a model type takes a mask over pairs. "full": every layer sees everything; "window": every layer has the config's sliding
-# window; "layer_types": the model picks a mask per layer from a dict. A model type enters this table only with the test that
-# compares it with two plain forwards on texts longer than its window (tests/logps/test_shared_prompt.py): a 4-D mask silently
-# switches a model's own window off.
-SHARED_PROMPT_MODELS = {
-    "cohere": "full",
-    "gemma": "full",
-    "gemma2": "layer_types",
-    "gemma3_text": "layer_types",
-    "gpt_neox": "full",
-    "granite": "full",
-    "llama": "full",
-    "mistral": "window",
-    "olmo2": "full",
-    "qwen2": "layer_types",
-    "qwen3": "layer_types",
-}
-
-
-def shares_prompt(config: PretrainedConfig) -> bool:
-    """Whether nothing but an attention that can be told who sees whom mixes positions: a tested model type."""
-    return config.model_type in SHARED_PROMPT_MODELS
-
-
-def supports_shared_prompt(config: PretrainedConfig) -> bool:
-    """Whether chosen and rejected can share one forward over their prompt."""
-    told = config._attn_implementation in ("sdpa", "eager", SPAN_ATTENTION, *WAYS)
-    return shares_prompt(config) and told
-
-
-def supports_end_to_end(config: PretrainedConfig) -> bool:
-    """Whether segments can lie end to end in one row: nothing but attention mixes positions in these model types, and the
-    attention can be told where they lie."""
-    told = config._attn_implementation in (SPAN_ATTENTION, *WAYS) or is_flash(config)
-    return shares_prompt(config) and told
-
-
 def is_flash(config: PretrainedConfig) -> bool:
     """Whether attention is transformers' own call of a flash-attention that has no way of ours: version 4, or one of the hub."""
     return "flash" in str(config._attn_implementation)
 
 
-def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Keyword arguments that tell ``config``'s model which positions of ``batch`` see each other."""
+def attention_inputs(batch: PairBatch, model: PreTrainedModel) -> dict[str, Any]:
+    """Keyword arguments that tell ``model`` which positions of ``batch`` see each other."""
+    config = model.config
     if batch.spans is None:
-        return {"attention_mask": attention_mask(batch, config, dtype)}
+        return {"attention_mask": attention_mask(batch, model)}
     if is_flash(config):
         layout = varlen_layout(batch.spans.lengths, _index(batch))
         boundaries = {"cu_seq_lens_q": layout.cu_q, "cu_seq_lens_k": layout.cu_k}
         return {"attention_mask": None, **boundaries, "max_length_q": layout.max_q, "max_length_k": layout.max_k}
+    masks = layer_masks(model)
     unused: Any = batch.segment_BL.new_zeros(1, 1, 1, 1)  # a 4-D mask is passed on as it is: none is made
-    if SHARED_PROMPT_MODELS[config.model_type] == "layer_types":
-        unused = dict.fromkeys(("full_attention", "sliding_attention"))
+    if masks.by_name:
+        unused = dict.fromkeys(masks.kinds)
     spans: Any = batch.spans
     if config._attn_implementation == FLEX:
         spans = FlexSpans(batch.segment_BL[0], batch.part_BL[0], batch.position_ids_BL[0])
@@ -219,24 +185,20 @@ def _index(batch: PairBatch) -> Tensor:
     return batch.varlen_index
 
 
-def attention_mask(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """The mask that ``config``'s model takes for ``batch``: [B, L] for separate rows, else [B, 1, L, L] or a dict of them.
+def attention_mask(batch: PairBatch, model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
+    """The mask that ``model`` takes for padded rows: [B, L] for separate responses, else [B, 1, L, L] or a dict of them.
 
-    Boolean (True = seen) under ``sdpa``; additive in ``dtype`` under ``eager``, which adds the mask to the scores.
+    Boolean (True = seen) under ``sdpa``; additive in the model's dtype under ``eager``, which adds the mask to the scores.
     """
     if not batch.shared_prompt:
         return (batch.segment_BL >= 0).long()
-    seen_BLL = _visible(batch)
-    kind = SHARED_PROMPT_MODELS[config.model_type]
-    window: Any = getattr(config, "sliding_window", None)
-    if kind == "layer_types":
-        masks = {"full_attention": seen_BLL}
-        if "sliding_attention" in (config.layer_types or []):
-            masks["sliding_attention"] = _in_window(batch, seen_BLL, window)
-        return {name: _as_mask(mask, config, dtype) for name, mask in masks.items()}
-    if kind == "window" and window is not None:
-        seen_BLL = _in_window(batch, seen_BLL, window)
-    return _as_mask(seen_BLL, config, dtype)
+    masks, config = layer_masks(model), model.config.get_text_config()
+    visible_BLL = _visible(batch)
+    seen = {"full_attention": lambda: visible_BLL}
+    seen["sliding_attention"] = lambda: _in_window(batch, visible_BLL, config.sliding_window)
+    seen["chunked_attention"] = lambda: _in_chunk(batch, visible_BLL, config.attention_chunk_size)
+    made = {kind: _as_mask(seen[kind](), model.config, model.dtype) for kind in masks.kinds}
+    return made if masks.by_name else made[masks.kinds[0]]
 
 
 def _visible(batch: PairBatch) -> Tensor:
@@ -254,6 +216,12 @@ def _in_window(batch: PairBatch, seen_BLL: Tensor, window: int) -> Tensor:
     """Restrict to keys fewer than ``window`` *positions* back: the rejected response is far from its prompt in the row only."""
     position = batch.position_ids_BL
     return seen_BLL & ((position[:, :, None] - position[:, None, :]) < window)
+
+
+def _in_chunk(batch: PairBatch, seen_BLL: Tensor, chunk: int) -> Tensor:
+    """Restrict to keys of the query's own chunk of ``chunk`` positions."""
+    chunk_BL = batch.position_ids_BL // chunk
+    return seen_BLL & (chunk_BL[:, :, None] == chunk_BL[:, None, :])
 
 
 def _as_mask(seen_BLL: Tensor, config: PretrainedConfig, dtype: torch.dtype) -> Tensor:

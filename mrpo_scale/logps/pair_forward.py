@@ -17,17 +17,12 @@ from mrpo_kernels import LinearPreferenceLoss, linear_preference_loss, sequence_
 from mrpo_kernels.cpu_linear import CpuLinear, has_fast_products
 from mrpo_kernels.linear_preference_loss import LossOfPairs
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.logps.attention_ways import WAYS
+from mrpo_scale.logps.layer_masks import body_of, supports_shared_prompt, why_not_shared
 from mrpo_scale.logps.logit_transform import logit_transform
-from mrpo_scale.logps.pair_batch import (
-    SHARED_PROMPT_MODELS,
-    PairBatch,
-    attention_inputs,
-    supports_shared_prompt,
-)
+from mrpo_scale.logps.pair_batch import PairBatch, attention_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -116,51 +111,36 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
     model.forward = types.MethodType(forward, model)
 
 
-def body_of(model: PreTrainedModel) -> nn.Module:
-    """The module of a causal LM that makes hidden states of tokens, everything but the head.
-
-    Raises:
-        ConfigError: it cannot be told which of the model's modules that is.
-    """
-    if model.base_model is not model:
-        return model.base_model
-    # A class may name a prefix that it does not have (Llama 4's text model): then its only part that is a model.
-    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
-    if len(parts) != 1:
-        raise ConfigError(
-            f"{type(model).__name__} has {len(parts)} parts that could be its body, not one, so its log-probs cannot be computed "
-            "here; choose another model."
-        )
-    return parts[0]
-
-
 def _response_hidden(model: PreTrainedModel, pairs: PairBatch) -> Tensor:
     hidden_BLD = body_of(model)(
         input_ids=pairs.input_ids_BL,
         position_ids=pairs.position_ids_BL,
         use_cache=False,
-        **attention_inputs(pairs, model.config, model.dtype),
+        **attention_inputs(pairs, model),
     ).last_hidden_state
     # Only the positions that predict a response token reach the head.
     return hidden_BLD.flatten(0, 1).index_select(0, pairs.logit_index_T)
 
 
-def choose_shared_prompt(setting: str, config: PretrainedConfig, name: str) -> bool:
-    """Resolve ``shared_prompt: auto|true|false`` for one model and log the choice once.
+def choose_shared_prompt(setting: str, model: PreTrainedModel, name: str) -> bool:
+    """Resolve ``shared_prompt: auto|true|false`` for one model and log the choice, with its reason, once.
 
     Raises:
-        ConfigError: ``true`` for a model type or attention that cannot be masked per pair.
+        ConfigError: ``true`` for a model or attention that cannot be masked per pair.
     """
-    supported = supports_shared_prompt(config)
-    if setting == "true" and not supported:
+    config = model.config
+    reason = why_not_shared(model)
+    if reason is None and not supports_shared_prompt(model):
+        reason = f"{config._attn_implementation} attention takes no mask"
+    if setting == "true" and reason is not None:
         raise ConfigError(
             f"`shared_prompt: true` does not work for {name} ({config.model_type} under {config._attn_implementation} attention): "
-            f"it is tested for {', '.join(SHARED_PROMPT_MODELS)} under sdpa, eager and {', '.join(WAYS)}. Use "
-            "`shared_prompt: auto`."
+            f"{reason}. Use `shared_prompt: auto`."
         )
-    shared = supported and setting != "false"
+    shared = reason is None and setting != "false"
     way = "one forward over prompt, chosen and rejected" if shared else "two sequences per pair"
-    logger.info("%s (%s, %s attention): %s", name, config.model_type, config._attn_implementation, way)
+    because = f", since {reason}" if reason is not None else ""
+    logger.info("%s (%s, %s attention): %s%s", name, config.model_type, config._attn_implementation, way, because)
     return shared
 
 

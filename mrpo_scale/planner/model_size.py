@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.flops import UnitCosts, decoder_layers, unit_costs
-from mrpo_scale.logps.pair_batch import supports_shared_prompt
+from mrpo_scale.logps.layer_masks import supports_shared_prompt
 from mrpo_scale.models.source import ReferenceSource, check_config
 from mrpo_scale.models.stored import build_on_meta
 from mrpo_scale.planner.activations import Activations, activations_of
@@ -86,7 +86,7 @@ def model_size(
         compiled=compiled,
         tried=False,
     )
-    shared = supports_shared_prompt(model.config) and shared_prompt != "false"
+    shared = supports_shared_prompt(model) and shared_prompt != "false"
     layers = decoder_layers(model)
     costs = unit_costs(model)  # first: it complains of what a config lacks
     embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))

@@ -99,7 +99,7 @@ class ShardedReference:
             self.end_to_end = choose_end_to_end(
                 self.model, device, name=source.name, asked=source.attn_implementation, dtype=source.dtype
             )
-            self.shared_prompt = choose_shared_prompt(shared_prompt, self.config, source.name)
+            self.shared_prompt = choose_shared_prompt(shared_prompt, self.model, source.name)
             self.mapped = self.group is None and device.type == "cpu" and can_be_mapped(source, files)
             self._mapped_files = MappedFiles(files if self.mapped else [], source.name)
             self._load(files)

@@ -127,7 +127,7 @@ def prepare_run(
         policy=policy,
         use_cache=use_cache,
         dropouts=disable_dropout(policy) if args.disable_dropout else [],
-        shared_prompt=choose_shared_prompt(args.shared_prompt, policy.config, "policy"),
+        shared_prompt=choose_shared_prompt(args.shared_prompt, policy, "policy"),
         end_to_end=end_to_end,
         tokenizer_of_source=processing_class is None,
     )

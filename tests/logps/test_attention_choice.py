@@ -44,7 +44,7 @@ def test_the_first_way_that_can(model_type, options, expected, why, caplog):
         assert choose_end_to_end(model, GPU, name="policy", tried=False)
     assert model.config._attn_implementation == expected
     assert f"policy: {WAYS[expected].called}" in caplog.text and why in caplog.text
-    assert choose_shared_prompt("auto", model.config, "policy")
+    assert choose_shared_prompt("auto", model, "policy")
 
 
 def test_dropout_that_training_keeps_needs_a_kernel_with_dropout():
@@ -67,7 +67,7 @@ def test_a_mask_can_be_asked_for(asked):
     model.set_attn_implementation(asked)
     assert not choose_end_to_end(model, GPU, asked=asked, tried=False)
     assert model.config._attn_implementation == asked
-    assert choose_shared_prompt("auto", model.config, "policy")
+    assert choose_shared_prompt("auto", model, "policy")
 
 
 def test_what_is_compiled_keeps_its_mask():

@@ -14,10 +14,10 @@ from mrpo_scale.logps import attention_ways
 from mrpo_scale.logps.attention_choice import TRIAL, choose_end_to_end, trial_flex_spans
 from mrpo_scale.logps.attention_ways import FLEX, REFERENCE, WAYS, FlexSpans, attention_function
 from mrpo_scale.logps.masked_attention import masked_attention, varlen_reference
-from mrpo_scale.logps.pair_batch import SHARED_PROMPT_MODELS, _in_window, _visible, collate_pairs
+from mrpo_scale.logps.pair_batch import _in_window, _visible, collate_pairs
 from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.logps.varlen_layout import varlen_index, varlen_layout
-from tests.logps.test_shared_prompt import PAIRS, WINDOW, plain_logps, tiny_model
+from tests.logps.test_shared_prompt import FAMILIES, PAIRS, WINDOW, plain_logps, tiny_model
 
 CPU = torch.device("cpu")
 WEIGHTS = torch.linspace(-1, 2, len(PAIRS) * 2).view(-1, 2)
@@ -40,7 +40,7 @@ def plain_gradients(model):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("shared_prompt", [True, False], ids=["shared", "separate"])
-@pytest.mark.parametrize("model_type", SHARED_PROMPT_MODELS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_equals_plain_forwards_and_backwards(model_type, shared_prompt, checkpointing):
     """Texts longer than windows, prompts longer and shorter than them, responses and prompts of one token, five pairs in a call."""
     model = tiny_model(model_type, "eager" if model_type == "gemma2" else "sdpa")

@@ -9,7 +9,8 @@ from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.logps import pair_batch
 from mrpo_scale.logps.attention_choice import choose_end_to_end
-from mrpo_scale.logps.pair_batch import SHARED_PROMPT_MODELS, collate_pairs, supports_shared_prompt
+from mrpo_scale.logps.layer_masks import supports_shared_prompt
+from mrpo_scale.logps.pair_batch import collate_pairs
 from mrpo_scale.logps.pair_forward import (
     choose_shared_prompt,
     enable_pair_scoring,
@@ -28,6 +29,20 @@ SIZES = {
     "max_position_embeddings": 256,
     "pad_token_id": 0,
 }
+#: Families with windows by layer, windows everywhere and none, caps and scales. Every other type: test_causal_types.py.
+FAMILIES = [
+    "cohere",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "qwen2",
+    "qwen3",
+]
 OWN = {
     "cohere": {"logit_scale": 0.3},
     "gemma2": {"sliding_window": WINDOW, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
@@ -38,9 +53,7 @@ OWN = {
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
 }
-CASES = [
-    (kind, impl) for kind in SHARED_PROMPT_MODELS for impl in ("sdpa", "eager") if (kind, impl) != ("gemma2", "sdpa")
-]
+CASES = [(kind, impl) for kind in FAMILIES for impl in ("sdpa", "eager") if (kind, impl) != ("gemma2", "sdpa")]
 
 
 def tiny_model(model_type, attention, seed=0):
@@ -181,7 +194,7 @@ def test_flash_attention_gets_separate_responses_end_to_end(monkeypatch):
     enable_pair_scoring(model, "llama")
     model.set_attn_implementation("varlen_in_torch")
     assert choose_end_to_end(model, torch.device("cpu"))
-    assert choose_shared_prompt("auto", model.config, "llama") is False
+    assert choose_shared_prompt("auto", model, "llama") is False
     batch = collate_pairs(PAIRS, shared_prompt=False, end_to_end=True)
     assert batch.input_ids_BL.shape == (1, batch.num_tokens)  # no padding
     with torch.no_grad():
@@ -201,10 +214,10 @@ def test_unknown_models_run_two_sequences_or_are_refused():
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     )
     model = GPT2LMHeadModel(config).eval()
-    assert not supports_shared_prompt(model.config)
-    assert choose_shared_prompt("auto", model.config, "gpt2") is False
+    assert not supports_shared_prompt(model)
+    assert choose_shared_prompt("auto", model, "gpt2") is False
     with pytest.raises(ConfigError, match=r"shared_prompt: true.*gpt2"):
-        choose_shared_prompt("true", model.config, "gpt2")
+        choose_shared_prompt("true", model, "gpt2")
     enable_pair_scoring(model, "gpt2")
     short = random_pairs([(4, 6, 3), (2, 5, 9)])
     with torch.no_grad():

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mrpo_scale.logps.attention_choice import head_size, named_size
 from mrpo_scale.logps.attention_ways import WAYS
+from mrpo_scale.logps.layer_masks import decoder_layers
 from mrpo_scale.logps.pair_batch import PairBatch, packed_rows
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 
@@ -104,18 +105,6 @@ def unit_costs(model: PreTrainedModel) -> UnitCosts:
         recomputed_per_position=sum(map(_recomputed, decoder_layers(model))),
         attn_implementation=str(config._attn_implementation),
     )
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that gradient checkpointing recomputes and FSDP gathers, one by one: those that the model's class names, or else
-    (Marian, OpenAI GPT, ...) the members of its largest list of modules. None where it has neither."""
-    classes = set(model._no_split_modules or ())
-    named = [module for module in model.modules() if type(module).__name__ in classes]
-    if named:
-        return named
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [members for members in lists if not any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in members)]
-    return max(blocks, key=_parameters_of, default=[])
 
 
 def work_of_batch(batch: PairBatch, attn_implementation: str = SPAN_ATTENTION) -> Work:
@@ -215,11 +204,6 @@ def _recomputed(layer: nn.Module) -> int:
     products = [module for module in layer.modules() if _size(module)]
     spared = not hasattr(layer, "post_feedforward_layernorm") and not isinstance(products[-1], CpuLinear)
     return sum(2 * _size(module) for module in (products[:-1] if spared else products))
-
-
-def _parameters_of(modules: Sequence[nn.Module]) -> int:
-    """Of ZeRO-3's parameters, which are empty where they lie, too."""
-    return sum(int(getattr(p, "ds_numel", p.numel())) for module in modules for p in module.parameters())
 
 
 def _size(module: nn.Module) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,23 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return parts[0]
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that gradient checkpointing recomputes and FSDP gathers, one by one: those that the model's class names, or else
+    (Marian, OpenAI GPT, ...) the members of its largest list of modules. None where it has neither."""
+    classes = set(model._no_split_modules or ())
+    named = [module for module in model.modules() if type(module).__name__ in classes]
+    if named:
+        return named
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [members for members in lists if not any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in members)]
+    return max(blocks, key=_parameters_of, default=[])
+
+
+def _parameters_of(modules: Sequence[nn.Module]) -> int:
+    """Of ZeRO-3's parameters, which are empty where they lie, too."""
+    return sum(int(getattr(p, "ds_numel", p.numel())) for module in modules for p in module.parameters())
+
+
 def layer_masks(model: PreTrainedModel) -> LayerMasks:
     """As transformers' ``create_masks_for_generate`` decides it, of the config; a window or chunk that stands there counts only
     where the model's own code makes such masks (Moshi's does not)."""
@@ -75,8 +92,9 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     others = sorted(set(layer_masks(model).kinds) - set(KINDS))
     if others:
         return f"its layers are {', '.join(others)}"
-    if model._is_stateful or any(isinstance(module, nn.Conv1d) for module in body.modules()):
-        return "a state goes along the row from token to token"
+    parts = [module for layer in decoder_layers(model) for module in layer.modules()]
+    if model._is_stateful or any(isinstance(module, nn.Conv1d) for module in parts):
+        return "a state or a convolution goes along the row"
     if not model._supports_attention_backend:
         return "its attention is its own, not transformers' interface"
     if "position_ids" not in inspect.signature(body.forward).parameters:
@@ -95,13 +113,17 @@ def reaches_attention(model: PreTrainedModel) -> bool:
     what the forward is given beside its own arguments goes down to it, and no layer has chunks, which such a call has not."""
     if why_not_shared(model) is not None or "chunked_attention" in layer_masks(model).kinds:
         return False
-    attention = [m for m in body_of(model).modules() if type(m).__name__.endswith("Attention")]
-    passed_on = all(_takes_any(type(module).forward) for module in [body_of(model), *attention])
-    return passed_on and _code_has(model, "ALL_ATTENTION_FUNCTIONS")
+    attention = {type(m).forward for m in body_of(model).modules() if type(m).__name__.endswith("Attention")}
+    layers = {type(layer).forward for layer in decoder_layers(model)}
+    looked_up = any("ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(forward).__code__.co_names for forward in attention)
+    return looked_up and all(map(_hands_on, [type(body_of(model)).forward, *layers, *attention]))
 
 
-def _takes_any(forward: Callable[..., Any]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+def _hands_on(forward: Callable[..., Any]) -> bool:
+    """Whether a forward takes any keyword and its code passes them on: Nemotron's layers take them and drop them."""
+    forward = inspect.unwrap(forward)
+    names = [name for name, p in inspect.signature(forward).parameters.items() if p.kind is p.VAR_KEYWORD]
+    return bool(names) and inspect.getsource(forward).count(f"**{names[0]}") > 1
 
 
 def _code_has(model: PreTrainedModel, name: str) -> bool:

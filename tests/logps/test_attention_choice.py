@@ -13,6 +13,7 @@ from mrpo_scale.logps.masked_attention import causal_mask, masked_attention, var
 from mrpo_scale.logps.pair_forward import choose_shared_prompt
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 from tests.logps.test_shared_prompt import OWN, SIZES
+from tests.tiny_types import tiny_model as tiny_type
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NEEDS = Needs(heads=4, key_heads=2, head_size=16, dtype=torch.float32, window=True)
@@ -93,12 +94,20 @@ def test_what_was_asked_for_and_cannot_be_had_is_an_error(asked, device, said):
 
 
 def test_types_that_do_not_lie_end_to_end_are_refused_a_way():
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=4, vocab_size=97)
-    )
-    model.set_attn_implementation(REFERENCE)
-    with pytest.raises(ConfigError, match=f"attn_implementation: {REFERENCE}.*gpt2"):
-        choose_end_to_end(model, CPU, asked=REFERENCE)
+    """Chunks, a layer that drops what it is given (Nemotron), an attention of its own."""
+    for name in ("llama4_text", "nemotron", "bloom"):
+        with pytest.raises(ConfigError, match=f"attn_implementation: {REFERENCE}.*{name}"):
+            choose_end_to_end(tiny_type(name), CPU, asked=REFERENCE)
+
+
+def test_sinks_and_values_of_another_width_need_flexattention():
+    for name in ("gpt_oss", "deepseek_v3"):
+        model = tiny_type(name)
+        assert choose_end_to_end(model, GPU, dtype=torch.bfloat16, tried=False), name
+        assert model.config._attn_implementation == "flex_spans"
+    needs = Needs(heads=4, key_heads=2, head_size=24, value_size=16, dtype=torch.float32, sinks=True)
+    assert trial(WAYS[REFERENCE], needs, CPU) is None
+    assert trial(Way("deaf", "a kernel that knows no sinks", without_sinks), needs, CPU) is not None
 
 
 def test_a_cpu_goes_span_by_span_as_before():
@@ -136,6 +145,10 @@ def aligned_at_the_start(query, key, value, layout, *, window, **options):
 
 def window_one_wider(*inputs, window, **options):
     return reference(*inputs, window=window and window + 1, **options)
+
+
+def without_sinks(*inputs, sinks, **options):
+    return reference(*inputs, sinks=None, **options)
 
 
 def no_gradient_of_keys(query, key, value, layout, **options):

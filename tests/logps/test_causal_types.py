@@ -73,15 +73,16 @@ def tried(model, name):
     trained_P2 = score_pairs(model.train(), pairs)
     off, train_off = relative(evaluated_P2, expected_P2), relative(trained_P2, evaluated_P2.double())
     others = other_ways(model.eval(), standing, layout, expected_P2)
-    outcome = "exact" if max(off, *others.values()) < 1e-5 and train_off <= 1e-5 else "wrong"
+    outcome = "exact" if max([off, *others.values()]) < 1e-5 and train_off <= 1e-5 else "wrong"
     said = ", ".join(f"{name} {error:.0e}" for name, error in others.items())
     return outcome, f"reference {off:.0e}, train mode {train_off:.0e}, {said}", layout["shared_prompt"], reason
 
 
 def other_ways(model, standing, layout, expected_P2):
-    """{layout: error} of separate rows, of rows under a mask, and of one call per layer, where the prompt is shared."""
-    ways = {"separate": (standing, {"shared_prompt": False})}
+    """{layout: error} where the prompt is shared: of separate rows, of rows under a mask, of one call per layer."""
+    ways = {}
     if layout["shared_prompt"]:
+        ways["separate"] = (standing, {"shared_prompt": False})
         ways["mask"] = (standing, {"shared_prompt": True})
         if reaches_attention(model):
             ways["one call"] = (REFERENCE, {"shared_prompt": True, "end_to_end": True})
@@ -117,4 +118,4 @@ def test_every_type_is_exact_or_refused():
     assert (
         len(shared) >= 90 and {"cohere2", "gemma4_text", "llama4_text", "mixtral", "olmo3", "phi3", "gpt_oss"} <= shared
     )
-    assert {"mamba", "falcon_h1", "qwen3_5_text", "lfm2", "bloom"} <= set(separate) and None not in separate.values()
+    assert {"mamba", "falcon_h1", "qwen3_5_text", "lfm3", "bloom"} <= set(separate) and None not in separate.values()

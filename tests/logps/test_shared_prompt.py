@@ -1,13 +1,15 @@
 """Pair batches: log-probs of shared-prompt and separate rows equal plain forwards, also for texts longer than the window."""
 
+import logging
+
 import pytest
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data.tokenization import PairTokens
-from mrpo_scale.logps import pair_batch
+from mrpo_scale.logps import attention_choice, pair_batch
 from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.layer_masks import supports_shared_prompt
 from mrpo_scale.logps.pair_batch import collate_pairs
@@ -187,7 +189,8 @@ def test_flash_attention_gets_separate_responses_end_to_end(monkeypatch):
         return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
 
     # transformers looks whatever is called flash up on the hub.
-    monkeypatch.setattr(pair_batch, "is_flash", lambda config: config._attn_implementation == "varlen_in_torch")
+    for module in (pair_batch, attention_choice):
+        monkeypatch.setattr(module, "is_flash", lambda config: config._attn_implementation == "varlen_in_torch")
     AttentionInterface.register("varlen_in_torch", varlen)
     model = tiny_model("llama", "sdpa")
     expected = plain_logps(model, PAIRS)
@@ -209,16 +212,17 @@ def test_what_is_compiled_keeps_its_mask():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_unknown_models_run_two_sequences_or_are_refused():
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    )
-    model = GPT2LMHeadModel(config).eval()
+def test_models_that_cannot_share_run_two_sequences_or_are_refused(caplog):
+    """Bloom's attention is its own, with a slope by distance in the row in place of positions."""
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    model = BloomForCausalLM(config).eval()
     assert not supports_shared_prompt(model)
-    assert choose_shared_prompt("auto", model, "gpt2") is False
-    with pytest.raises(ConfigError, match=r"shared_prompt: true.*gpt2"):
-        choose_shared_prompt("true", model, "gpt2")
-    enable_pair_scoring(model, "gpt2")
+    with caplog.at_level(logging.INFO):
+        assert choose_shared_prompt("auto", model, "bloom") is False
+    assert "two sequences per pair, since its attention is its own" in caplog.text
+    with pytest.raises(ConfigError, match=r"shared_prompt: true.*bloom.*its attention is its own"):
+        choose_shared_prompt("true", model, "bloom")
+    enable_pair_scoring(model, "bloom")
     short = random_pairs([(4, 6, 3), (2, 5, 9)])
     with torch.no_grad():
         got = score_pairs(model, collate_pairs(short, shared_prompt=False))

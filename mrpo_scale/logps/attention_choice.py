@@ -102,14 +102,16 @@ def choose_end_to_end(
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Width of one attention head.
+    """Width of one attention head; of the widest, where layers differ.
 
     Raises:
         ConfigError: the config does not say it.
     """
-    return getattr(config, "head_dim", None) or named_size(config, "hidden_size") // named_size(
-        config, "num_attention_heads"
-    )
+    try:
+        size = getattr(config, "head_dim", None)
+    except RuntimeError:  # what transformers says where the layers' heads differ, as Gemma 4's do
+        size = max(layer.head_dim for layer in config.per_layer_config)
+    return size or named_size(config, "hidden_size") // named_size(config, "num_attention_heads")
 
 
 def named_size(config: PretrainedConfig, name: str) -> int:
@@ -138,11 +140,10 @@ def _needs(model: PreTrainedModel, dtype: torch.dtype, dropout: bool) -> Needs:
     heads = named_size(config, "num_attention_heads")
     nope, rope, value = (getattr(config, f"{name}_head_dim", None) for name in ("qk_nope", "qk_rope", "v"))
     latent = None not in (nope, rope, value)  # DeepSeek's attention: values have a width of their own
-    widest = max(head_size(config), getattr(config, "global_head_dim", None) or 0)  # Gemma 4's layers differ
     return Needs(
         heads=heads,
         key_heads=heads if latent else getattr(config, "num_key_value_heads", None) or heads,
-        head_size=nope + rope if latent else widest,  # type: ignore[operator]
+        head_size=nope + rope if latent else head_size(config),  # type: ignore[operator]
         value_size=value if latent else None,
         dtype=dtype,
         softcap=getattr(config, "attn_logit_softcapping", None),

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.logps.attention_choice import Needs, choose_end_to_end, trial, trial_error
+from mrpo_scale.logps.attention_choice import Needs, choose_end_to_end, head_size, trial, trial_error
 from mrpo_scale.logps.attention_ways import REFERENCE, WAYS, Way
 from mrpo_scale.logps.masked_attention import causal_mask, masked_attention, varlen_reference
 from mrpo_scale.logps.pair_forward import choose_shared_prompt
@@ -105,6 +105,10 @@ def test_sinks_and_values_of_another_width_need_flexattention():
         model = tiny_type(name)
         assert choose_end_to_end(model, GPU, dtype=torch.bfloat16, tried=False), name
         assert model.config._attn_implementation == "flex_spans"
+    # Gemma 4: heads of 8 columns in some layers here and of 512 in others, which transformers does not say in one number.
+    model = tiny_type("gemma4_text")
+    assert choose_end_to_end(model, GPU, dtype=torch.bfloat16, tried=False)
+    assert model.config._attn_implementation == "flex_spans" and head_size(model.config) == 512
     needs = Needs(heads=4, key_heads=2, head_size=24, value_size=16, dtype=torch.float32, sinks=True)
     assert trial(WAYS[REFERENCE], needs, CPU) is None
     assert trial(Way("deaf", "a kernel that knows no sinks", without_sinks), needs, CPU) is not None

@@ -118,4 +118,4 @@ def test_every_type_is_exact_or_refused():
     assert (
         len(shared) >= 90 and {"cohere2", "gemma4_text", "llama4_text", "mixtral", "olmo3", "phi3", "gpt_oss"} <= shared
     )
-    assert {"mamba", "falcon_h1", "qwen3_5_text", "lfm3", "bloom"} <= set(separate) and None not in separate.values()
+    assert {"mamba", "falcon_h1", "qwen3_5_text", "zaya", "bloom"} <= set(separate) and None not in separate.values()

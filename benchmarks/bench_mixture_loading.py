@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_scale.data.tokenization import PairTokens
-from mrpo_scale.logps.flops import decoder_layers
+from mrpo_scale.logps.layer_masks import decoder_layers
 from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
 
 BLOCK = 128

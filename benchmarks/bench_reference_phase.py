@@ -187,7 +187,7 @@ def body_and_head(model: PreTrainedModel, batch: PairBatch) -> Tensor:
     """[P, 2] from one forward of the body over packed rows and the head on the response positions."""
     hidden_BLD = model.base_model(
         input_ids=batch.input_ids_BL,
-        attention_mask=attention_mask(batch, model.config, model.dtype),
+        attention_mask=attention_mask(batch, model),
         position_ids=batch.position_ids_BL,
         use_cache=False,
     ).last_hidden_state

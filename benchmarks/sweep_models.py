@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.flops import expert_modules
 from mrpo_scale.logps.pair_batch import collate_pairs
-from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring, score_pairs
+from mrpo_scale.logps.pair_forward import choose_shared_prompt, enable_pair_scoring, score_pairs
 from mrpo_scale.logps.self_check import check_pair_scoring
 from mrpo_scale.models.on_disk import Converted
 from mrpo_scale.models.plan import disable_dropout, load_policy, original_dropout
@@ -186,8 +187,8 @@ def _as_policy(outcome: Outcome, source: ReferenceSource, saved: Path) -> str:
     disable_dropout(plain)
     enable_pair_scoring(policy, "policy")
     layout = {
-        "shared_prompt": choose_shared_prompt("auto", policy.config, "policy"),
         "end_to_end": choose_end_to_end(policy, CPU),
+        "shared_prompt": choose_shared_prompt("auto", policy, "policy"),
     }
     check_pair_scoring(policy, "policy", **layout, device=CPU, train_equals_eval=True)
     if policy.supports_gradient_checkpointing:

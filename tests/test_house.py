@@ -74,7 +74,8 @@ READING_ORDER = [
     ("mrpo_scale.data", "loading . tokenization pair_dataset inputs dealing window"),
     (
         "mrpo_scale.logps",
-        ". logit_transform span_attention pair_batch micro_batches routers pair_forward self_check flops",
+        ". logit_transform varlen_layout masked_attention attention_ways span_attention layer_masks pair_batch attention_choice "
+        "micro_batches routers pair_forward self_check flops",
     ),
     ("mrpo_scale.models", ". hub quantized source on_disk stored left_out saving tensor_check adapter plan"),
     ("mrpo_scale.references", ". placement mapped sharding live adapter_off loading"),

@@ -27,8 +27,8 @@ from mrpo_scale.bench.communication import CollectiveCounter, busy_seconds, link
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.window import Draw, PairExample
 from mrpo_scale.logps.flops import NO_WORK, UnitCosts, Work, forward_flops, training_flops, unit_costs, work_of_batch
+from mrpo_scale.logps.layer_masks import body_of
 from mrpo_scale.logps.micro_batches import MicroBatch
-from mrpo_scale.logps.pair_forward import body_of
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.live import Reference
@@ -184,7 +184,7 @@ class BenchTrainer(MRPOTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: MicroBatch, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         assert self._now is not None and self._policy_costs is not None
-        work = work_of_batch(inputs.pairs)
+        work = work_of_batch(inputs.pairs, self._policy_costs.attn_implementation)
         flops = training_flops(
             self._policy_costs,
             work,
@@ -220,7 +220,9 @@ class BenchTrainer(MRPOTrainer):
         costs = self._costs_of[id(reference)]
 
         def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            work: Work = work_of_batch(kwargs["pairs"]) if "pairs" in kwargs else NO_WORK
+            work: Work = NO_WORK
+            if "pairs" in kwargs:
+                work = work_of_batch(kwargs["pairs"], costs.attn_implementation)
             if self._now is not None:
                 flops = forward_flops(costs, work).total
                 self._now.reference_flops += flops

@@ -9,6 +9,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
+#: Names of attention whose kernels a CPU does not have.
+GPU_ATTENTION = ("fa3_spans", "varlen_spans", "fa2_spans", "flex_spans")
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -39,3 +42,6 @@ def missing_hardware(args: TrainingArguments, head_impl: str, machine: Hardware)
         yield "`tf32: True` needs a GPU with TF32 (NVIDIA Ampere or later), and there is none; remove the key"
     if head_impl == "triton" and not machine.gpu:
         yield "`head_impl: triton` needs a CUDA GPU and there is none; use `auto` or `torch`"
+    attention = getattr(args, "attn_implementation", None)
+    if attention in GPU_ATTENTION and not machine.gpu:
+        yield f"`attn_implementation: {attention}` needs a CUDA GPU and there is none; remove the key"

@@ -170,7 +170,10 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
         "auto", "Weights of the policy: auto (float32), float32, bfloat16 or float16."
     )
     model_revision: Hashed[str | None] = key(None, "Revision of the policy on the hub.")
-    attn_implementation: Hashed[str | None] = key(None, "sdpa, eager, flash_attention_2, ...: default is the model's.")
+    attn_implementation: Hashed[str | None] = key(
+        None,
+        "sdpa, eager, flash_attention_2, varlen_spans, ...: default is the fastest that the model and the device take.",
+    )
     trust_remote_code: Hashed[bool] = key(
         False, "Run Python code that comes with the policy. References have a key of their own."
     )

@@ -2,8 +2,9 @@
 
 A product of [m, k] and [k, n] is 2mkn; nothing else is counted (norms, activations and softmax are thousandths of it). Attention
 counts what its calls are given, not what a mask lets through: under sdpa and eager a mask over pairs is applied to a full square of
-scores, span by span attention (a CPU's) has a rectangle for each response. tests/logps/test_flops.py compares with torch's own
-counter over real forwards and backwards.
+scores, span by span attention (a CPU's) has a rectangle for each response. A GPU's variable-length kernels skip what lies above the
+diagonal (what they compute beyond it, within a block, and what a window would spare are left out). tests/logps/test_flops.py
+compares with torch's own counter over real forwards and backwards.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from mrpo_kernels.cpu_linear import CpuLinear
@@ -19,12 +20,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.logps.attention_choice import head_size, named_size
+from mrpo_scale.logps.attention_ways import WAYS
+from mrpo_scale.logps.layer_masks import decoder_layers, parameters_of
 from mrpo_scale.logps.pair_batch import PairBatch, packed_rows
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 
 #: Attention kernels that skip what lies above the diagonal and take sequences without their padding.
-SKIPS_THE_MASKED = ("flash_attention_2", "flash_attention_3")
+SKIPS_THE_MASKED = ("flash_attention_2", "flash_attention_3", "flash_attention_4", *WAYS)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def unit_costs(model: PreTrainedModel) -> UnitCosts:
     config = model.config.get_text_config()
     linear = sum(2 * _size(module) for module in model.modules() if _size(module) and module is not head)
     linear += 2 * _used_of_experts(model, config)
-    layers, heads = (_field(config, name) for name in ("num_hidden_layers", "num_attention_heads"))
+    layers, heads = (named_size(config, name) for name in ("num_hidden_layers", "num_attention_heads"))
     return UnitCosts(
         per_position=linear,
         per_score=2 * 2 * layers * heads * head_size(config),
@@ -104,18 +107,6 @@ def unit_costs(model: PreTrainedModel) -> UnitCosts:
         recomputed_per_position=sum(_recomputed(layer, config) for layer in decoder_layers(model)),
         attn_implementation=str(config._attn_implementation),
     )
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that gradient checkpointing recomputes and FSDP gathers, one by one: those that the model's class names, or else
-    (Marian, OpenAI GPT, ...) the members of its largest list of modules. None where it has neither."""
-    classes = set(model._no_split_modules or ())
-    named = [module for module in model.modules() if type(module).__name__ in classes]
-    if named:
-        return named
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [members for members in lists if not any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in members)]
-    return max(blocks, key=_parameters_of, default=[])
 
 
 def expert_modules(model: nn.Module) -> list[nn.Module]:
@@ -132,7 +123,7 @@ def _stacked(module: nn.Module) -> list[tuple[int, ...]]:
 def active_parameters(model: PreTrainedModel) -> int:
     """Of a mixture of experts those that a token meets, of other models all."""
     experts = sum(math.prod(shape) for module in expert_modules(model) for shape in _stacked(module))
-    return _parameters_of([model]) - experts + _used_of_experts(model, model.config.get_text_config())
+    return parameters_of([model]) - experts + _used_of_experts(model, model.config.get_text_config())
 
 
 def _used_of_experts(module: nn.Module, config: PretrainedConfig) -> int:
@@ -142,20 +133,18 @@ def _used_of_experts(module: nn.Module, config: PretrainedConfig) -> int:
     return sum(math.prod(shape) // shape[0] * min(sent_to or shape[0], shape[0]) for shape in shapes)
 
 
-def head_size(config: PretrainedConfig) -> int:
-    """Width of one attention head."""
-    return getattr(config, "head_dim", None) or _field(config, "hidden_size") // _field(config, "num_attention_heads")
-
-
-def work_of_batch(batch: PairBatch) -> Work:
-    """Of one forward under sdpa, eager or span by span attention."""
+def work_of_batch(batch: PairBatch, attn_implementation: str = SPAN_ATTENTION) -> Work:
+    """Of one forward. ``attn_implementation``: of a batch end to end; padded rows have a mask under any."""
     rows, width = batch.input_ids_BL.shape
     responses = len(batch.labels_T)
     if batch.spans is None:
         return _masked_work(rows, width, responses)
-    calls = [(trunk, branches) for trunk, branches in batch.spans.lengths]
-    keys = sum(trunk + n for trunk, branches in calls for n in branches or (0,))
-    first = sum((trunk + sum(branches[:1])) ** 2 for trunk, branches in calls)
+    calls = [(trunk, branches or (0,)) for trunk, branches in batch.spans.lengths]
+    keys = sum(trunk + n for trunk, branches in calls for n in branches)
+    if attn_implementation in SKIPS_THE_MASKED:
+        seen = sum(_causal(trunk) + sum(trunk * n + _causal(n) for n in branches) for trunk, branches in calls)
+        return Work(rows * width, keys, seen, 0, responses)
+    first = sum((trunk + branches[0]) ** 2 for trunk, branches in calls)
     masked = sum(n * (trunk + n) for trunk, branches in calls for n in branches[1:])
     return Work(rows * width, keys, first + masked, masked, responses)
 
@@ -187,9 +176,16 @@ def work_of_lengths(
     width = int(lengths.max())
     rows = len(packed_rows(lengths.tolist(), width)) if shared_prompt else len(lengths)
     if attn_implementation in SKIPS_THE_MASKED:
+        twice = _causal(prompt_P).sum() if shared_prompt else 0  # the prompt's own scores, which are computed once
         positions = int(lengths.sum()) if end_to_end else rows * width
-        return Work(positions, positions, int((lengths * (lengths + 1) // 2).sum()), 0, responses)
+        keys = int(sides_S.sum()) if end_to_end else positions
+        return Work(positions, keys, int(_causal(sides_S).sum() - twice), 0, responses)
     return _masked_work(rows, width, responses)
+
+
+def _causal(length: Any) -> Any:
+    """Scores of a text with itself, up to the diagonal."""
+    return length * (length + 1) // 2
 
 
 def _masked_work(rows: int, width: int, responses: int) -> Work:
@@ -245,11 +241,6 @@ def _recomputed(layer: nn.Module, config: PretrainedConfig) -> int:
     return sum(2 * _size(module) for module in (products[:-1] if spared else products))
 
 
-def _parameters_of(modules: Sequence[nn.Module]) -> int:
-    """Of ZeRO-3's parameters, which are empty where they lie, too."""
-    return sum(int(getattr(p, "ds_numel", p.numel())) for module in modules for p in module.parameters())
-
-
 def _size(module: nn.Module) -> int:
     """Elements of a linear layer's weight; from its attributes, because ZeRO-3 leaves the weight itself empty."""
     if isinstance(module, nn.Linear):
@@ -257,13 +248,3 @@ def _size(module: nn.Module) -> int:
     if isinstance(module, Conv1D):  # GPT-2's name for a linear layer
         return module.nx * module.nf
     return 0
-
-
-def _field(config: PretrainedConfig, name: str) -> int:
-    value = getattr(config, name, None)
-    if not isinstance(value, int):
-        raise ConfigError(
-            f"the config of model type {config.model_type!r} has no number `{name}`, so its cost cannot be estimated; complete its "
-            "config.json or choose a decoder with ordinary attention."
-        )
-    return value

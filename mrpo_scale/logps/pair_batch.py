@@ -6,8 +6,8 @@ response]; any causal model takes it.
 
 Two ways to put segments into rows. **Padded**: shared-prompt segments are packed into rows as long as the longest pair, because
 the mask that keeps responses apart keeps pairs apart as well; separate ones get a row each and an ordinary padding mask. **End to
-end**: one row without any padding, for an attention that is told where each segment lies: flash-attention's varlen calls, or
-:mod:`~mrpo_scale.logps.span_attention`.
+end**: one row without any padding, for an attention that is told where each segment lies:
+:mod:`~mrpo_scale.logps.attention_ways` on a GPU, :mod:`~mrpo_scale.logps.span_attention` on a CPU.
 
 A response of several turns has context in it (what users and tools say): it is laid out with the rest, and the head never sees it.
 
@@ -24,11 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from mrpo_scale.base.device import send, send_together
+from mrpo_scale.base.device import send_together
 from mrpo_scale.data.pairs import SIDES, PairTokens
-from mrpo_scale.logps.span_attention import SPAN_ATTENTION, Spans
+from mrpo_scale.logps.attention_ways import FLEX, WAYS, FlexSpans
+from mrpo_scale.logps.layer_masks import layer_masks
+from mrpo_scale.logps.span_attention import Spans
+from mrpo_scale.logps.varlen_layout import varlen_index, varlen_layout
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
@@ -48,6 +51,9 @@ class PairBatch:
     positions: tuple[int, ...]  #: [P] that each pair takes, padding left out
     shared_prompt: bool
     spans: Spans | None  #: where segments lie end to end, B = 1; None: padded rows
+    varlen_index: Tensor | None = (
+        None  #: the same for a variable-length attention call; see :func:`~.varlen_layout.varlen_index`
+    )
 
     @property
     def num_pairs(self) -> int:
@@ -91,11 +97,8 @@ def collate_pairs(
         ]
     lengths = [sum(len(ids) for ids, _ in segment) for segment in segments]
     width = sum(lengths) if end_to_end else max(lengths)
-    if end_to_end:
-        rows = [list(range(len(segments)))]
-    else:
-        rows = packed_rows(lengths, width) if shared_prompt else [[s] for s in range(len(segments))]
-
+    alone = [[s] for s in range(len(segments))]
+    rows = [list(range(len(segments)))] if end_to_end else packed_rows(lengths, width) if shared_prompt else alone
     shape = (len(rows), width)
     input_ids_BL = torch.full(shape, pad_token_id)
     position_ids_BL = torch.zeros(shape, dtype=torch.long)
@@ -124,6 +127,7 @@ def collate_pairs(
                 start += len(ids)
     counts = [len(ids) for _, ids in responses]
     per_pair = 1 if shared_prompt else 2  # segments
+    spans = _spans(segments, shared_prompt) if end_to_end else None
     return PairBatch(
         input_ids_BL=input_ids_BL,
         position_ids_BL=position_ids_BL,
@@ -135,7 +139,8 @@ def collate_pairs(
         bounds=tuple([0, *accumulate(counts)][::2]),
         positions=tuple(sum(lengths[i : i + per_pair]) for i in range(0, len(lengths), per_pair)),
         shared_prompt=shared_prompt,
-        spans=_spans(segments, shared_prompt) if end_to_end else None,
+        spans=spans,
+        varlen_index=None if spans is None else varlen_index(spans.lengths),
     )
 
 
@@ -160,81 +165,54 @@ def packed_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
-# How a model type takes a mask over pairs. "full": every layer sees everything; "window": every layer has the config's sliding
-# window; "layer_types": the model picks a mask per layer from a dict. A model type enters this table only with the test that
-# compares it with two plain forwards on texts longer than its window (tests/logps/test_shared_prompt.py): a 4-D mask silently
-# switches a model's own window off.
-SHARED_PROMPT_MODELS = {
-    "cohere": "full",
-    "gemma": "full",
-    "gemma2": "layer_types",
-    "gemma3_text": "layer_types",
-    "gpt_neox": "full",
-    "granite": "full",
-    "llama": "full",
-    "mistral": "window",
-    "olmo2": "full",
-    "qwen2": "layer_types",
-    "qwen3": "layer_types",
-}
-
-
-def supports_shared_prompt(config: PretrainedConfig) -> bool:
-    """Whether chosen and rejected can share one forward over their prompt: a tested model type under a maskable attention."""
-    return config.model_type in SHARED_PROMPT_MODELS and config._attn_implementation in (
-        "sdpa",
-        "eager",
-        SPAN_ATTENTION,
-    )
-
-
-def supports_end_to_end(config: PretrainedConfig) -> bool:
-    """Whether segments can lie end to end in one row: nothing but attention mixes positions in these model types, and the
-    attention can be told where they lie."""
-    told = config._attn_implementation == SPAN_ATTENTION or is_flash(config)
-    return config.model_type in SHARED_PROMPT_MODELS and told
-
-
 def is_flash(config: PretrainedConfig) -> bool:
+    """Whether attention is transformers' own call of a flash-attention that has no way of ours: version 4, or one of the hub."""
     return "flash" in str(config._attn_implementation)
 
 
-def attention_inputs(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Keyword arguments that tell ``config``'s model which positions of ``batch`` see each other."""
+def attention_inputs(batch: PairBatch, model: PreTrainedModel) -> dict[str, Any]:
+    """Keyword arguments that tell ``model`` which positions of ``batch`` see each other."""
+    config = model.config
     if batch.spans is None and not batch.shared_prompt:
         # Rows are padded at their ends, which nothing before them sees. A mask, or positions, would be looked at by the host.
         return {"attention_mask": None, "position_ids": None}
     if batch.spans is None:
-        return {"attention_mask": attention_mask(batch, config, dtype)}
+        return {"attention_mask": attention_mask(batch, model)}
     if is_flash(config):
-        lengths = [trunk for trunk, _ in batch.spans.lengths]
-        starts = send(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), batch.input_ids_BL.device)
-        varlen = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-        return {"attention_mask": None, **varlen, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+        layout = varlen_layout(batch.spans.lengths, _index(batch))
+        boundaries = {"cu_seq_lens_q": layout.cu_q, "cu_seq_lens_k": layout.cu_k}
+        return {"attention_mask": None, **boundaries, "max_length_q": layout.max_q, "max_length_k": layout.max_k}
+    masks = layer_masks(model)
     unused: Any = batch.segment_BL.new_zeros(1, 1, 1, 1)  # a 4-D mask is passed on as it is: none is made
-    if SHARED_PROMPT_MODELS[config.model_type] == "layer_types":
-        unused = dict.fromkeys(("full_attention", "sliding_attention"))
-    return {"attention_mask": unused, "spans": batch.spans}
+    if masks.by_name:
+        unused = dict.fromkeys(masks.kinds)
+    spans: Any = batch.spans
+    if config._attn_implementation == FLEX:
+        spans = FlexSpans(batch.segment_BL[0], batch.part_BL[0], batch.position_ids_BL[0])
+    elif config._attn_implementation in WAYS:
+        spans = varlen_layout(batch.spans.lengths, _index(batch))
+    return {"attention_mask": unused, "spans": spans}
 
 
-def attention_mask(batch: PairBatch, config: PretrainedConfig, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """The mask that ``config``'s model takes for ``batch``: [B, L] for separate rows, else [B, 1, L, L] or a dict of them.
+def _index(batch: PairBatch) -> Tensor:
+    assert batch.varlen_index is not None, "laid out without collate_pairs"
+    return batch.varlen_index
 
-    Boolean (True = seen) under ``sdpa``; additive in ``dtype`` under ``eager``, which adds the mask to the scores.
+
+def attention_mask(batch: PairBatch, model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
+    """The mask that ``model`` takes for padded rows: [B, L] for separate responses, else [B, 1, L, L] or a dict of them.
+
+    Boolean (True = seen) under ``sdpa``; additive in the model's dtype under ``eager``, which adds the mask to the scores.
     """
     if not batch.shared_prompt:
         return (batch.segment_BL >= 0).long()
-    seen_BLL = _visible(batch)
-    kind = SHARED_PROMPT_MODELS[config.model_type]
-    window: Any = getattr(config, "sliding_window", None)
-    if kind == "layer_types":
-        masks = {"full_attention": seen_BLL}
-        if "sliding_attention" in (config.layer_types or []):
-            masks["sliding_attention"] = _in_window(batch, seen_BLL, window)
-        return {name: _as_mask(mask, config, dtype) for name, mask in masks.items()}
-    if kind == "window" and window is not None:
-        seen_BLL = _in_window(batch, seen_BLL, window)
-    return _as_mask(seen_BLL, config, dtype)
+    masks, config = layer_masks(model), model.config.get_text_config()
+    visible_BLL = _visible(batch)
+    seen = {"full_attention": lambda: visible_BLL}
+    seen["sliding_attention"] = lambda: _in_window(batch, visible_BLL, config.sliding_window)
+    seen["chunked_attention"] = lambda: _in_chunk(batch, visible_BLL, config.attention_chunk_size)
+    made = {kind: _as_mask(seen[kind](), model.config, model.dtype) for kind in masks.kinds}
+    return made if masks.by_name else made[masks.kinds[0]]
 
 
 def _visible(batch: PairBatch) -> Tensor:
@@ -252,6 +230,12 @@ def _in_window(batch: PairBatch, seen_BLL: Tensor, window: int) -> Tensor:
     """Restrict to keys fewer than ``window`` *positions* back: the rejected response is far from its prompt in the row only."""
     position = batch.position_ids_BL
     return seen_BLL & ((position[:, :, None] - position[:, None, :]) < window)
+
+
+def _in_chunk(batch: PairBatch, seen_BLL: Tensor, chunk: int) -> Tensor:
+    """Restrict to keys of the query's own chunk of ``chunk`` positions."""
+    chunk_BL = batch.position_ids_BL // chunk
+    return seen_BLL & (chunk_BL[:, :, None] == chunk_BL[:, None, :])
 
 
 def _as_mask(seen_BLL: Tensor, config: PretrainedConfig, dtype: torch.dtype) -> Tensor:

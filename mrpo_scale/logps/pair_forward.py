@@ -18,19 +18,13 @@ from mrpo_kernels import LinearPreferenceLoss, linear_preference_loss, sequence_
 from mrpo_kernels.cpu_linear import CpuLinear, has_fast_products
 from mrpo_kernels.linear_preference_loss import LossOfPairs
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.logps.layer_masks import body_of, supports_shared_prompt, why_not_shared
 from mrpo_scale.logps.logit_transform import logit_transform
-from mrpo_scale.logps.pair_batch import (
-    SHARED_PROMPT_MODELS,
-    PairBatch,
-    attention_inputs,
-    supports_end_to_end,
-    supports_shared_prompt,
-)
+from mrpo_scale.logps.pair_batch import PairBatch, attention_inputs
 from mrpo_scale.logps.routers import RouterBalance, router_balance
-from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 
 logger = logging.getLogger(__name__)
 
@@ -129,59 +123,31 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
     model.forward = types.MethodType(forward, model)
 
 
-def body_of(model: PreTrainedModel) -> nn.Module:
-    """The module of a causal LM that makes hidden states of tokens, everything but the head.
-
-    Raises:
-        ConfigError: it cannot be told which of the model's modules that is.
-    """
-    if model.base_model is not model:
-        return model.base_model
-    # A class may name a prefix that it does not have (Llama 4's text model): then its only part that is a model.
-    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
-    if len(parts) != 1:
-        raise ConfigError(
-            f"{type(model).__name__} has {len(parts)} parts that could be its body, not one, so its log-probs cannot be computed "
-            "here; choose another model."
-        )
-    return parts[0]
-
-
 def _run_body(model: PreTrainedModel, pairs: PairBatch, **options: Any) -> Any:
-    inputs = {"position_ids": pairs.position_ids_BL, **attention_inputs(pairs, model.config, model.dtype), **options}
+    inputs = {"position_ids": pairs.position_ids_BL, **attention_inputs(pairs, model), **options}
     return body_of(model)(input_ids=pairs.input_ids_BL, use_cache=False, **inputs)
 
 
-def choose_shared_prompt(setting: str, config: PretrainedConfig, name: str) -> bool:
-    """Resolve ``shared_prompt: auto|true|false`` for one model and log the choice once.
+def choose_shared_prompt(setting: str, model: PreTrainedModel, name: str) -> bool:
+    """Resolve ``shared_prompt: auto|true|false`` for one model and log the choice, with its reason, once.
 
     Raises:
-        ConfigError: ``true`` for a model type or attention that cannot be masked per pair.
+        ConfigError: ``true`` for a model or attention that cannot be masked per pair.
     """
-    supported = supports_shared_prompt(config)
-    if setting == "true" and not supported:
+    config = model.config
+    reason = why_not_shared(model)
+    if reason is None and not supports_shared_prompt(model):
+        reason = f"{config._attn_implementation} attention takes no mask"
+    if setting == "true" and reason is not None:
         raise ConfigError(
             f"`shared_prompt: true` does not work for {name} ({config.model_type} under {config._attn_implementation} attention): "
-            f"it is tested for {', '.join(SHARED_PROMPT_MODELS)} under sdpa and eager. Use `shared_prompt: auto`."
+            f"{reason}. Use `shared_prompt: auto`."
         )
-    shared = supported and setting != "false"
+    shared = reason is None and setting != "false"
     way = "one forward over prompt, chosen and rejected" if shared else "two sequences per pair"
-    logger.info("%s (%s, %s attention): %s", name, config.model_type, config._attn_implementation, way)
+    because = f", since {reason}" if reason is not None else ""
+    logger.info("%s (%s, %s attention): %s%s", name, config.model_type, config._attn_implementation, way, because)
     return shared
-
-
-def choose_end_to_end(model: PreTrainedModel, device: torch.device, *, compiled: bool = False) -> bool:
-    """Whether ``model``'s batches should be laid end to end: under flash-attention, and under sdpa on a CPU, where ``model`` is
-    given the attention that goes span by span. Not when it will be compiled, which lengths that change with every batch undo."""
-    config = model.config
-    if (
-        device.type == "cpu"
-        and config._attn_implementation == "sdpa"
-        and supports_shared_prompt(config)
-        and not compiled
-    ):
-        model.set_attn_implementation(SPAN_ATTENTION)
-    return supports_end_to_end(config)
 
 
 def score_pairs(model: nn.Module, pairs: PairBatch) -> Tensor:

@@ -236,7 +236,9 @@ def _problem(
     if apart <= allowed and difference <= nats:
         return None
     remedy = (
-        "Try `shared_prompt: false`; if that fails too, leave this model out." if shared_prompt else "Leave it out."
+        "Try `attn_implementation: sdpa`, then `shared_prompt: false`; if that fails too, leave this model out."
+        if shared_prompt
+        else "Leave it out."
     )
     return (
         f"its log-probs differ from its own logits by {difference:.3g} nats per token, and its hidden states by {apart:.2g} of "

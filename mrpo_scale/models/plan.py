@@ -109,15 +109,7 @@ def plan_models(
     """
     # A reference's headers are read when it is loaded: one whose scores are complete never is.
     check_policy, check = (check_model, check_source) if weights_needed else (check_config, check_config)
-    spec = ModelSpec(
-        model=model if isinstance(model, str) else str(args.folder / "anchor"),
-        name="policy",
-        revision=args.model_revision,
-        chat_template=args.chat_template,
-        system=args.system,
-        trust_remote_code=args.trust_remote_code,
-        attn_implementation=args.attn_implementation,
-    )
+    spec = _policy_spec(model, args)
     if not isinstance(model, str):
         if tokenizer is None:
             raise ConfigError("`processing_class` is missing: pass the policy's tokenizer beside a loaded model.")
@@ -148,6 +140,19 @@ def plan_models(
             references.append(_planned(ref_spec, source, args, texts, None if source.server else check(source)))
     args.build_objective().check_references(len(references))
     return RunPlan(policy, tokenizer, texts, references, rows)
+
+
+def _policy_spec(model: str | PreTrainedModel, args: MRPOConfig) -> ModelSpec:
+    """A loaded model's is the folder that its weights will be written to."""
+    return ModelSpec(
+        model=model if isinstance(model, str) else str(args.folder / "anchor"),
+        name="policy",
+        revision=args.model_revision,
+        chat_template=args.chat_template,
+        system=args.system,
+        trust_remote_code=args.trust_remote_code,
+        attn_implementation=args.attn_implementation,
+    )
 
 
 def _planned(

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from mrpo_scale.logps.flops import SKIPS_THE_MASKED, Work, decoder_layers, head_size
-from mrpo_scale.logps.pair_forward import body_of
+from mrpo_scale.logps.attention_choice import head_size
+from mrpo_scale.logps.flops import SKIPS_THE_MASKED, Work
+from mrpo_scale.logps.layer_masks import body_of, decoder_layers
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 
 _NORMS_IN_FLOAT32 = {"CohereLayerNorm": 3, "GemmaRMSNorm": 2, "Gemma2RMSNorm": 2, "Gemma3RMSNorm": 2, "Olmo2RMSNorm": 2}

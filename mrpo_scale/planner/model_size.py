@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.logps.flops import UnitCosts, decoder_layers, unit_costs
-from mrpo_scale.logps.pair_batch import supports_shared_prompt
-from mrpo_scale.logps.pair_forward import choose_end_to_end
+from mrpo_scale.logps.attention_choice import choose_end_to_end
+from mrpo_scale.logps.flops import UnitCosts, unit_costs
+from mrpo_scale.logps.layer_masks import decoder_layers, supports_shared_prompt
 from mrpo_scale.models.adapter import wrapped
 from mrpo_scale.models.source import ReferenceSource, check_config
 from mrpo_scale.models.stored import build_on_meta
@@ -90,8 +90,16 @@ def model_size(
     """
     config = check_config(source)
     model = build_on_meta(source, config)
-    shared = supports_shared_prompt(model.config) and shared_prompt != "false"
-    end_to_end = choose_end_to_end(model, torch.device(device_type), compiled=compiled)
+    end_to_end = choose_end_to_end(
+        model,
+        torch.device(device_type),
+        name=source.name,
+        asked=source.attn_implementation,
+        dtype=torch.bfloat16 if itemsize == 2 else source.dtype,
+        compiled=compiled,
+        tried=False,
+    )
+    shared = supports_shared_prompt(model) and shared_prompt != "false"
     layers = decoder_layers(model)
     costs = unit_costs(model)  # first: it complains of what a config lacks
     embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))

@@ -25,11 +25,12 @@ from mrpo_scale.base.device import map_blocks_from
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.ranks import fail_together
 from mrpo_scale.data.tokenization import PairTokens
-from mrpo_scale.logps.flops import decoder_layers, expert_modules
+from mrpo_scale.logps.attention_choice import choose_end_to_end
+from mrpo_scale.logps.flops import expert_modules
+from mrpo_scale.logps.layer_masks import decoder_layers
 from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.logps.pair_forward import (
     FusedHead,
-    choose_end_to_end,
     choose_shared_prompt,
     enable_pair_scoring,
     response_hidden,
@@ -96,8 +97,10 @@ class ShardedReference:
             config = check_source(source)
             files = check_weights(folder, config, source.name)  # of a download for the first time
             self.model = build_on_meta(source, config)
-            self.shared_prompt = choose_shared_prompt(shared_prompt, self.config, source.name)
-            self.end_to_end = choose_end_to_end(self.model, device)
+            self.end_to_end = choose_end_to_end(
+                self.model, device, name=source.name, asked=source.attn_implementation, dtype=source.dtype
+            )
+            self.shared_prompt = choose_shared_prompt(shared_prompt, self.model, source.name)
             self.mapped = self.group is None and device.type == "cpu" and can_be_mapped(source, self.model, files)
             self._mapped_files = MappedFiles(files if self.mapped else [], source.name)
             self._load(files)

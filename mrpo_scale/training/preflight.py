@@ -22,6 +22,7 @@ from mrpo_scale.base.errors import ConfigError, one_line, refuse
 from mrpo_scale.config.ds_config import read_ds_config
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import LIVE_SERVED, ModelSpec, parse_ref_models, server_key
+from mrpo_scale.logps.attention_ways import WAYS
 from mrpo_scale.training.metrics import metric_names
 
 RefModels = Sequence[str | Mapping[str, Any]]
@@ -30,6 +31,7 @@ _FLASH = {
     "flash_attention_2": "flash_attn",
     "flash_attention_3": "flash_attn_interface",
     "flash_attention_4": "flash_attn",
+    **{way.name: way.package for way in WAYS.values() if way.package is not None},
 }
 #: Packages of trackers, where they have another name.
 _TRACKERS = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}

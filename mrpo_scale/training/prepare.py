@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mrpo_scale.base.device import map_blocks_from
@@ -29,7 +30,8 @@ from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.window import TokenizedPairs, WeightedPairs, WindowSampler
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date
-from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring
+from mrpo_scale.logps.attention_choice import choose_end_to_end
+from mrpo_scale.logps.pair_forward import choose_shared_prompt, enable_pair_scoring
 from mrpo_scale.logps.routers import router_loss_coef
 from mrpo_scale.models.adapter import add_adapter, four_bits
 from mrpo_scale.models.plan import RunPlan, disable_dropout, load_policy, plan_models
@@ -110,16 +112,18 @@ def prepare_run(
     plan = _used(plan, args)
     if trainer_arguments.get("compute_metrics") is None:  # whose names nobody knows
         check_best_metric(args, plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
-    # Before the policy: what is scored ahead of training has the memory to itself.
-    _set_allocation(args)
+    _set_allocation(args)  # before the policy: what is scored ahead of training has the memory to itself
     scores = open_scores(plan, args, pair_sets)
     objective = with_validation_weights(args, scores, pair_sets)
     policy = _policy(model, plan, args)
     use_cache = getattr(policy.config, "use_cache", None)
     check_optimizer(trainer_arguments, policy)
     enable_pair_scoring(policy, "policy", args.head_impl)
-    if args.use_peft:  # around the forward that scores pairs, which peft passes everything on to
-        policy = add_adapter(policy, plan.policy, args)
+    end_to_end = _choose_attention(policy, args)
+    shared_prompt = choose_shared_prompt(args.shared_prompt, policy, "policy")
+    router_loss = router_loss_coef(policy, args.router_aux_loss_coef)
+    # Around the forward that scores pairs, which peft passes everything on to.
+    policy = add_adapter(policy, plan.policy, args) if args.use_peft else policy
     weighted = {split: WeightedPairs(pairs) for split, pairs in pair_sets.items() if split != WEIGHTS_SET}
     return PreparedRun(
         args=args,
@@ -132,9 +136,9 @@ def prepare_run(
         policy=policy,
         use_cache=use_cache,
         dropouts=disable_dropout(policy) if args.disable_dropout else [],
-        router_loss_coef=router_loss_coef(policy, args.router_aux_loss_coef),
-        shared_prompt=choose_shared_prompt(args.shared_prompt, policy.config, "policy"),
-        end_to_end=choose_end_to_end(policy, args.device, compiled=bool(args.torch_compile)),
+        router_loss_coef=router_loss,
+        shared_prompt=shared_prompt,
+        end_to_end=end_to_end,
         tokenizer_of_source=processing_class is None,
     )
 
@@ -184,6 +188,18 @@ def _policy(model: str | PreTrainedModel, plan: RunPlan, args: MRPOConfig) -> Pr
         return model
     local_folder(plan.policy, world_group())  # one rank of each node downloads it
     return load_policy(plan.policy, four_bits(args))
+
+
+def _choose_attention(policy: PreTrainedModel, args: MRPOConfig) -> bool:
+    return choose_end_to_end(
+        policy,
+        args.device,
+        name="policy",
+        asked=args.attn_implementation,
+        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        dropout=not args.disable_dropout,
+        compiled=bool(args.torch_compile),
+    )
 
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:

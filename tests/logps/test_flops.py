@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.flops import (
     NO_WORK,
     UnitCosts,
@@ -21,9 +22,10 @@ from mrpo_scale.logps.flops import (
     work_of_batch,
     work_of_lengths,
 )
-from mrpo_scale.logps.pair_batch import collate_pairs
-from mrpo_scale.logps.pair_forward import choose_end_to_end, enable_pair_scoring, preference_step, score_pairs
+from mrpo_scale.logps.pair_batch import _visible, collate_pairs
+from mrpo_scale.logps.pair_forward import enable_pair_scoring, preference_step, score_pairs
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
+from mrpo_scale.logps.varlen_layout import varlen_layout
 from mrpo_scale.models.plan import disable_dropout
 from tests.tiny_types import tiny_model
 
@@ -164,12 +166,39 @@ def test_sizes_are_read_where_weights_are_not():
     assert unit_costs(model) == costs
 
 
-@pytest.mark.parametrize("attention", ["sdpa", SPAN_ATTENTION])
+@pytest.mark.parametrize("attention", ["sdpa", SPAN_ATTENTION, "varlen_spans"])
 @pytest.mark.parametrize("shared_prompt", [True, False])
 def test_work_from_lengths_is_that_of_the_batch(shared_prompt, attention):
-    layout = {"shared_prompt": shared_prompt, "end_to_end": attention == SPAN_ATTENTION}
+    layout = {"shared_prompt": shared_prompt, "end_to_end": attention != "sdpa"}
     assert work_of_lengths(LENGTHS, **layout, attn_implementation=attention) == work_of_batch(
-        collate_pairs(PAIRS, **layout)
+        collate_pairs(PAIRS, **layout), attention
+    )
+
+
+@pytest.mark.parametrize("shared_prompt", [True, False])
+def test_one_call_per_layer_computes_what_is_seen(shared_prompt):
+    """(query, key) pairs counted in the mask that sdpa would have taken; keys: those that the call is handed."""
+    batch = collate_pairs(PAIRS, shared_prompt=shared_prompt, end_to_end=True)
+    layout = varlen_layout(batch.spans.lengths, batch.varlen_index)
+    work = work_of_batch(batch, "varlen_spans")
+    assert (work.positions, work.keys) == (int(layout.cu_q[-1]), int(layout.cu_k[-1]))
+    assert (work.scores, work.masked) == (int(_visible(batch).sum()), 0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "positions", "separate", "scores"),
+    [((300, 250, 250), 800, 1100, 257_900), ((1000, 300, 300), 1600, 2600, 1_190_800)],
+)
+def test_a_shared_prompt_spares_positions(lengths, positions, separate, scores):
+    """The two shapes of docs/performance.md: 0.73 and 0.62 of the positions; a mask computes every pair of positions."""
+    layout = {"end_to_end": True, "attn_implementation": "varlen_spans"}
+    shared, apart = (work_of_lengths(np.array([lengths]), shared_prompt=x, **layout) for x in (True, False))
+    masked = work_of_lengths(np.array([lengths]), shared_prompt=True)
+    assert (shared.positions, apart.positions, shared.scores) == (positions, separate, scores)
+    assert shared.keys == apart.keys == separate and shared.scores < apart.scores < masked.scores
+    print(
+        f"{lengths}: positions {positions}/{separate} = {positions / separate:.2f}, scores {shared.scores / apart.scores:.2f} of "
+        f"two sequences', {shared.scores / masked.scores:.2f} of a mask's"
     )
 
 

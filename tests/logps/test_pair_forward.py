@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.layer_masks import body_of
 from mrpo_scale.logps.pair_batch import collate_pairs
-from mrpo_scale.logps.pair_forward import body_of, enable_pair_scoring, score_pairs
+from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.logps.self_check import check_pair_scoring
 
 CPU = torch.device("cpu")

@@ -10,9 +10,10 @@ from mrpo_scale.data import find_layout
 from mrpo_scale.data.pair_dataset import prepare_pairs
 from mrpo_scale.data.pairs import PairTokens
 from mrpo_scale.data.tokenization import ModelText
+from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.flops import work_of_batch, work_of_lengths
 from mrpo_scale.logps.pair_batch import collate_pairs
-from mrpo_scale.logps.pair_forward import choose_end_to_end, enable_pair_scoring, score_pairs
+from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 from tests.tool_templates import logps_by_hand, rows, write_tool_models
 

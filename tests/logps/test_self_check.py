@@ -50,13 +50,13 @@ def plain_logps(model):
 
 
 def check(model, **options):
-    shared = choose_shared_prompt("auto", model.config, "model")
+    shared = choose_shared_prompt("auto", model, "model")
     return check_pair_scoring(model, "model", shared_prompt=shared, device=CPU, **options)
 
 
 @torch.no_grad()
 def pair_logps(model):
-    return score_pairs(model, collate_pairs(PAIRS, shared_prompt=choose_shared_prompt("auto", model.config, "model")))
+    return score_pairs(model, collate_pairs(PAIRS, shared_prompt=choose_shared_prompt("auto", model, "model")))
 
 
 # ---- what is done to the head's numbers ------------------------------------------------------------------------------

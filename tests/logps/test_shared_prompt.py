@@ -1,16 +1,19 @@
 """Pair batches: log-probs of shared-prompt and separate rows equal plain forwards, also for texts longer than the window."""
 
+import logging
+
 import pytest
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data.tokenization import PairTokens
-from mrpo_scale.logps import pair_batch
-from mrpo_scale.logps.pair_batch import SHARED_PROMPT_MODELS, collate_pairs, supports_shared_prompt
+from mrpo_scale.logps import attention_choice, pair_batch
+from mrpo_scale.logps.attention_choice import choose_end_to_end
+from mrpo_scale.logps.layer_masks import supports_shared_prompt
+from mrpo_scale.logps.pair_batch import collate_pairs
 from mrpo_scale.logps.pair_forward import (
-    choose_end_to_end,
     choose_shared_prompt,
     enable_pair_scoring,
     score_pairs,
@@ -28,6 +31,20 @@ SIZES = {
     "max_position_embeddings": 256,
     "pad_token_id": 0,
 }
+#: Families with windows by layer, windows everywhere and none, caps and scales. Every other type: test_causal_types.py.
+FAMILIES = [
+    "cohere",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "qwen2",
+    "qwen3",
+]
 OWN = {
     "cohere": {"logit_scale": 0.3},
     "gemma2": {"sliding_window": WINDOW, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
@@ -38,9 +55,7 @@ OWN = {
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
 }
-CASES = [
-    (kind, impl) for kind in SHARED_PROMPT_MODELS for impl in ("sdpa", "eager") if (kind, impl) != ("gemma2", "sdpa")
-]
+CASES = [(kind, impl) for kind in FAMILIES for impl in ("sdpa", "eager") if (kind, impl) != ("gemma2", "sdpa")]
 
 
 def tiny_model(model_type, attention, seed=0):
@@ -174,14 +189,15 @@ def test_flash_attention_gets_separate_responses_end_to_end(monkeypatch):
         return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
 
     # transformers looks whatever is called flash up on the hub.
-    monkeypatch.setattr(pair_batch, "is_flash", lambda config: config._attn_implementation == "varlen_in_torch")
+    for module in (pair_batch, attention_choice):
+        monkeypatch.setattr(module, "is_flash", lambda config: config._attn_implementation == "varlen_in_torch")
     AttentionInterface.register("varlen_in_torch", varlen)
     model = tiny_model("llama", "sdpa")
     expected = plain_logps(model, PAIRS)
     enable_pair_scoring(model, "llama")
     model.set_attn_implementation("varlen_in_torch")
     assert choose_end_to_end(model, torch.device("cpu"))
-    assert choose_shared_prompt("auto", model.config, "llama") is False
+    assert choose_shared_prompt("auto", model, "llama") is False
     batch = collate_pairs(PAIRS, shared_prompt=False, end_to_end=True)
     assert batch.input_ids_BL.shape == (1, batch.num_tokens)  # no padding
     with torch.no_grad():
@@ -196,16 +212,17 @@ def test_what_is_compiled_keeps_its_mask():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_unknown_models_run_two_sequences_or_are_refused():
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    )
-    model = GPT2LMHeadModel(config).eval()
-    assert not supports_shared_prompt(model.config)
-    assert choose_shared_prompt("auto", model.config, "gpt2") is False
-    with pytest.raises(ConfigError, match=r"shared_prompt: true.*gpt2"):
-        choose_shared_prompt("true", model.config, "gpt2")
-    enable_pair_scoring(model, "gpt2")
+def test_models_that_cannot_share_run_two_sequences_or_are_refused(caplog):
+    """Bloom's attention is its own, with a slope by distance in the row in place of positions."""
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    model = BloomForCausalLM(config).eval()
+    assert not supports_shared_prompt(model)
+    with caplog.at_level(logging.INFO):
+        assert choose_shared_prompt("auto", model, "bloom") is False
+    assert "two sequences per pair, since its attention is its own" in caplog.text
+    with pytest.raises(ConfigError, match=r"shared_prompt: true.*bloom.*its attention is its own"):
+        choose_shared_prompt("true", model, "bloom")
+    enable_pair_scoring(model, "bloom")
     short = random_pairs([(4, 6, 3), (2, 5, 9)])
     with torch.no_grad():
         got = score_pairs(model, collate_pairs(short, shared_prompt=False))

@@ -6,12 +6,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.validate_planner import saved_bytes
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.flops import work_of_batch
-from mrpo_scale.logps.pair_batch import SHARED_PROMPT_MODELS, collate_pairs
-from mrpo_scale.logps.pair_forward import choose_end_to_end, enable_pair_scoring, score_pairs
+from mrpo_scale.logps.pair_batch import collate_pairs
+from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 from mrpo_scale.models.plan import disable_dropout
 from mrpo_scale.planner.activations import activations_of
+from tests.logps.test_shared_prompt import FAMILIES
 
 SIZES = {
     "vocab_size": 307,
@@ -58,7 +60,7 @@ def kept_and_predicted(model_type, attention, dtype, checkpointing):
     ("model_type", "attention"),
     [
         (name, kind)
-        for name in SHARED_PROMPT_MODELS
+        for name in FAMILIES
         for kind in ("sdpa", SPAN_ATTENTION, "eager")
         if name != "gemma2" or kind == "eager"
     ],
@@ -69,7 +71,7 @@ def test_every_shared_prompt_family_within_a_tenth(model_type, attention, dtype)
     assert predicted == pytest.approx(kept, rel=0.1)
 
 
-@pytest.mark.parametrize("model_type", SHARED_PROMPT_MODELS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_with_gradient_checkpointing(model_type):
     kept, predicted = kept_and_predicted(model_type, "eager", torch.bfloat16, checkpointing=True)
     assert predicted == pytest.approx(kept, rel=0.1)

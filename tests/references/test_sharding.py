@@ -227,9 +227,8 @@ def test_remote_code_needs_consent(tmp_path, monkeypatch):
         check_source(ReferenceSource("ref", str(folder)))
     reference = load(folder, trust_remote_code=True)
     assert type(reference.model).__name__ == "OwnForCausalLM"
-    # Not a model type that was tested with one prompt for two responses.
-    assert not reference.shared_prompt
-    got = reference.score(collate_pairs(PAIRS, shared_prompt=False))
+    assert reference.shared_prompt, "its layers are Llama's, whatever it calls itself"
+    got = reference.score(reference.batch(PAIRS))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 

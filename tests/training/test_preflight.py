@@ -6,8 +6,9 @@ import pytest
 from transformers.utils import is_kernels_available
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.config.hardware import Hardware, missing_hardware
+from mrpo_scale.config.hardware import GPU_ATTENTION, Hardware, missing_hardware
 from mrpo_scale.config.recipe import parse
+from mrpo_scale.logps.attention_ways import REFERENCE, WAYS
 from mrpo_scale.training.metrics import metric_names
 from mrpo_scale.training.preflight import check_best_metric, check_evaluation, preflight
 
@@ -60,6 +61,11 @@ NO_KERNELS = pytest.mark.skipif(is_kernels_available(), reason="kernels is insta
         pytest.param(
             "attn_implementation: flash_attention_2", ["`attn_implementation: flash", "flash_attn"], marks=absent("flash_attn")
         ),
+        pytest.param(
+            "ref_models: [{model: A, attn_implementation: fa3_spans}]",
+            ["`ref_models.attn_implementation: fa3_spans`", "flash_attn_interface"],
+            marks=absent("flash_attn_interface"),
+        ),
         pytest.param("attn_implementation: org/kernel", ["org/kernel", "`kernels`"], marks=NO_KERNELS),
         ("attn_implementation: fast", ["`attn_implementation: fast` is not known", "sdpa"]),
         ("ref_models: [{model: A, attn_implementation: fast}]", ["`ref_models.attn_implementation: fast`"]),
@@ -107,11 +113,17 @@ def test_a_deepspeed_config_that_is_none(refused, tmp_path):
         assert str(bad) in said and words in said
 
 
-@pytest.mark.parametrize("key", ["bf16: true", "fp16: true", "tf32: true", "head_impl: triton"])
+@pytest.mark.parametrize(
+    "key", ["bf16: true", "fp16: true", "tf32: true", "head_impl: triton", "attn_implementation: flex_spans"]
+)
 def test_hardware_that_is_not_here(refused, key, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     said = refused(key)
     assert f"`{key.replace('true', 'True')}` needs a" in said and "GPU" in said
+
+
+def test_attention_that_needs_a_gpu_is_named():
+    assert set(GPU_ATTENTION) == set(WAYS) - {REFERENCE}
 
 
 def test_hardware_is_asked_of_the_machine_of_the_run(tmp_path):

@@ -368,6 +368,7 @@ def test_a_card_from_python(folders, tmp_path):
     "keys",
     [
         pytest.param({"gradient_checkpointing": True}, id="gradient_checkpointing"),
+        pytest.param({"attn_implementation": "reference_spans"}, id="one_call_per_layer"),
         pytest.param(
             {"torch_compile": True, "torch_compile_backend": "aot_eager"}, id="torch_compile", marks=pytest.mark.slow
         ),

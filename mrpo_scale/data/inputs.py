@@ -239,6 +239,7 @@ def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
     return load_rows(
         [replace(spec, name=resolve(spec.name)) for spec in script.datasets],
         config=script.dataset_config,
+        columns=script.columns,  # type: ignore[arg-type]
         train_split=script.dataset_train_split,
         test_split=script.dataset_test_split,
         held_out=script.held_out,

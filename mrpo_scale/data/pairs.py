@@ -24,10 +24,11 @@ class PreferencePair:
 
     ``prompt`` is either a conversation, a list of ``{"role", "content", ...}`` messages that ends with a user turn and is rendered
     with each model's own chat template, or a string, which every model reads as it is (TRL's "standard" format). Responses are the
-    text of one assistant turn. ``tools`` go to the chat templates unchanged.
+    text of one assistant turn. ``tools`` and ``chat_template_kwargs`` go to the chat templates unchanged.
     """
 
     prompt: list[dict[str, Any]] | str
     chosen: str
     rejected: str
     tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None

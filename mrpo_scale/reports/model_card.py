@@ -137,7 +137,7 @@ class ModelCard:
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
-_DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv")
+_DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".gz", ".bz2", ".xz", ".zst")
 
 
 def is_hub_id(name: str) -> bool:

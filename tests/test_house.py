@@ -61,14 +61,17 @@ READING_ORDER = [
         ". fields data_keys model_spec ds_config launcher hardware checks keys digest elsewhere mixtures trl_keys recipe foreign "
         "foreign_yaml foreign_commands foreign_keys",
     ),
-    ("mrpo_scale.data", "pairs messages repeated_prompt turns chat_template model_text ranking mixing toy_skills toy_world"),
+    (
+        "mrpo_scale.data",
+        "pairs messages repeated_prompt turns chat_template model_text ranking mixing toy_skills toy_world",
+    ),
     ("mrpo_scale.data.layouts", "base"),
     ("mrpo_scale.data", "pair_table"),
     (
         "mrpo_scale.data.layouts",
         "conversational strings hh_strings helpsteer nectar sharegpt orca gpt4_llm swift openai nemo_rl .",
     ),
-    ("mrpo_scale.data", "loading . tokenization pair_dataset inputs window"),
+    ("mrpo_scale.data", "remarks unread loading . tokenization pair_dataset inputs window"),
     (
         "mrpo_scale.logps",
         ". logit_transform span_attention pair_batch micro_batches pair_forward self_check flops",

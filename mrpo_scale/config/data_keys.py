@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.untrusted import parse_json
 
-
 #: Columns that are read, or {name here: name in the set}.
 Columns = tuple[str, ...] | Mapping[str, str] | None
 

@@ -22,6 +22,8 @@ from mrpo_scale.config.data_keys import Columns, DatasetSpec, Entry, PairOptions
 from mrpo_scale.data.layouts import LAYOUTS, AnyLayout
 from mrpo_scale.data.mixing import mix
 from mrpo_scale.data.pair_table import FEATURES, PairTable, group_numbers, pair_table
+from mrpo_scale.data.remarks import log_remarks
+from mrpo_scale.data.unread import unread_columns
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 DEFAULT_TEST_SPLIT = "test"
@@ -63,9 +65,10 @@ def load_rows(
 
     Args:
         dataset_name: hub id, or a local .json (lines or one array), .jsonl, .parquet, .arrow or .csv file (also packed: .gz, .bz2,
-            .xz, .zst), which is a ``train`` split, or a folder of such files, whose names tell their splits. Several: see :mod:`mrpo_scale.data.mixing`.
-        train_split, test_split: names, or parts as `datasets` writes them (``train[:10]``, ``train[10%:]``, ``a+b``). A test split is
-            taken where the data set has it; another name than the default must exist.
+            .xz, .zst), which is a ``train`` split, or a folder of such files, whose names tell their splits. Several: see
+            :mod:`mrpo_scale.data.mixing`.
+        train_split, test_split: names, or parts as `datasets` writes them (``train[:10]``, ``train[10%:]``, ``a+b``). A test split
+            is taken where the data set has it; another name than the default must exist.
         columns: those that are read, or how they are called, for data sets that do not say it themselves; see DatasetSpec.
         held_out: without a test split, how much of the train split to hold out: a fraction below 1, or a number of rows (of several
             sets: in all).
@@ -99,6 +102,8 @@ def load_rows(
         for rows, tables in ((train, trains), (test, tests)):
             if rows is not None:
                 found = _find_layout_of(rows, spec.layout or layout, spec.label)
+                if tables is trains:  # of a single set it is said with all else
+                    log_remarks(spec.label, unread_columns(rows, found, options))
                 tables.append(pair_table(rows, found, options, source=spec.label, num_proc=num_proc))
     return mix(trains, specs, seed), datasets.concatenate_datasets(tests) if tests else None
 
@@ -162,9 +167,7 @@ def _part_of(splits: datasets.DatasetDict, dataset_name: str, key: str, split: s
     except (ValueError, KeyError, AssertionError) as error:
         if "[" in split:
             problem = f"has no such part: {one_line(error)}"
-        raise ConfigError(
-            f"`{key}: {split}`: `{dataset_name}` {problem}; choose one of {', '.join(splits)}."
-        ) from None
+        raise ConfigError(f"`{key}: {split}`: `{dataset_name}` {problem}; choose one of {', '.join(splits)}.") from None
     # `select` would slice rows that lie together, and a slice forgets which rows of the file it holds.
     parts = [
         splits[piece.splitname]._select_with_indices_mapping(np.arange(piece.from_ or 0, piece.to)) for piece in pieces

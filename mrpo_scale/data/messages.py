@@ -30,8 +30,8 @@ def without_none(value: Any) -> Any:
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
-    """A column's messages, checked: each has a role, and text unless it calls tools. System turns without text are left out, parts of
-    text are joined, and reasoning is called ``reasoning_content`` (each template gets it under the name that it knows).
+    """A column's messages, checked: each has a role, and text unless it calls tools. System turns without text are left out, parts
+    of text are joined, and reasoning is called ``reasoning_content`` (each template gets it under the name that it knows).
 
     Raises:
         BadRow: ``malformed``, naming the column and the message; ``not_text``, naming the type of a part that is no text.

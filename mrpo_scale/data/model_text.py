@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,29 @@ class ModelText:
         """Whether the template asks for the date, so that tokens depend on it."""
         return self._template.prints_date
 
+    def takes_argument(self, name: str) -> bool:
+        """Whether the template uses an argument of that name."""
+        return name in self._template.arguments
+
+    def names_field(self, name: str) -> bool:
+        """Whether the template can show a field of messages."""
+        return self._template.names_field(name)
+
+    def control_tokens(self, value: Any) -> list[str]:
+        """The special tokens that are spelled out in a text, or in the texts of messages: they become the tokens."""
+        if isinstance(value, str):
+            return self._control.findall(value) if self._control is not None else []
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        return [token for item in items for token in self.control_tokens(item)]
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        # Texts have marks of reasoning on purpose.
+        meant = [token for token in special if token.strip() and token not in ("<think>", "</think>")]
+        longest_first = sorted(meant, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
     def render_prompt(self, pair: PreferencePair) -> str:
         """The prompt as text, as a model gets it that shall answer.
 
@@ -215,7 +239,7 @@ class ModelText:
         """The messages that the template takes, their text with the generation prompt, and whether turns were merged for it."""
         assert not isinstance(pair.prompt, str)
         try:
-            text = self._apply(pair.prompt, pair.tools, generation_prompt=True)
+            text = self._apply(pair.prompt, pair, generation_prompt=True)
             problem = self._dropped_system(pair.prompt, text)
             if problem is None:
                 return pair.prompt, text + self._added_prompt, False
@@ -223,7 +247,7 @@ class ModelText:
             problem = f"rejects a conversation: {error}"
         merged = merge_turns(pair.prompt)
         try:
-            text = self._apply(merged, pair.tools, generation_prompt=True)
+            text = self._apply(merged, pair, generation_prompt=True)
         except TemplateError as error:
             raise BadRow(f"template_rejected:{self.name}", str(error)) from error
         if self.system != "merge":
@@ -238,12 +262,12 @@ class ModelText:
 
         def answered(text: str) -> str:
             answer = {"role": "assistant", "content": text}
-            return self._apply([*messages, answer], pair.tools, generation_prompt=False)
+            return self._apply([*messages, answer], pair, generation_prompt=False)
 
         whole = answered(response)
         if whole == prompt + self._opening + response + self._ending:  # as the template did for the first conversation
             return Turn(prompt, self._opening, response, response)
-        bare = self._apply(messages, pair.tools, generation_prompt=False)
+        bare = self._apply(messages, pair, generation_prompt=False)
         turn = find_turn(whole, answered(SENTINEL), prompt=prompt, bare=bare, opening=self._opening, response=response)
         if turn is None:
             raise TemplateError("it does not write an answer to this conversation")
@@ -311,8 +335,10 @@ class ModelText:
         dropped = any(m["role"] == "system" and m["content"].strip() not in rendered for m in messages)
         return "drops system turns" if dropped else None
 
-    def _apply(self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool) -> str:
-        return self._template.render(messages, tools, generation_prompt=generation_prompt)
+    def _apply(self, messages: Sequence[Message], pair: PreferencePair | None, *, generation_prompt: bool) -> str:
+        """``pair``: whose tools and arguments the template gets."""
+        tools, arguments = (pair.tools, pair.chat_template_kwargs) if pair is not None else (None, None)
+        return self._template.render(messages, tools, arguments, generation_prompt=generation_prompt)
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._encoded:

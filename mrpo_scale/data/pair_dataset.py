@@ -22,15 +22,16 @@ import transformers
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.data_keys import PairOptions
-from mrpo_scale.data.layouts import AnyLayout, Layout
-from mrpo_scale.data.pair_table import as_pairs, describe_source, source_of
+from mrpo_scale.data.layouts import AnyLayout
+from mrpo_scale.data.pair_table import PairReader, as_pairs, describe_source, source_of
 from mrpo_scale.data.pairs import NO_PAIR, BadRow, PreferencePair
-from mrpo_scale.data.tokenization import ModelText, PairTokens, TextReader, row_key, tokenize_pair
+from mrpo_scale.data.remarks import Remark, log_remarks
+from mrpo_scale.data.tokenization import ModelText, PairTokens, TextReader, prompt_key, row_key, tokenize_pair
 
 logger = logging.getLogger(__name__)
 
 #: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
-SCHEME = 3
+SCHEME = 4
 _TEMPLATE_FLAGS = ("merged", "trimmed", "changed")  #: what a template did to a pair, per ModelText
 
 
@@ -43,6 +44,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         merged: pairs whose turns had to be merged, by model name; models without any are left out.
         trimmed, changed: pairs with a response off which a template trims white space, or of which it drops or rewrites more; the
             same way. Such a model scores what its template makes of the response.
+        remarks: all that is said of the set in a form that people read, those three among it; see data/remarks.py.
         num_texts: number of ModelTexts.
         row_keys: [N] 16-byte strings (numpy S16), see :func:`row_key`.
         fingerprint: what the tokens depend on, as a hex digest.
@@ -51,10 +53,11 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
     def __init__(
         self,
         rows: datasets.Dataset,
-        layout: Layout,
+        layout: PairReader,
         tokenized: datasets.Dataset,
         names: Sequence[str],
         fingerprint: str,
+        readers: Sequence[TextReader] = (),
     ) -> None:
         self._rows, self._layout, self._tokenized = rows, layout, tokenized
         self.num_texts = len(names)
@@ -66,10 +69,35 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         self.cut_rows = np.flatnonzero(cut.any(axis=0))
         self.truncated = len(self.cut_rows)
         self.merged, self.trimmed, self.changed = (self._by_model(flag, names) for flag in _TEMPLATE_FLAGS)
+        self.remarks = self._remarks([_models_of(i, name, readers) for i, name in enumerate(names)])
 
     def _by_model(self, flag: str, names: Sequence[str]) -> dict[str, int]:
         counts = _flags(self._tokenized, [f"{flag}_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
         return {name: int(n) for name, n in zip(names, counts, strict=True) if n}
+
+    def _remarks(self, models: Sequence[list[str]]) -> list[Remark]:
+        """Of what each row's words and flags say; ``models``: of every ModelText, those that read it."""
+        counts: dict[str, dict[str, int]] = {}
+        for i, names in enumerate(models):
+            found = {
+                flag: int(_flags(self._tokenized, [f"{flag}_{i}"])[0, self._good].sum()) for flag in _TEMPLATE_FLAGS
+            }
+            words = pc.value_counts(pc.list_flatten(self._tokenized.data.column(f"remarks_{i}")))
+            found |= {one["values"].as_py(): one["counts"].as_py() for one in words}
+            for word, n in found.items():
+                if n:
+                    counts.setdefault(word, {}).update(dict.fromkeys(names, n))
+        remarks = [Remark(word, max(by_model.values()), by_model) for word, by_model in counts.items()]
+        repeated = int(_flags(self._tokenized, ["repeats_prompt"])[0, self._good].sum())
+        twice = len(self._good) - len(np.unique(self.row_keys))
+        alone = {"stripped_prompt" if self._layout.strips else "repeated_prompt": repeated, "duplicate": twice}
+        remarks += [Remark(word, n, {}) for word, n in alone.items() if n]
+        return sorted(remarks, key=lambda remark: remark.place)
+
+    @cached_property
+    def prompt_keys(self) -> np.ndarray:
+        """[N] int64: equal for pairs that answer the same prompt."""
+        return np.asarray(self._tokenized["prompt_key"][:], dtype=np.int64)[self._good]
 
     @cached_property
     def row_keys(self) -> np.ndarray:
@@ -118,7 +146,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
     def select(self, rows: Sequence[int]) -> PairDataset:
         """Only these pairs, in this order; ``counts``, ``truncated`` and ``merged`` stay those of the whole set."""
         selected = copy.copy(self)
-        for computed in ("row_keys", "lengths"):
+        for computed in ("row_keys", "prompt_keys", "lengths"):
             vars(selected).pop(computed, None)
         selected._good = self._good[np.asarray(rows, dtype=np.int64)]
         return selected
@@ -169,6 +197,7 @@ def prepare_pairs(
     max_bad_rows: float = 0.1,
     bad_rows_file: Path | None = None,
     split: str = "train",
+    readers: Sequence[TextReader] = (),
     num_proc: int | None = None,
     cache_dir: Path | None = None,
     write: bool = True,
@@ -182,6 +211,7 @@ def prepare_pairs(
         max_bad_rows: largest fraction of bad rows. Answers that tie are left out and counted, but are not bad rows.
         bad_rows_file: where bad rows are listed, if there are any, as JSON lines ``{split, row, reason, detail}``.
         split: what the rows are called in messages.
+        readers: the models that read the texts, for messages.
         cache_dir: where tokens are kept for the next run; default: where ``datasets`` keeps ``rows``.
         write: whether this process writes ``bad_rows_file`` and logs; one process of a job should.
 
@@ -189,15 +219,15 @@ def prepare_pairs(
         BadRowsError: bad rows under ``on_bad_row: error``, too many of them, or none but them.
         ConfigError: see ModelText.render_prompt.
     """
-    rows, layout = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
-    key = _fingerprint(rows, layout, texts, max_length)
+    rows, reader = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
+    key = _fingerprint(rows, reader, texts, max_length)
     cache_file = None
     if cache_dir is not None:
         cache_dir.mkdir(parents=True, exist_ok=True)
         cache_file = str(cache_dir / f"pairs-{key}.arrow")
     tokenized = rows.map(
         _tokenize_row,
-        fn_kwargs={"layout": layout, "texts": list(texts), "max_length": max_length},
+        fn_kwargs={"layout": reader, "texts": list(texts), "max_length": max_length},
         remove_columns=rows.column_names,
         features=_features(len(texts)),
         num_proc=num_proc,
@@ -205,7 +235,7 @@ def prepare_pairs(
         new_fingerprint=key,
         desc=f"Tokenizing {split} for {len(texts)} model{'s' if len(texts) > 1 else ''}",
     )
-    pairs = PairDataset(rows, layout, tokenized, [text.name for text in texts], key)
+    pairs = PairDataset(rows, reader, tokenized, [text.name for text in texts], key, readers)
     bad = pairs.bad_rows()
     if write:
         _report(pairs, split, max_length, len(rows))
@@ -254,18 +284,37 @@ def check_token_ids(pairs: PairDataset, texts: Sequence[ModelText], readers: Seq
             )
 
 
+def check_prompts(pairs: PairDataset, repeated_prompt: str, most: float, split: str) -> None:
+    """Refuse sets whose responses begin with their prompts: every model would read those twice.
+
+    Args:
+        most: fraction of the pairs that may do so; a greeting that is answered by a greeting does.
+
+    Raises:
+        ConfigError: under ``repeated_prompt: error``, more than that do.
+    """
+    repeated = next((remark.pairs for remark in pairs.remarks if remark.word == "repeated_prompt"), 0)
+    if repeated_prompt == "error" and repeated > most * len(pairs):
+        raise ConfigError(
+            f"`repeated_prompt: error`: in {repeated} of {len(pairs)} pairs of the {split} set both responses begin with their "
+            "prompt, which every model would read twice; set `repeated_prompt: strip` to take it off, or `keep` where it belongs."
+        )
+
+
 def _tokenize_row(
-    row: Mapping[str, Any], *, layout: Layout, texts: Sequence[ModelText], max_length: int | None
+    row: Mapping[str, Any], *, layout: PairReader, texts: Sequence[ModelText], max_length: int | None
 ) -> dict[str, Any]:
     """One row of the tokenized table: columns as in ``_features``."""
     fields = tuple(PairTokens.__dataclass_fields__)
     try:
-        done = tokenize_pair(layout.to_pair(row), texts, max_length)
+        pair, repeated = layout.read(row)
+        done = tokenize_pair(pair, texts, max_length)
     except BadRow as bad:
         tokens: dict[str, list[int]] = {f"{field}_{i}": [] for i in range(len(texts)) for field in fields}
         flags = {f"{flag}_{i}": False for i in range(len(texts)) for flag in _TEMPLATE_FLAGS}
         lengths: dict[str, Any] = {"chosen_chars": 0, "rejected_chars": 0, "chosen_cut": False, "rejected_cut": False}
-        lengths |= {"row_key_0": 0, "row_key_1": 0}
+        lengths |= {"row_key_0": 0, "row_key_1": 0, "prompt_key": 0, "repeats_prompt": False}
+        lengths |= {f"remarks_{i}": [] for i in range(len(texts))}
         return {"reason": bad.reason, "detail": bad.detail, **lengths, **flags, **tokens}
     halves = np.frombuffer(row_key(done.pair, done.cut, done.whole), dtype="<i8").tolist()
     return {
@@ -273,6 +322,9 @@ def _tokenize_row(
         "detail": "",
         "row_key_0": halves[0],
         "row_key_1": halves[1],
+        "prompt_key": prompt_key(done.whole),
+        "repeats_prompt": repeated,
+        **{f"remarks_{i}": words for i, words in enumerate(done.remarks)},
         "chosen_chars": len(done.pair.chosen),
         "rejected_chars": len(done.pair.rejected),
         "chosen_cut": done.cut[0],
@@ -285,26 +337,34 @@ def _tokenize_row(
 def _features(num_texts: int) -> datasets.Features:
     """Columns of the tokenized table, fixed so that a first block of bad rows does not decide their types."""
     columns: dict[str, Any] = {"reason": datasets.Value("string"), "detail": datasets.Value("string")}
-    columns |= {f"row_key_{i}": datasets.Value("int64") for i in (0, 1)}
+    columns |= {key: datasets.Value("int64") for key in ("row_key_0", "row_key_1", "prompt_key")}
+    columns |= {"repeats_prompt": datasets.Value("bool")}
     columns |= {f"{side}_chars": datasets.Value("int64") for side in ("chosen", "rejected")}
     columns |= {f"{side}_cut": datasets.Value("bool") for side in ("chosen", "rejected")}
     for i in range(num_texts):
+        columns |= {f"remarks_{i}": datasets.List(datasets.Value("string"))}
         columns |= {f"{flag}_{i}": datasets.Value("bool") for flag in _TEMPLATE_FLAGS}
         columns |= {f"{field}_{i}": datasets.List(datasets.Value("int32")) for field in PairTokens.__dataclass_fields__}
     return datasets.Features(columns)
 
 
-def _fingerprint(rows: datasets.Dataset, layout: Layout, texts: Sequence[ModelText], max_length: int | None) -> str:
+def _fingerprint(rows: datasets.Dataset, layout: PairReader, texts: Sequence[ModelText], max_length: int | None) -> str:
     """Of everything that the tokenized table depends on. It names the cache file, so a stale one is never read."""
     parts = [
         SCHEME,
         [transformers.__version__, tokenizers.__version__],
         rows._fingerprint,
         layout.name,
+        layout.settings,
         max_length,
         [[text.name, text.fingerprint(), text.max_context] for text in texts],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _models_of(text: int, name: str, readers: Sequence[TextReader]) -> list[str]:
+    """The models that read a ModelText; without any, what it is called itself."""
+    return [reader.name for reader in readers if reader.tokenization == text] or [name]
 
 
 def _flags(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
@@ -317,16 +377,7 @@ def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: in
         logger.info("%s: skipped %d of %d pairs: %s", split, num_rows - len(pairs), num_rows, _by_reason(pairs.counts))
     if pairs.truncated:
         logger.info("%s: cut responses of %d pairs to max_length %s", split, pairs.truncated, max_length)
-    for name, n in pairs.merged.items():
-        logger.info("%s: merged turns of %d prompts for %s", split, n, name)
-    for name, n in pairs.trimmed.items():
-        logger.info("%s: the chat template of %s trims white space off responses of %d pairs", split, name, n)
-    for name, n in pairs.changed.items():
-        logger.warning(
-            "%s: the chat template of %s drops or rewrites text of responses of %d pairs (reasoning, for instance): it scores what "
-            "its template makes of them",
-            split, name, n,
-        )  # fmt: skip
+    log_remarks(split, pairs.remarks)
 
 
 def _by_reason(counts: Mapping[str, int]) -> str:

@@ -29,7 +29,7 @@ from mrpo_scale.data.messages import (
 )
 from mrpo_scale.data.pairs import BadRow, PreferencePair
 from mrpo_scale.data.ranking import choose_pairs
-from mrpo_scale.data.repeated_prompt import without_prompt
+from mrpo_scale.data.repeated_prompt import repeats_prompt, without_prompt
 
 #: Raised whenever the same rows would give other pairs, so that no table of an older version is read.
 SCHEME = 3
@@ -68,22 +68,28 @@ class PairReader:
 
     Attributes:
         name: the layout's.
+        strips: whether prompts are taken off responses that begin with them.
         settings: what else the pairs depend on.
     """
 
     def __init__(self, layout: Layout, options: PairOptions) -> None:
         self._layout = layout
         self.name = layout.name
-        self.settings = [options.repeated_prompt == "strip", options.chat_template_kwargs]
-        self._strips = options.repeated_prompt == "strip"
+        self.strips = options.repeated_prompt == "strip"
+        self.settings = [self.strips, options.chat_template_kwargs]
         self._kwargs = json.loads(options.chat_template_kwargs)
 
     def to_pair(self, row: Mapping[str, Any]) -> PreferencePair:
         """The row's pair. Raises BadRow, see Layout.to_pair."""
+        return self.read(row)[0]
+
+    def read(self, row: Mapping[str, Any]) -> tuple[PreferencePair, bool]:
+        """The same, and whether both responses began with their prompt."""
         pair = self._layout.to_pair(row)
         if self._kwargs:
             pair = replace(pair, chat_template_kwargs={**self._kwargs, **(pair.chat_template_kwargs or {})})
-        return without_prompt(pair) if self._strips else pair
+        repeated = repeats_prompt(pair)
+        return without_prompt(pair) if repeated and self.strips else pair, repeated
 
 
 def as_pairs(

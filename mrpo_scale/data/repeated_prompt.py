@@ -18,9 +18,7 @@ def repeats_prompt(pair: PreferencePair) -> bool:
 
 
 def without_prompt(pair: PreferencePair) -> PreferencePair:
-    """``pair`` with the prompt taken off both responses, where both begin with it."""
-    if not repeats_prompt(pair):
-        return pair
+    """A pair for which :func:`repeats_prompt`, with the prompt taken off both responses."""
     prompt, raw = _last_text(pair), isinstance(pair.prompt, str)
     chosen, rejected = (_rest(text, prompt, raw) for text in (str(pair.chosen), str(pair.rejected)))
     return replace(pair, chosen=chosen, rejected=rejected)
@@ -28,7 +26,9 @@ def without_prompt(pair: PreferencePair) -> PreferencePair:
 
 def _rest(text: str, prompt: str, raw: bool) -> str:
     rest = text[len(prompt) :] if text.startswith(prompt) else text.lstrip()[len(prompt.strip()) :]
-    return rest if raw else rest.lstrip()  # a raw prompt goes on in its response: the blank between them is the response's
+    return (
+        rest if raw else rest.lstrip()
+    )  # a raw prompt goes on in its response: the blank between them is the response's
 
 
 def _last_text(pair: PreferencePair) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mrpo_scale.data.model_text import ModelText, Reading
 from mrpo_scale.data.pairs import BadRow, PreferencePair
+from mrpo_scale.data.remarks import row_remarks
 
 __all__ = ["ModelText", "PairTokens", "TextReader", "TokenizedPair", "row_key", "tokenize_pair"]
 
@@ -53,6 +54,7 @@ class TokenizedPair:
     merged: tuple[bool, ...]  #: whether turns were merged, per ModelText
     trimmed: tuple[bool, ...]  #: whether the template trims white space off a response, per ModelText
     changed: tuple[bool, ...]  #: whether it drops or rewrites more of one, per ModelText
+    remarks: tuple[list[str], ...] = ()  #: what else a model does not see, per ModelText; see data/remarks.py
 
 
 def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: int | None) -> TokenizedPair:
@@ -88,6 +90,7 @@ def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: 
         merged=tuple(reading.merged for reading in readings),
         trimmed=tuple(reading.chosen.trimmed or reading.rejected.trimmed for reading in readings),
         changed=tuple(reading.chosen.changed or reading.rejected.changed for reading in readings),
+        remarks=tuple(row_remarks(pair, text, reading) for text, reading in zip(texts, readings, strict=True)),
     )
 
 
@@ -112,6 +115,13 @@ def _characters(value: Any) -> int:
     return sum(map(_characters, items))
 
 
+def prompt_key(pair: PreferencePair) -> int:
+    """63 bits that name what the responses answer."""
+    parts = [pair.prompt, pair.tools, pair.chat_template_kwargs]
+    digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def row_key(pair: PreferencePair, cut: tuple[bool, bool], whole: PreferencePair | None = None) -> bytes:
     """16 bytes that name a row in the score cache: a hash of the text that is scored, after cuts, and of which end was cut.
 
@@ -120,7 +130,9 @@ def row_key(pair: PreferencePair, cut: tuple[bool, bool], whole: PreferencePair 
     """
     digest = hashlib.blake2b(digest_size=16)
     lost = [whole.chosen, whole.rejected] if whole is not None and any(cut) else []
-    for part in (pair.prompt, pair.tools, pair.chosen, pair.rejected, list(cut), *lost):
+    # Rows without arguments have the keys that they had before there were any.
+    arguments = [{"chat_template_kwargs": pair.chat_template_kwargs}] if pair.chat_template_kwargs else []
+    for part in (pair.prompt, pair.tools, pair.chosen, pair.rejected, list(cut), *lost, *arguments):
         text = json.dumps(part, sort_keys=True).encode()
         digest.update(len(text).to_bytes(8, "little") + text)
     return digest.digest()

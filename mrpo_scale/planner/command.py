@@ -32,6 +32,7 @@ from mrpo_scale.planner.data import (
     lengths_table,
     plot_lengths,
     reader_names,
+    remarks_list,
     render_pairs,
     sets_table,
     tokens_cut,
@@ -233,6 +234,8 @@ class _Check:
     def _show_data(self, plan: RunPlan, sets: list[ReadSet]) -> None:
         names, first = reader_names(plan), sets[0]
         print(f"\nDATA\n\n{sets_table(sets, plan.texts[0])}")
+        if said := remarks_list(sets):
+            print(f"\n{said}")
         print(f"\n{lengths_table(first.pairs.lengths, names)}")
         print(f"\n{render_pairs(first.pairs, plan.texts, names, width=160)}\n")
         plot_lengths(first.pairs.lengths, names, self.config.max_length, self.folder / "lengths.png")

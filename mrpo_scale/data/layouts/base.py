@@ -47,8 +47,8 @@ class Layout(AnyLayout):
         """Read one row.
 
         Raises:
-            BadRow: this row is not what the layout promises, though others may be; ``not_text``; ``contradictory_scores`` when the row's own
-                scores say that the rejected response is the better one. Equal scores are no contradiction.
+            BadRow: this row is not what the layout promises, though others may be; ``not_text``; ``contradictory_scores`` when the
+                row's own scores say that the rejected response is the better one. Equal scores are no contradiction.
         """
         check_text_only(row)
         for chosen, rejected in SCORE_COLUMNS:

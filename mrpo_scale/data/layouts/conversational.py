@@ -9,7 +9,6 @@ from mrpo_scale.data.layouts.base import Layout
 from mrpo_scale.data.messages import add_system, pair_from_messages, read_messages, read_tools, split_conversations
 from mrpo_scale.data.pairs import PreferencePair
 
-
 PROMPTS = ("prompt", "messages", "conversation")  #: where the prompt stands: TRL's name, axolotl's
 
 

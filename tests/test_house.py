@@ -76,7 +76,7 @@ READING_ORDER = [
         "mrpo_scale.logps",
         ". logit_transform span_attention pair_batch micro_batches pair_forward self_check flops",
     ),
-    ("mrpo_scale.models", ". source stored left_out saving tensor_check plan"),
+    ("mrpo_scale.models", ". source stored left_out saving tensor_check plan same_weights"),
     ("mrpo_scale.references", ". placement mapped sharding live loading"),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
     ("mrpo_scale.references", "stores precompute scores validation_weights"),

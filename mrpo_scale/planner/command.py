@@ -24,6 +24,7 @@ from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date
 from mrpo_scale.models.plan import RunPlan, plan_models
+from mrpo_scale.models.same_weights import repeated_references
 from mrpo_scale.models.source import check_weight_files
 from mrpo_scale.models.tensor_check import check_model
 from mrpo_scale.planner.cluster import Cluster, make_cluster
@@ -204,6 +205,7 @@ class _Check:
         return None
 
     def _look_for_weights(self, plan: RunPlan) -> None:
+        self.warnings += repeated_references(plan, self.config)
         sources = [plan.policy, *(reference.source for reference in plan.references)]
         for source in {(source.path, source.revision): source for source in reversed(sources)}.values():
             try:

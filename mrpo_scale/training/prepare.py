@@ -29,6 +29,7 @@ from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date
 from mrpo_scale.logps.pair_forward import choose_end_to_end, choose_shared_prompt, enable_pair_scoring
 from mrpo_scale.models.plan import RunPlan, disable_dropout, load_policy, plan_models
+from mrpo_scale.models.same_weights import repeated_references
 from mrpo_scale.models.saving import check_small_files
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.scores import ReferenceScores
@@ -154,6 +155,9 @@ def _plan(
     plan = plan_models(model, ref_models, args, processing_class)
     record_date(args, plan.dated, run=args.folder)
     check_small_files(Path(plan.policy.path))
+    if args.process_index == 0:
+        for sentence in repeated_references(plan, args):
+            logger.warning("%s", sentence)
     return plan
 
 

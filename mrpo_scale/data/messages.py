@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mrpo_scale.base.untrusted import parse_json
 from mrpo_scale.config.data_keys import RESERVED
-from mrpo_scale.data.pairs import BadRow, PreferencePair
-
-Message = dict[str, Any]
+from mrpo_scale.data.pairs import BadRow, Message, PreferencePair, Response, as_response, is_plain
 
 #: Types of parts of a content that are text: chat completions', and those of OpenAI's responses.
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -45,6 +44,10 @@ def read_messages(value: Any, column: str) -> list[Message]:
         message = _with_one_reasoning(without_none(item))
         if isinstance(message.get("content"), list):
             message["content"] = _joined_parts(message["content"], f"{column}[{i}].content")
+        if "tool_calls" in message:
+            message["tool_calls"] = _read_calls(message["tool_calls"], f"{column}[{i}].tool_calls")
+            if not message["tool_calls"]:  # some templates take a turn with an empty list for one that calls tools
+                del message["tool_calls"]
         if not isinstance(message.get("content"), str) and not ("content" not in message and message.get("tool_calls")):
             raise BadRow("malformed", f"`{column}[{i}].content` is {_kind(item.get('content'))}, not a string")
         messages.append(message)
@@ -71,6 +74,49 @@ def _with_one_reasoning(message: Message) -> Message:
     if name in (None, REASONING[0]):
         return message
     return {REASONING[0] if key == name else key: value for key, value in message.items()}
+
+
+def _read_calls(value: Any, where: str) -> list[Any]:
+    """Tool calls as chat templates take them: ``arguments`` that are JSON text of an object (OpenAI's way) become that object."""
+    if not isinstance(value, list):
+        raise BadRow("malformed", f"`{where}` is {_kind(value)}, not a list")
+    return [_read_call(call, f"{where}[{i}]") for i, call in enumerate(value)]
+
+
+def _read_call(call: Any, where: str) -> dict[str, Any]:
+    function = called(call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise BadRow("malformed", f"`{where}` names no function")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise BadRow("malformed", f"`{where}`: its arguments are not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise BadRow("malformed", f"`{where}`: its arguments are {_kind(arguments)}, not an object")
+    return with_function(call, {**function, "arguments": arguments})
+
+
+def called(call: dict[str, Any]) -> Any:
+    """The ``{name, arguments}`` of a tool call, which stand in its ``function`` or in itself."""
+    return call.get("function", call)
+
+
+def with_function(call: dict[str, Any], function: dict[str, Any]) -> dict[str, Any]:
+    """The call with another :func:`called`."""
+    return {**call, "function": function} if "function" in call else function
+
+
+def as_text(messages: Sequence[Message]) -> str:
+    """Messages for people's eyes."""
+    return "\n\n".join(f"[{message['role']}]\n{said(message)}" for message in messages)
+
+
+def said(message: Message) -> str:
+    """A message's text, and its tool calls as JSON, each on a line of its own."""
+    calls = (json.dumps(called(call), ensure_ascii=False) for call in message.get("tool_calls", ()))
+    return "\n".join([*([message["content"]] if message.get("content") else []), *calls])
 
 
 def without_blank_system(messages: list[Message]) -> list[Message]:
@@ -127,11 +173,11 @@ def read_text(value: Any, column: str) -> str:
 def split_conversations(
     chosen: list[Message], rejected: list[Message], tools: list[Any] | None = None
 ) -> PreferencePair:
-    """A pair from two whole conversations: the messages they share are the prompt, the last one of each is the response.
+    """A pair from two whole conversations: the messages they share are the prompt, the others of each are its response. Where they
+    part in what a user or a tool says, the response begins with the assistant's turn before that, which both share.
 
     Raises:
-        BadRow: ``malformed`` when one does not end with an assistant turn, ``multi_turn_response`` when they part earlier than
-            at the last turn, ``empty_prompt`` when they share nothing.
+        BadRow: ``malformed`` when one does not end with an assistant turn, ``empty_prompt`` when they share nothing.
     """
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1]["role"] != "assistant":
@@ -139,6 +185,8 @@ def split_conversations(
     # Two equal conversations still have a response each, so that they are counted as what they are: identical responses.
     longest = min(len(chosen), len(rejected)) - 1
     shared = next((i for i in range(longest) if chosen[i] != rejected[i]), longest)
+    while shared and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+        shared -= 1
     return pair_from_messages(chosen[:shared], chosen[shared:], rejected[shared:], tools)
 
 
@@ -148,14 +196,14 @@ def pair_from_messages(
     """A pair from a prompt and the messages that answer it.
 
     Raises:
-        BadRow: when a response is not one assistant turn, or when there is no turn to answer.
+        BadRow: when a response does not begin and end with an assistant turn, or when there is no turn to answer.
     """
     if not prompt:
         raise BadRow("empty_prompt", "the responses have no turn before them, or not the same one")
-    texts = [_response(messages, column) for messages, column in ((chosen, "chosen"), (rejected, "rejected"))]
+    responses = [_response(messages, column) for messages, column in ((chosen, "chosen"), (rejected, "rejected"))]
     if prompt[-1]["role"] == "assistant":
         raise BadRow("malformed", "the prompt ends with an assistant turn")
-    return PreferencePair(prompt=prompt, chosen=texts[0], rejected=texts[1], tools=tools)
+    return PreferencePair(prompt=prompt, chosen=responses[0], rejected=responses[1], tools=tools)
 
 
 def add_system(pair: PreferencePair, row: Mapping[str, Any]) -> PreferencePair:
@@ -195,17 +243,19 @@ def merge_turns(messages: Sequence[Message]) -> list[Message]:
     return [*merged[:first], {**merged[first], "content": content}, *merged[first + 1 :]]
 
 
-def _response(messages: list[Message], column: str) -> str:
+def _response(messages: list[Message], column: str) -> Response:
     if not messages:
         raise BadRow("empty_response", f"`{column}` has no message")
-    if len(messages) > 1:
-        raise BadRow("multi_turn_response", f"`{column}` answers with {len(messages)} turns")
-    message = messages[0]
-    if message["role"] != "assistant":
-        raise BadRow("malformed", f"`{column}` answers with a {message['role']} turn")
-    if message.get("tool_calls"):
-        raise BadRow("tool_call_response", f"`{column}` calls tools; only text can be scored")
-    return message["content"]
+    for place, message in (("answers with", messages[0]), ("ends with", messages[-1])):
+        if message["role"] != "assistant":
+            raise BadRow("malformed", f"`{column}` {place} a {message['role']} turn")
+    if any(message["role"] == "system" for message in messages):
+        raise BadRow("malformed", f"`{column}` has a system turn")
+    if not (len(messages) == 1 and is_plain(messages[0])):
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" and not said(message).strip():
+                raise BadRow("empty_response", f"`{column}`: the assistant says nothing in message {i + 1}")
+    return as_response(messages)
 
 
 def _kind(value: Any) -> str:

@@ -8,8 +8,9 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -19,8 +20,9 @@ from transformers.convert_slow_tokenizer import SLOW_TO_FAST_CONVERTERS
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE
 from mrpo_scale.data.chat_template import ChatTemplate
-from mrpo_scale.data.messages import Message, merge_turns
-from mrpo_scale.data.pairs import BadRow, PreferencePair
+from mrpo_scale.data.messages import merge_turns
+from mrpo_scale.data.pairs import BadRow, Cut, Cuts, Message, PairTokens, PreferencePair, Response
+from mrpo_scale.data.response_turns import Render, Turns, drops_tools, read_turns
 from mrpo_scale.data.turns import SENTINEL, Turn, find_turn, shared_length
 
 #: Raised whenever the same template and tokenizer would give other tokens.
@@ -30,12 +32,24 @@ _REMEMBERED = 16  #: texts whose tokens are kept: those of one pair are asked fo
 
 @dataclass(frozen=True)
 class Reading:
-    """A pair as one model reads it. ``merged``: whether turns had to be merged; ``raw``: text without a template."""
+    """A pair as one model reads it. ``merged``: whether turns had to be merged; ``no_tools``: whether the template leaves tools,
+    calls or results out of the prompt; ``raw``: text without a template."""
 
     chosen: Turn
     rejected: Turn
     merged: bool
+    no_tools: bool
     raw: bool
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Prompt and response in tokens. ``start``: how many end before the response begins; ``context``: which ones the assistant does
+    not write."""
+
+    ids: list[int]
+    start: int
+    context: list[bool]
 
 
 def fast_counterpart(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -169,49 +183,69 @@ class ModelText:
             BadRow, ConfigError: see :meth:`render_prompt`.
         """
         if isinstance(pair.prompt, str):
-            chosen, rejected = (Turn(pair.prompt, "", text, text) for text in (pair.chosen, pair.rejected))
-            return Reading(chosen, rejected, merged=False, raw=True)
+            chosen, rejected = (_raw(pair.prompt, response) for response in (pair.chosen, pair.rejected))
+            return Reading(chosen, rejected, merged=False, no_tools=False, raw=True)
         messages, prompt, merged = self._render_prompt(pair)
         try:
-            chosen, rejected = (self._turn(messages, pair, prompt, text) for text in (pair.chosen, pair.rejected))
+            chosen, rejected = (
+                self._read_response(messages, pair, prompt, response) for response in (pair.chosen, pair.rejected)
+            )
+            without_tools = self._renderer(replace(pair, tools=None)) if pair.tools else None
+            no_tools = drops_tools(self._renderer(pair), messages, without_tools)
         except TemplateError as error:
             raise BadRow(f"template_rejected:{self.name}", str(error)) from error
-        return Reading(chosen, rejected, merged, raw=False)
+        return Reading(chosen, rejected, merged, no_tools, raw=False)
 
-    def ids(self, reading: Reading, cuts: tuple[int | None, int | None]) -> tuple[list[int], list[int], list[int]]:
+    def ids(self, reading: Reading, cuts: tuple[int | None, int | None]) -> PairTokens:
         """Tokens of the prompt, the chosen and the rejected response: prompt and response together are the tokens of the
         template's rendering up to the end of turn.
 
         The prompt ends where the first response begins in its tokens, or where the two conversations part, if that is earlier:
         what the template writes before both responses is prompt, what it writes before one of them is part of that response.
+        Of a response of several turns a token is scored if any of its characters is the assistant's; the rest is context.
 
         Args:
-            cuts: how many characters of each response are scored, without an end of turn; None: all.
+            cuts: how many characters of each response's last turn are scored, without an end of turn; None: all.
 
         Raises:
             BadRow: ``cut_not_placed:<name>``, when the template rewrites a response that is cut.
         """
-        both: list[list[int]] = []
-        starts: list[int] = []
+        both = []
         for (turn, head), cut in zip(self._with_heads(reading), cuts, strict=True):
             body = turn.body if cut is None else turn.upto(cut)
             if body is None:
                 raise BadRow(f"cut_not_placed:{self.name}", "its template rewrites a response that max_length cuts")
-            ids, start = self._sequence(turn, head, body, raw=reading.raw, cut=cut is not None)
-            both.append(ids)
-            starts.append(start)
-        shared = min(*starts, shared_length(*both))
+            both.append(self._sequence(turn, head, body, raw=reading.raw, cut=cut is not None))
         chosen, rejected = both
-        return chosen[:shared], chosen[shared:], rejected[shared:]
+        shared = min(chosen.start, rejected.start, shared_length(chosen.ids, rejected.ids))
+        # Of two texts all that is not prompt is scored: what a template writes before one of them belongs to it.
+        several = isinstance(reading.chosen, Turns) or isinstance(reading.rejected, Turns)
+        return PairTokens(
+            prompt_ids=chosen.ids[:shared],
+            chosen_ids=chosen.ids[shared:],
+            rejected_ids=rejected.ids[shared:],
+            chosen_context=_runs(chosen.context[shared:]) if several else [],
+            rejected_context=_runs(rejected.context[shared:]) if several else [],
+        )
 
-    def fit(self, reading: Reading, max_length: int) -> tuple[int | None, int | None]:
-        """How many characters of each response fit ``max_length`` tokens with what stands before; None where all of it fits.
+    def fit(self, pair: PreferencePair, reading: Reading, max_length: int) -> Cuts:
+        """What of each response fits ``max_length`` tokens with what stands before; None where all of it fits.
+
+        Of several turns the last ones go, each with what users and tools said before it, until the rest fits; of the first that
+        goes so much of its text stays as fits, if it is nothing but text. What is left is a conversation of its own: templates may
+        write its last turn as they write last turns.
 
         Raises:
-            BadRow: ``prompt_too_long``, when no text of a response fits; ``cut_not_placed:<name>``.
+            BadRow: ``prompt_too_long``, when nothing of a response's first turn fits; ``cut_not_placed:<name>``.
         """
-        chosen, rejected = (self._fit(turn, head, max_length, reading.raw) for turn, head in self._with_heads(reading))
-        return chosen, rejected
+        cuts: list[Cut | None] = []
+        for (turn, head), response in zip(self._with_heads(reading), (pair.chosen, pair.rejected), strict=True):
+            if isinstance(turn, Turns) and not isinstance(response, str):
+                cuts.append(self._fit_turns(pair, turn, head, response, max_length))
+            else:
+                characters = self._fit(turn, head, max_length, reading.raw)
+                cuts.append(None if characters is None else Cut(1, characters))
+        return cuts[0], cuts[1]
 
     def fingerprint(self) -> str:
         """Hex digest of everything here that decides which tokens a text becomes; ``name`` and ``max_context`` do not."""
@@ -257,8 +291,12 @@ class ModelText:
             )
         return merged, text + self._added_prompt, True
 
-    def _turn(self, messages: Sequence[Message], pair: PreferencePair, prompt: str, response: str) -> Turn:
+    def _read_response(
+        self, messages: Sequence[Message], pair: PreferencePair, prompt: str, response: Response
+    ) -> Turn:
         """Raises TemplateError."""
+        if not isinstance(response, str):
+            return read_turns(self._renderer(pair), messages, response, self._turn_end, self._added_prompt)
 
         def answered(text: str) -> str:
             answer = {"role": "assistant", "content": text}
@@ -274,16 +312,19 @@ class ModelText:
         return turn
 
     def _fit(self, turn: Turn, head: list[int], max_length: int, raw: bool) -> int | None:
-        if len(self._sequence(turn, head, turn.body, raw=raw, cut=False)[0]) <= max_length:
+        """Characters of the (last) turn's text that fit; None where all of it fits, with its end of turn."""
+        if len(self._sequence(turn, head, turn.body, raw=raw, cut=False).ids) <= max_length:
             return None
         room = max(0, max_length - len(self._with_bos(head, raw)))
         ends = [end - len(turn.lead) for _, end in self._offsets(turn.lead + turn.body)[:room]]
+        # Reasoning may stand before the text of a last turn.
+        before = max(0, -(turn.skipped or 0))
         for end in reversed(ends):
             text = turn.body[: max(0, end)]
-            if not text.strip():
+            if not text[before:].strip():
                 break
             # The cut text alone may have more tokens than it had within the whole: a character is often spread over several.
-            if len(self._sequence(turn, head, text, raw=raw, cut=True)[0]) <= max_length:
+            if len(self._sequence(turn, head, text, raw=raw, cut=True).ids) <= max_length:
                 if turn.skipped is None:
                     raise BadRow(f"cut_not_placed:{self.name}", "its template rewrites a response that max_length cuts")
                 return turn.skipped + len(text)
@@ -292,18 +333,50 @@ class ModelText:
             f"max_length {max_length} leaves {room} tokens after the prompt, and they hold no text of a response",
         )
 
+    def _fit_turns(
+        self, pair: PreferencePair, turns: Turns, head: list[int], response: list[Message], max_length: int
+    ) -> Cut | None:
+        sequence = self._sequence(turns, head, turns.body, raw=False, cut=False)
+        if len(sequence.ids) <= max_length:
+            return None
+        ends = [i + 1 for i, message in enumerate(response) if message["role"] == "assistant"]
+        offsets = self._offsets(turns.lead)
+        fitting = sum(sum(start < end for start, _ in offsets) <= max_length for _, end in turns.spans[:-1])
+        for kept in reversed(ends[: fitting + 1]):
+            whole_turns = Cut(kept, None)
+            left = whole_turns.of(response)
+            reading = self.read(replace(pair, chosen=left, rejected=left))
+            last, last_head = self._with_heads(reading)[0]
+            if isinstance(last, Turns) and not last.response:  # it calls tools
+                fits = len(self._sequence(last, last_head, last.body, raw=False, cut=False).ids) <= max_length
+                characters = None if fits else 0
+            else:
+                try:
+                    characters = self._fit(last, last_head, max_length, False)
+                except BadRow as bad:
+                    if bad.reason != "prompt_too_long":
+                        raise
+                    characters = 0
+            if characters is None:
+                return whole_turns
+            if characters:
+                return Cut(kept, characters)
+        raise BadRow("prompt_too_long", f"max_length {max_length} holds no text of a response's first turn")
+
     def _with_heads(self, reading: Reading) -> list[tuple[Turn, list[int]]]:
         """Both responses, each with the tokens of its head."""
         chosen = self._encode(reading.chosen.head)
         same = reading.rejected.head == reading.chosen.head
         return [(reading.chosen, chosen), (reading.rejected, chosen if same else self._encode(reading.rejected.head))]
 
-    def _sequence(self, turn: Turn, head: list[int], body: str, *, raw: bool, cut: bool) -> tuple[list[int], int]:
-        """Tokens of prompt and response, and how many end before ``body`` begins: one that reaches into it belongs to it.
+    def _sequence(self, turn: Turn, head: list[int], body: str, *, raw: bool, cut: bool) -> _Sequence:
+        """Tokens of prompt and response. Those that end before ``body`` begins are not the response's: one that reaches into it is.
 
         They are those of the text as one where that has a token boundary at the end of the generation prompt, else of the two
         texts: when a model generates, no token spans that place.
         """
+        if isinstance(turn, Turns):
+            return self._sequence_of_turns(turn, body, cut)
         text = turn.lead + body
         ids = [] if raw else self._ended(turn.head + text, raw=raw, cut=cut)
         apart = raw or ids[: len(head)] != head
@@ -315,12 +388,34 @@ class ModelText:
             within = sum(end <= len(before) for _, end in self._offsets(before + body))
             start = start + within if apart else within
         complete = self._with_bos(ids, raw)
-        return complete, start + len(complete) - len(ids)
+        added = len(complete) - len(ids)
+        of_prompt = added + (len(head) or start)
+        context = [True] * of_prompt + [False] * (len(complete) - of_prompt)
+        return _Sequence(complete, start + added, context)
+
+    def _sequence_of_turns(self, turns: Turns, body: str, cut: bool) -> _Sequence:
+        """The same, with the same rule at the end of every generation prompt."""
+        text = turns.lead + body + ("" if cut else turns.ending)
+        offsets = self._offsets(text)
+        apart = [start for start, _ in turns.spans if any(a < start < b for a, b in offsets)]
+        pieces = [(start, text[start:end]) for start, end in pairwise([0, *apart, len(text)])]
+        ids = [token for _, piece in pieces for token in self._encode(piece)]
+        if apart:
+            offsets = [(start + a, start + b) for start, piece in pieces for a, b in self._offsets(piece)]
+        context = [not turns.scores(*offset) for offset in offsets]
+        if not cut and not turns.ending and ids[-len(self._end_ids) :] != self._end_ids:
+            ids += self._end_ids
+            context += [False] * len(self._end_ids)
+        complete = self._with_bos(ids, False)
+        added = len(complete) - len(ids)
+        start = added + sum(end <= turns.begin for _, end in offsets)
+        return _Sequence(complete, start, [True] * added + context)
 
     def _ended(self, text: str, *, raw: bool, cut: bool) -> list[int]:
         """Tokens of a text and its end of turn. One that already spells out its end (`...</s>`) does not end twice."""
-        if self._end_text and not raw and not cut and not text.endswith(self._end_text):
-            return self._encode(text + self._end_text)
+        end_text = self._end_text
+        if end_text and not raw and not cut and not text.endswith(end_text):
+            return self._encode(text + end_text)
         ids = self._encode(text)
         end = self._raw_end_ids if raw else self._end_ids
         return ids if cut or ids[-len(end) :] == end else ids + end
@@ -334,6 +429,9 @@ class ModelText:
             return None
         dropped = any(m["role"] == "system" and m["content"].strip() not in rendered for m in messages)
         return "drops system turns" if dropped else None
+
+    def _renderer(self, pair: PreferencePair) -> Render:
+        return lambda messages, generation_prompt: self._apply(messages, pair, generation_prompt=generation_prompt)
 
     def _apply(self, messages: Sequence[Message], pair: PreferencePair | None, *, generation_prompt: bool) -> str:
         """``pair``: whose tools and arguments the template gets."""
@@ -382,9 +480,31 @@ class ModelText:
         # White space alone is no header: a token that it makes with the answer is the answer's.
         return (opening, "", after) if bare == prompt and opening.strip() else ("", opening, after)
 
+    def _turn_end(self, text: str, end: int) -> tuple[int, int]:
+        """See :data:`~mrpo_scale.data.response_turns.Ending`: the first special or added token that ends after ``end`` ends the
+        turn. Templates that end no turn with such a token end none of several turns with one."""
+        ends = zip(self._encode(text), self._offsets(text), strict=True) if self._end_text else ()
+        ending = next(((a, b) for token, (a, b) in ends if token in self._added and b > end), None)
+        return (end, end) if ending is None else (min(end, ending[0]), ending[1])
+
+    @cached_property
+    def _added(self) -> set[int]:
+        # Some vocabularies (Gemma's) list runs of white space among their added tokens: those end nothing.
+        return {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip(" \n\t\r▁")}
+
     def _up_to_special(self, ending: str) -> str:
         """``ending`` up to its first special or added token; empty if it has none."""
-        # Some vocabularies (Gemma's) list runs of white space among their added tokens: those end nothing.
-        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip(" \n\t\r▁")}
         ends = zip(self._encode(ending), self._offsets(ending), strict=True) if ending else ()
-        return next((ending[:end] for token, (_, end) in ends if token in added), "")
+        return next((ending[:end] for token, (_, end) in ends if token in self._added), "")
+
+
+def _raw(prompt: str, response: Response) -> Turn:
+    if not isinstance(response, str):
+        raise BadRow("malformed", "a response of messages follows a prompt that is a string, so no template writes it")
+    return Turn(prompt, "", response, response)
+
+
+def _runs(context: list[bool]) -> list[int]:
+    """Bounds of the runs of True."""
+    marks = [False, *context, False]
+    return [i for i, (before, after) in enumerate(pairwise(marks)) if before != after]

@@ -7,14 +7,14 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import torch
@@ -24,15 +24,17 @@ from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.data_keys import PairOptions
 from mrpo_scale.data.layouts import AnyLayout
 from mrpo_scale.data.pair_table import PairReader, as_pairs, describe_source, source_of
-from mrpo_scale.data.pairs import NO_PAIR, BadRow, PreferencePair
+from mrpo_scale.data.pairs import NO_CUTS, NO_PAIR, SIDES, BadRow, Cut, Cuts, PairTokens, PreferencePair
 from mrpo_scale.data.remarks import Remark, log_remarks
-from mrpo_scale.data.tokenization import ModelText, PairTokens, TextReader, prompt_key, row_key, tokenize_pair
+from mrpo_scale.data.tokenization import ModelText, TextReader, cut_pair, prompt_key, row_key, tokenize_pair
 
 logger = logging.getLogger(__name__)
 
 #: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
-SCHEME = 4
-_TEMPLATE_FLAGS = ("merged", "trimmed", "changed")  #: what a template did to a pair, per ModelText
+SCHEME = 5
+_TEMPLATE_FLAGS = ("merged", "trimmed", "changed", "no_tools")  #: what a template did to a pair, per ModelText
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_CONTEXT = ("chosen_context", "rejected_context")
 
 
 class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
@@ -44,6 +46,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         merged: pairs whose turns had to be merged, by model name; models without any are left out.
         trimmed, changed: pairs with a response off which a template trims white space, or of which it drops or rewrites more; the
             same way. Such a model scores what its template makes of the response.
+        no_tools: pairs of whose prompts a template leaves out tools, tool calls or tool results; the same way.
         remarks: all that is said of the set in a form that people read, those three among it; see data/remarks.py.
         num_texts: number of ModelTexts.
         row_keys: [N] 16-byte strings (numpy S16), see :func:`row_key`.
@@ -65,10 +68,11 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         reasons = tokenized["reason"][:]
         self.counts = dict(Counter(reason for reason in reasons if reason).most_common())
         self._good = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
-        cut = _flags(tokenized, ["chosen_cut", "rejected_cut"])[:, self._good]
+        cut = np.array([tokenized[f"{side}_messages"][:] for side in SIDES], dtype=np.int64)[:, self._good] > 0
         self.cut_rows = np.flatnonzero(cut.any(axis=0))
         self.truncated = len(self.cut_rows)
-        self.merged, self.trimmed, self.changed = (self._by_model(flag, names) for flag in _TEMPLATE_FLAGS)
+        flags = (self._by_model(flag, names) for flag in _TEMPLATE_FLAGS)
+        self.merged, self.trimmed, self.changed, self.no_tools = flags
         self.remarks = self._remarks([_models_of(i, name, readers) for i, name in enumerate(names)])
 
     def _by_model(self, flag: str, names: Sequence[str]) -> dict[str, int]:
@@ -107,15 +111,23 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """[N, texts, 3] int64: tokens of prompt, chosen and rejected for each ModelText."""
-        table = self._tokenized.data
-        columns = [f"{field}_{i}" for i in range(self.num_texts) for field in PairTokens.__dataclass_fields__]
-        counts = [pc.list_value_length(table.column(name)).to_numpy() for name in columns]
-        return np.stack(counts, axis=1).astype(np.int64)[self._good].reshape(-1, self.num_texts, 3)
+        return self._counts(_IDS, _list_lengths)
+
+    @cached_property
+    def scored(self) -> np.ndarray:
+        """[N, texts, 2] int64: tokens of chosen and rejected that are scored, for each ModelText: all but the context in them."""
+        return self.lengths[..., 1:] - self._counts(_CONTEXT, _run_lengths)
+
+    def _counts(self, fields: Sequence[str], count: Callable[[pa.ChunkedArray], np.ndarray]) -> np.ndarray:
+        """[N, texts, fields] int64: ``count`` of these columns of each ModelText."""
+        columns = [f"{field}_{i}" for i in range(self.num_texts) for field in fields]
+        counts = [count(self._tokenized.data.column(name)) for name in columns]
+        return np.stack(counts, axis=1).astype(np.int64)[self._good].reshape(-1, self.num_texts, len(fields))
 
     def largest_id(self, text: int) -> tuple[int, int]:
         """The largest token id of a ModelText, and the first pair that has it; (-1, -1) without pairs."""
         largest, where = -1, -1
-        for field in PairTokens.__dataclass_fields__:
+        for field in _IDS:
             column = self._tokenized.data.column(f"{field}_{text}")
             # Bad rows have no tokens, and `parents` counts the rows of the table.
             start = 0
@@ -146,7 +158,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
     def select(self, rows: Sequence[int]) -> PairDataset:
         """Only these pairs, in this order; ``counts``, ``truncated`` and ``merged`` stay those of the whole set."""
         selected = copy.copy(self)
-        for computed in ("row_keys", "prompt_keys", "lengths"):
+        for computed in ("row_keys", "prompt_keys", "lengths", "scored"):
             vars(selected).pop(computed, None)
         selected._good = self._good[np.asarray(rows, dtype=np.int64)]
         return selected
@@ -161,8 +173,8 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
 
     def cut(self, row: int) -> tuple[bool, bool]:
         """Whether chosen, rejected lost their end to ``max_length``."""
-        stored = self._stored(row)
-        return stored["chosen_cut"], stored["rejected_cut"]
+        chosen, rejected = self._cuts(row)
+        return chosen is not None, rejected is not None
 
     def uncut(self, row: int) -> PreferencePair:
         """The text as the data set has it."""
@@ -170,17 +182,21 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
 
     def pair(self, row: int) -> PreferencePair:
         """The text that is scored, after cuts."""
-        stored = self._stored(row)
-        pair = self.uncut(row)
-        return replace(
-            pair, chosen=pair.chosen[: stored["chosen_chars"]], rejected=pair.rejected[: stored["rejected_chars"]]
-        )
+        return cut_pair(self.uncut(row), self._cuts(row))
 
     def bad_rows(self) -> list[dict[str, Any]]:
         """``{row, reason, detail}`` of every pair left out, in order; ``other_row`` and ``dataset``: see ``source_of``."""
         bad = np.setdiff1d(np.arange(len(self._tokenized)), self._good)
         verdicts = self._tokenized.select_columns(["reason", "detail"]).select(bad)
         return [{**source_of(self._rows, int(i)), **row} for i, row in zip(bad, verdicts, strict=True)]
+
+    def _cuts(self, row: int) -> Cuts:
+        stored = self._stored(row)
+        kept = ((stored[f"{side}_messages"], stored[f"{side}_chars"]) for side in SIDES)
+        chosen, rejected = (
+            Cut(messages, None if characters < 0 else characters) if messages else None for messages, characters in kept
+        )
+        return chosen, rejected
 
     def _stored(self, row: int) -> dict[str, Any]:
         return self._tokenized[int(self._good[row])]
@@ -312,11 +328,10 @@ def _tokenize_row(
     except BadRow as bad:
         tokens: dict[str, list[int]] = {f"{field}_{i}": [] for i in range(len(texts)) for field in fields}
         flags = {f"{flag}_{i}": False for i in range(len(texts)) for flag in _TEMPLATE_FLAGS}
-        lengths: dict[str, Any] = {"chosen_chars": 0, "rejected_chars": 0, "chosen_cut": False, "rejected_cut": False}
-        lengths |= {"row_key_0": 0, "row_key_1": 0, "prompt_key": 0, "repeats_prompt": False}
-        lengths |= {f"remarks_{i}": [] for i in range(len(texts))}
-        return {"reason": bad.reason, "detail": bad.detail, **lengths, **flags, **tokens}
-    halves = np.frombuffer(row_key(done.pair, done.cut, done.whole), dtype="<i8").tolist()
+        row_keys: dict[str, Any] = {"row_key_0": 0, "row_key_1": 0, "prompt_key": 0, "repeats_prompt": False}
+        row_keys |= {f"remarks_{i}": [] for i in range(len(texts))}
+        return {"reason": bad.reason, "detail": bad.detail, **row_keys, **_columns(NO_CUTS), **flags, **tokens}
+    halves = np.frombuffer(row_key(done.pair, done.cuts, done.whole), dtype="<i8").tolist()
     return {
         "reason": "",
         "detail": "",
@@ -325,13 +340,19 @@ def _tokenize_row(
         "prompt_key": prompt_key(done.whole),
         "repeats_prompt": repeated,
         **{f"remarks_{i}": words for i, words in enumerate(done.remarks)},
-        "chosen_chars": len(done.pair.chosen),
-        "rejected_chars": len(done.pair.rejected),
-        "chosen_cut": done.cut[0],
-        "rejected_cut": done.cut[1],
+        **_columns(done.cuts),
         **{f"{flag}_{i}": value for flag in _TEMPLATE_FLAGS for i, value in enumerate(getattr(done, flag))},
         **{f"{field}_{i}": ids for i, tokens in enumerate(done.tokens) for field, ids in vars(tokens).items()},
     }
+
+
+def _columns(cuts: Cuts) -> dict[str, int]:
+    """Messages and characters that are left of each response. No messages: it was not cut; -1 characters: to the end of a turn."""
+    columns = {}
+    for side, cut in zip(SIDES, cuts, strict=True):
+        columns[f"{side}_messages"] = 0 if cut is None else cut.messages
+        columns[f"{side}_chars"] = -1 if cut is None or cut.characters is None else cut.characters
+    return columns
 
 
 def _features(num_texts: int) -> datasets.Features:
@@ -339,8 +360,7 @@ def _features(num_texts: int) -> datasets.Features:
     columns: dict[str, Any] = {"reason": datasets.Value("string"), "detail": datasets.Value("string")}
     columns |= {key: datasets.Value("int64") for key in ("row_key_0", "row_key_1", "prompt_key")}
     columns |= {"repeats_prompt": datasets.Value("bool")}
-    columns |= {f"{side}_chars": datasets.Value("int64") for side in ("chosen", "rejected")}
-    columns |= {f"{side}_cut": datasets.Value("bool") for side in ("chosen", "rejected")}
+    columns |= {f"{side}_{what}": datasets.Value("int64") for side in SIDES for what in ("messages", "chars")}
     for i in range(num_texts):
         columns |= {f"remarks_{i}": datasets.List(datasets.Value("string"))}
         columns |= {f"{flag}_{i}": datasets.Value("bool") for flag in _TEMPLATE_FLAGS}
@@ -370,6 +390,18 @@ def _models_of(text: int, name: str, readers: Sequence[TextReader]) -> list[str]
 def _flags(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
     """[columns, rows] of booleans."""
     return np.array([table[column][:] for column in columns], dtype=bool)
+
+
+def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.list_value_length(column).to_numpy()
+
+
+def _run_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """[rows] of lists of bounds [start, end, start, end, ...]: the sum of end - start."""
+    bounds = _list_lengths(column)
+    values = pc.list_flatten(column).to_numpy()
+    runs = values[1::2] - values[::2]
+    return np.bincount(np.repeat(np.arange(len(bounds)), bounds // 2), weights=runs, minlength=len(bounds))
 
 
 def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: int) -> None:

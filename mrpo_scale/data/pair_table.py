@@ -34,11 +34,14 @@ from mrpo_scale.data.repeated_prompt import repeats_prompt, without_prompt
 #: Raised whenever the same rows would give other pairs, so that no table of an older version is read.
 SCHEME = 3
 
-_TEXT = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "reason", "detail", "source")
+_PARTS = ("prompt", "chosen", "rejected")
+_TEXT = (*_PARTS, "tools", "chat_template_kwargs", "reason", "detail", "source")
 FEATURES = datasets.Features(
     {
         **{column: datasets.Value("string") for column in _TEXT},
-        "chat": datasets.Value("bool"),  # whether `prompt` is the JSON of messages
+        "messages": datasets.List(
+            datasets.Value("string")
+        ),  # those of prompt, chosen and rejected that are the JSON of messages
         "rows": datasets.List(datasets.Value("int64")),
     }
 )
@@ -57,10 +60,8 @@ class PairTable(Layout):
     def read(self, row: Mapping[str, Any]) -> PreferencePair:
         if row["reason"]:
             raise BadRow(row["reason"], row["detail"])
-        prompt = json.loads(row["prompt"]) if row["chat"] else row["prompt"]
-        return PreferencePair(
-            prompt, row["chosen"], row["rejected"], json.loads(row["tools"]) if row["tools"] else None
-        )
+        parts = {name: json.loads(row[name]) if name in row["messages"] else row[name] for name in _PARTS}
+        return PreferencePair(**parts, tools=json.loads(row["tools"]) if row["tools"] else None)
 
 
 class PairReader:
@@ -241,16 +242,14 @@ def _answered(prompt: list[Message], better: Any, worse: Any) -> PreferencePair:
 
 def _entry(pair: PreferencePair | BadRow) -> dict[str, Any]:
     if isinstance(pair, BadRow):
-        empty = dict.fromkeys(("prompt", "chosen", "rejected", "tools", "chat_template_kwargs"), "")
-        return {**empty, "chat": False, "reason": pair.reason, "detail": pair.detail}
-    chat = not isinstance(pair.prompt, str)
+        empty = dict.fromkeys((*_PARTS, "tools", "chat_template_kwargs"), "")
+        return {**empty, "messages": [], "reason": pair.reason, "detail": pair.detail}
+    parts = {name: getattr(pair, name) for name in _PARTS}
     return {
-        "prompt": _json(pair.prompt) if chat else pair.prompt,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
+        **{name: part if isinstance(part, str) else _json(part) for name, part in parts.items()},
         "tools": _json(pair.tools) if pair.tools else "",
         "chat_template_kwargs": _json(pair.chat_template_kwargs) if pair.chat_template_kwargs else "",
-        "chat": chat,
+        "messages": [name for name, part in parts.items() if not isinstance(part, str)],
         "reason": "",
         "detail": "",
     }

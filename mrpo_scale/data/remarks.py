@@ -8,9 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from mrpo_scale.data.messages import REASONING
 from mrpo_scale.data.model_text import ModelText, Reading
 from mrpo_scale.data.pairs import PreferencePair
 
@@ -20,8 +18,8 @@ logger = logging.getLogger(__name__)
 _SENTENCES = {
     "merged": "merged turns of prompts, for",
     "trimmed": "the chat template trims white space off responses, of",
+    "no_tools": "the chat template leaves tools, tool calls or tool results out of prompts, of",
     "changed": "the chat template drops or rewrites text of responses (reasoning, for instance): another text is scored, of",
-    "reasoning": "the chat template leaves the reasoning out of responses: another text is scored, of",
     "argument": "`chat_template_kwargs` give `{what}`, which the chat template does not know, of",
     "field": "messages have `{what}`, which the chat template never names, so that it is not read, of",
     "control": "texts spell out `{what}`, which becomes the control token, for",
@@ -32,6 +30,8 @@ _SENTENCES = {
     "known_pair": "the whole pair is in the {what} set too",
     "unread": "no key or layout reads the columns {what}",
 }
+#: Tool calls are looked for in the rendering: templates get at them in many ways.
+_READ_AT_LARGE = ("role", "content", "tool_calls")
 _ORDINARY = ("merged", "trimmed", "unread", "stripped_prompt")  #: no cause to warn
 
 
@@ -89,14 +89,8 @@ def _row_remarks(pair: PreferencePair, text: ModelText, reading: Reading) -> Ite
     ]
     for message in turns:
         for name in message:
-            if name not in ("role", "content") and not text.names_field(name):
+            if name not in _READ_AT_LARGE and not text.names_field(name):
                 yield f"field:{name}"
-    for response, turn in ((pair.chosen, reading.chosen), (pair.rejected, reading.rejected)):
-        # Of earlier turns it is left out in generation too.
-        last: Mapping[str, Any] = response[-1] if isinstance(response, list) else {}
-        thought = last.get(REASONING[0])
-        if thought and text.names_field(REASONING[0]) and str(thought).strip() not in turn.head + turn.lead + turn.body:
-            yield "reasoning"
     for part in (pair.prompt, pair.chosen, pair.rejected):
         for token in text.control_tokens(part):
             yield f"control:{token}"

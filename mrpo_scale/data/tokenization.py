@@ -2,7 +2,8 @@
 
 References differ in tokenizer and template, so only log-probs of whole responses are comparable, and only over the same text.
 Prompt and response are therefore tokenized apart (the boundary is exact), and what is too long is decided once, in the policy's
-tokens, by cutting the response *text*: every model scores that text, without an end of turn in any of them.
+tokens, by cutting the response *text*: every model scores that text, without an end of turn in any of them. Of several turns those
+that do not fit go first.
 
 ``ModelText`` is how one model reads text, ``tokenize_pair`` one pair for all models; data/pair_dataset.py has whole data sets.
 """
@@ -16,22 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mrpo_scale.data.model_text import ModelText, Reading
-from mrpo_scale.data.pairs import BadRow, PreferencePair
+from mrpo_scale.data.pairs import NO_CUTS, BadRow, Cut, Cuts, PairTokens, PreferencePair
 from mrpo_scale.data.remarks import row_remarks
 
 __all__ = ["ModelText", "PairTokens", "TextReader", "TokenizedPair", "row_key", "tokenize_pair"]
 
 # A row with more text, about a million tokens, is bad: it would take minutes and gigabytes to tokenize, and then be cut.
 MOST_CHARACTERS = 1 << 22
-
-
-@dataclass(frozen=True)
-class PairTokens:
-    """One pair in one model's tokens. Responses include the end of turn unless they were cut."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -50,11 +42,17 @@ class TokenizedPair:
     pair: PreferencePair  #: the text that is scored, after cuts
     whole: PreferencePair  #: before them
     tokens: tuple[PairTokens, ...]  #: one per ModelText
-    cut: tuple[bool, bool]  #: whether chosen, rejected lost their end
+    cuts: Cuts  #: what is left of chosen, rejected; None: all
     merged: tuple[bool, ...]  #: whether turns were merged, per ModelText
     trimmed: tuple[bool, ...]  #: whether the template trims white space off a response, per ModelText
     changed: tuple[bool, ...]  #: whether it drops or rewrites more of one, per ModelText
-    remarks: tuple[list[str], ...] = ()  #: what else a model does not see, per ModelText; see data/remarks.py
+    no_tools: tuple[bool, ...]  #: whether it leaves tools, tool calls or tool results out of the prompt, per ModelText
+    remarks: tuple[list[str], ...]  #: what else a model does not see, per ModelText; see data/remarks.py
+
+    @property
+    def cut(self) -> tuple[bool, bool]:
+        """Whether chosen, rejected lost their end."""
+        return self.cuts[0] is not None, self.cuts[1] is not None
 
 
 def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: int | None) -> TokenizedPair:
@@ -67,31 +65,54 @@ def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: 
         ConfigError: see :meth:`ModelText.render_prompt`.
     """
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if not response.strip():
+        if isinstance(response, str) and not response.strip():
             raise BadRow("empty_response", f"{side} has no text")
     if pair.chosen == pair.rejected:
         raise BadRow("identical_responses", "chosen and rejected are the same text")
-    characters = len(pair.chosen) + len(pair.rejected) + _characters(pair.prompt) + _characters(pair.tools)
+    characters = sum(map(_characters, (pair.chosen, pair.rejected, pair.prompt, pair.tools)))
     if characters > MOST_CHARACTERS:
         raise BadRow("text_too_long", f"{characters} characters, more than {MOST_CHARACTERS}")
     readings = [text.read(pair) for text in texts]
-    cuts = (None, None) if max_length is None else texts[0].fit(readings[0], max_length)
-    chosen, rejected = (text[:cut] for text, cut in zip((pair.chosen, pair.rejected), cuts, strict=True))
-    if chosen == rejected:
+    cuts = NO_CUTS if max_length is None else texts[0].fit(pair, readings[0], max_length)
+    left = cut_pair(pair, cuts)
+    if left.chosen == left.rejected:
         raise BadRow("identical_responses", "chosen and rejected are the same text once cut to max_length")
-    tokens = tuple(PairTokens(*text.ids(reading, cuts)) for text, reading in zip(texts, readings, strict=True))
+    fewer_turns = _without_last_turns(pair, cuts)
+    if fewer_turns != pair:
+        readings = [text.read(fewer_turns) for text in texts]
+    of_last = (cuts[0].characters if cuts[0] else None, cuts[1].characters if cuts[1] else None)
+    tokens = tuple(text.ids(reading, of_last) for text, reading in zip(texts, readings, strict=True))
     for text, reading, ids in zip(texts, readings, tokens, strict=True):
         _check_tokens(text, reading, ids)
     return TokenizedPair(
-        pair=replace(pair, chosen=chosen, rejected=rejected),
+        pair=left,
         whole=pair,
         tokens=tokens,
-        cut=(cuts[0] is not None, cuts[1] is not None),
+        cuts=cuts,
         merged=tuple(reading.merged for reading in readings),
         trimmed=tuple(reading.chosen.trimmed or reading.rejected.trimmed for reading in readings),
         changed=tuple(reading.chosen.changed or reading.rejected.changed for reading in readings),
+        no_tools=tuple(reading.no_tools for reading in readings),
         remarks=tuple(row_remarks(pair, text, reading) for text, reading in zip(texts, readings, strict=True)),
     )
+
+
+def cut_pair(pair: PreferencePair, cuts: Cuts) -> PreferencePair:
+    """What ``cuts`` leave of a pair."""
+    chosen, rejected = (
+        response if cut is None else cut.of(response)
+        for response, cut in zip((pair.chosen, pair.rejected), cuts, strict=True)
+    )
+    return replace(pair, chosen=chosen, rejected=rejected)
+
+
+def _without_last_turns(pair: PreferencePair, cuts: Cuts) -> PreferencePair:
+    """The pair without the turns that ``cuts`` take whole."""
+    chosen, rejected = (
+        response if cut is None or isinstance(response, str) else Cut(cut.messages, None).of(response)
+        for response, cut in zip((pair.chosen, pair.rejected), cuts, strict=True)
+    )
+    return replace(pair, chosen=chosen, rejected=rejected)
 
 
 def _check_tokens(text: ModelText, reading: Reading, ids: PairTokens) -> None:
@@ -122,17 +143,24 @@ def prompt_key(pair: PreferencePair) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def row_key(pair: PreferencePair, cut: tuple[bool, bool], whole: PreferencePair | None = None) -> bytes:
+def row_key(pair: PreferencePair, cuts: Cuts = NO_CUTS, whole: PreferencePair | None = None) -> bytes:
     """16 bytes that name a row in the score cache: a hash of the text that is scored, after cuts, and of which end was cut.
 
     Without the flags, "A B" whole and "A B C" cut to "A B" would share a key, though only one of them scores an end of turn. What a
     template writes before a response may depend on what was cut off (`</think>`), so a cut row is named by its ``whole`` text too.
     """
     digest = hashlib.blake2b(digest_size=16)
-    lost = [whole.chosen, whole.rejected] if whole is not None and any(cut) else []
-    # Rows without arguments have the keys that they had before there were any.
-    arguments = [{"chat_template_kwargs": pair.chat_template_kwargs}] if pair.chat_template_kwargs else []
-    for part in (pair.prompt, pair.tools, pair.chosen, pair.rejected, list(cut), *lost, *arguments):
-        text = json.dumps(part, sort_keys=True).encode()
+    cut = [c is not None for c in cuts]
+    parts: list[Any] = [pair.prompt, pair.tools, pair.chosen, pair.rejected, cut]
+    if whole is not None and any(cut):
+        parts += [whole.chosen, whole.rejected]
+        if not (isinstance(whole.chosen, str) and isinstance(whole.rejected, str)):
+            # A turn may be left whole with its end of turn, or without.
+            parts.append([c is not None and c.characters is None for c in cuts])
+    if pair.chat_template_kwargs:  # rows without have the keys that they had before there were any
+        parts.append({"chat_template_kwargs": pair.chat_template_kwargs})
+    for i, part in enumerate(parts):
+        # In responses the order counts: templates write a call's arguments in it, and what they write is scored.
+        text = json.dumps(part, sort_keys=i < 2).encode()
         digest.update(len(text).to_bytes(8, "little") + text)
     return digest.digest()

@@ -94,4 +94,11 @@ def _start(text: str, before: str, prompt: str, response: str) -> int:
 
 def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
     """How many items two sequences share at their beginnings."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -35,6 +35,8 @@ class TokenizedPairs(Protocol):
     def row_keys(self) -> np.ndarray: ...  # [N] S16
     @property
     def lengths(self) -> np.ndarray: ...  # [N, texts, 3]
+    @property
+    def scored(self) -> np.ndarray: ...  # [N, texts, 2]
     def __len__(self) -> int: ...
     def tokens(self, row: int) -> tuple[PairTokens, ...]: ...
 

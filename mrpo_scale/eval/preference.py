@@ -26,7 +26,7 @@ from mrpo_scale.references.sharding import ShardedReference
 
 @dataclass(frozen=True)
 class PairScores:
-    """Of N pairs: log-probs of (chosen, rejected), natural, summed over the response's tokens; and the numbers of tokens."""
+    """Of N pairs: log-probs of (chosen, rejected), natural, summed over the response's scored tokens; and their numbers."""
 
     logps_N2: Tensor  #: float64
     lengths_N2: Tensor  #: float64
@@ -65,7 +65,7 @@ def score_model(
         ConfigError: see :class:`ShardedReference`; or a log-prob that is not finite.
     """
     tokens = [pairs.tokens(row)[model.tokenization] for row in range(count)]
-    lengths_N2 = torch.tensor([[len(t.chosen_ids), len(t.rejected_ids)] for t in tokens], dtype=torch.float64)
+    lengths_N2 = torch.tensor([t.scored_lengths for t in tokens], dtype=torch.float64)
     loaded = ShardedReference(model.source, group, device, shared_prompt=args.shared_prompt)
     lengths = segment_lengths(tokens, loaded.shared_prompt)
     order = sorted(range(count), key=lambda i: -lengths[i])

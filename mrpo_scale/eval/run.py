@@ -21,8 +21,9 @@ from mrpo_scale.config.checks import check_world_size
 from mrpo_scale.config.data_keys import parse_columns
 from mrpo_scale.config.recipe import parse_keys
 from mrpo_scale.data import find_layout, load_rows
+from mrpo_scale.data.messages import as_text, said
 from mrpo_scale.data.pair_dataset import PairDataset, check_prompts, check_token_ids, prepare_pairs
-from mrpo_scale.data.pairs import PreferencePair
+from mrpo_scale.data.pairs import PreferencePair, Response
 from mrpo_scale.data.tokenization import ModelText
 from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.eval.config import EvalConfig
@@ -184,7 +185,7 @@ def _win_rates(
     ours, *others = responses
     if not others:
         others = ["chosen"]
-        responses["chosen"] = [prompt.chosen for prompt in prompts]
+        responses["chosen"] = [_first_turn(prompt.chosen) for prompt in prompts]
     shown = [_as_text(prompt) for prompt in prompts]
     matches = {
         f"{ours} against {other}": [
@@ -208,9 +209,12 @@ def _judge_all(matches: dict[str, list[Comparison]], judge: Judge, args: EvalCon
 
 def _as_text(pair: PreferencePair) -> str:
     """A prompt for the judge's eyes."""
-    if isinstance(pair.prompt, str):
-        return pair.prompt
-    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in pair.prompt)
+    return pair.prompt if isinstance(pair.prompt, str) else as_text(pair.prompt)
+
+
+def _first_turn(response: Response) -> str:
+    """What a model's response is compared with: it answers with one turn."""
+    return response if isinstance(response, str) else said(response[0])
 
 
 def _tasks(models: list[EvalModel], manager: Any, args: EvalConfig, state: PartialState, report: _Report) -> None:

@@ -44,7 +44,7 @@ class Work(NamedTuple):
     keys: int  #: positions whose keys and values attention is handed; span by span, a prompt counts once for each response
     scores: int  #: (query, key) pairs that attention computes in one head of one layer
     masked: int  #: those of them that have an entry in a mask
-    response_tokens: int  #: what reaches the head
+    response_tokens: int  #: what reaches the head: those that are scored
 
     def __add__(self, other: tuple[int, ...]) -> Work:  # type: ignore[override]
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
@@ -135,17 +135,23 @@ def work_of_batch(batch: PairBatch) -> Work:
 
 
 def work_of_lengths(
-    lengths_P3: np.ndarray, *, shared_prompt: bool, end_to_end: bool = False, attn_implementation: str = "sdpa"
+    lengths_P3: np.ndarray,
+    *,
+    scored: int | None = None,
+    shared_prompt: bool,
+    end_to_end: bool = False,
+    attn_implementation: str = "sdpa",
 ) -> Work:
     """Of one forward over P pairs, laid out as :func:`~mrpo_scale.logps.pair_batch.collate_pairs` does.
 
     Args:
         lengths_P3: tokens of prompt, chosen and rejected.
+        scored: response tokens that are scored, of all pairs together; None: all.
     """
     if not len(lengths_P3):
         return NO_WORK
     prompt_P, chosen_P, rejected_P = np.asarray(lengths_P3, dtype=np.int64).T
-    responses = int((chosen_P + rejected_P).sum())
+    responses = int((chosen_P + rejected_P).sum()) if scored is None else scored
     sides_S = np.concatenate([prompt_P + chosen_P, prompt_P + rejected_P])
     lengths = prompt_P + chosen_P + rejected_P if shared_prompt else sides_S
     if attn_implementation == SPAN_ATTENTION:

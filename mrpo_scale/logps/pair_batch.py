@@ -9,7 +9,10 @@ the mask that keeps responses apart keeps pairs apart as well; separate ones get
 end**: one row without any padding, for an attention that is told where each segment lies: flash-attention's varlen calls, or
 :mod:`~mrpo_scale.logps.span_attention`.
 
-P pairs, S = 2P responses ordered (pair 0 chosen, pair 0 rejected, pair 1 chosen, ...), B rows of L positions, T response tokens.
+A response of several turns has context in it (what users and tools say): it is laid out with the rest, and the head never sees it.
+
+P pairs, S = 2P responses ordered (pair 0 chosen, pair 0 rejected, pair 1 chosen, ...), B rows of L positions, T scored tokens of
+responses.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.data.pairs import SIDES, PairTokens
 from mrpo_scale.logps.span_attention import SPAN_ATTENTION, Spans
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
@@ -36,7 +39,7 @@ class PairBatch:
     position_ids_BL: Tensor
     segment_BL: Tensor  #: which pair (shared prompt) or response (separate) a position belongs to; -1 is padding
     part_BL: Tensor  #: PROMPT, CHOSEN or REJECTED
-    logit_index_T: Tensor  #: flat index into [B*L] of the position that predicts each response token
+    logit_index_T: Tensor  #: flat index into [B*L] of the position that predicts each scored token
     labels_T: Tensor
     cu_seqlens: Tensor  #: [2P+1] int32 boundaries of the responses in T
     shared_prompt: bool
@@ -48,7 +51,7 @@ class PairBatch:
 
     @property
     def response_lengths(self) -> Tensor:
-        """[P, 2]: response tokens of each pair's chosen and rejected."""
+        """[P, 2]: scored tokens of each pair's chosen and rejected."""
         return self.cu_seqlens.diff().view(-1, 2)
 
     @property
@@ -92,6 +95,7 @@ def collate_pairs(
     position_ids_BL = torch.zeros(shape, dtype=torch.long)
     segment_BL = torch.full(shape, -1)
     part_BL = torch.zeros(shape, dtype=torch.long)
+    scored = [pair.scored(side) for pair in pairs for side in SIDES]
     responses: list[tuple[list[int], list[int]]] = [([], [])] * (2 * len(pairs))
     for b, row in enumerate(rows):
         start = 0
@@ -109,7 +113,8 @@ def collate_pairs(
                     # The last prompt position predicts the first response token, each response token the next one.
                     index = [prompt_end, *range(b * width + start, b * width + start + len(ids) - 1)]
                     response = 2 * s + part - CHOSEN if shared_prompt else s
-                    responses[response] = (index[: len(ids)], ids)
+                    kept = scored[response]
+                    responses[response] = ([index[i] for i in kept], [ids[i] for i in kept])
                 start += len(ids)
     counts = torch.tensor([0, *(len(ids) for _, ids in responses)])
     return PairBatch(

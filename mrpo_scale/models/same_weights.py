@@ -39,8 +39,8 @@ def _sentence(names: Sequence[str], same: Sequence[int], ref_weights: Sequence[o
 
 
 def _sample_of(source: ReferenceSource) -> str | None:
-    """Digest of the name, type, shape, first row and middle row of every tensor: training changes some of them in every tensor that it
-    trains, and reading them takes no time. None where the files are not here."""
+    """Digest of the name, type, shape, first row and middle row of every tensor: training changes some of them wherever it trains,
+    and reading them takes no time. None where the files are not here."""
     try:
         folder = folder_at_hand(source)
         files = [] if folder is None else weight_files(Path(folder), source.name)

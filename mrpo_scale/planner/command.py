@@ -238,7 +238,7 @@ class _Check:
         print(f"\nDATA\n\n{sets_table(sets, plan.texts[0])}")
         if said := remarks_list(sets):
             print(f"\n{said}")
-        print(f"\n{lengths_table(first.pairs.lengths, names)}")
+        print(f"\n{lengths_table(first.pairs.lengths, first.pairs.scored, names)}")
         print(f"\n{render_pairs(first.pairs, plan.texts, names, width=160)}\n")
         plot_lengths(first.pairs.lengths, names, self.config.max_length, self.folder / "lengths.png")
         whole = render_pairs(first.pairs, plan.texts, names, width=None)
@@ -326,7 +326,7 @@ class _Check:
                 PlannedModel(model_size(r.source, itemsize=r.source.dtype.itemsize, **options), r.tokenization)
                 for r in references
             ),
-            workload=Workload(read.pairs.lengths, config.seed),
+            workload=Workload(read.pairs.lengths, config.seed, read.pairs.scored),
             window=config.per_device_train_batch_size * self._accumulation() * self.cluster.gpus,
             tokens_per_forward=config.ref_tokens_per_forward,
             gradients_in_forward=config.head_backward == "in_forward"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 
 from mrpo_scale.base.tables import aligned, aligned_table
 from mrpo_scale.data.pair_dataset import PairDataset
+from mrpo_scale.data.pairs import SIDES, PairTokens
 from mrpo_scale.data.tokenization import ModelText
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.reports.pictures import PALETTE
 
-PARTS = ("prompt", "chosen", "rejected")
+PARTS = ("prompt", *SIDES)
 BOUNDARY, CUT = "┃", "✂"
+CONTEXT = "⟦", "⟧"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class ReadSet:
             "merged": self.pairs.merged,
             "trimmed": self.pairs.trimmed,
             "changed": self.pairs.changed,
+            "no_tools": self.pairs.no_tools,
             "remarks": {remark.word: dict(remark.models) or remark.pairs for remark in self.pairs.remarks},
         }
 
@@ -67,22 +71,25 @@ def remarks_list(sets: Sequence[ReadSet]) -> str:
 
 
 def tokens_cut(pairs: PairDataset, policy: ModelText) -> int:
-    """Response tokens of the policy that ``max_length`` took, ends of turn included."""
+    """Response tokens of the policy that ``max_length`` took, ends of turn and context included."""
     lost = 0
     for row in map(int, pairs.cut_rows):
-        prompt, *responses = policy.ids(policy.read(pairs.uncut(row)), (None, None))
+        whole = policy.ids(policy.read(pairs.uncut(row)), (None, None))
+        responses = len(whole.chosen_ids) + len(whole.rejected_ids)
         # The prompt counts with each response: where the two part may depend on the cut.
-        lost += 2 * len(prompt) + sum(map(len, responses)) - int((pairs.lengths[row, 0] * (2, 1, 1)).sum())
+        lost += 2 * len(whole.prompt_ids) + responses - int((pairs.lengths[row, 0] * (2, 1, 1)).sum())
     return lost
 
 
-def lengths_table(lengths_NV3: np.ndarray, names: Sequence[str]) -> str:
-    """Tokens of each part, in each model's own."""
+def lengths_table(lengths_NV3: np.ndarray, scored_NV2: np.ndarray, names: Sequence[str]) -> str:
+    """Tokens of each part, in each model's own; of responses with context also those that are scored."""
     header = ("tokens", "part", "median", "mean", "95%", "longest")
     rows = []
     for tokenization, name in enumerate(names):
         parts = {part: lengths_NV3[:, tokenization, i] for i, part in enumerate(PARTS)}
         parts["pair"] = lengths_NV3[:, tokenization].sum(1)
+        if (scored_NV2 < lengths_NV3[..., 1:]).any():
+            parts |= {f"scored of {side}": scored_NV2[:, tokenization, i] for i, side in enumerate(SIDES)}
         for part, lengths in parts.items():
             numbers = (np.median(lengths), lengths.mean(), np.quantile(lengths, 0.95), lengths.max())
             rows.append((name, part, *(f"{n:.0f}" for n in numbers)))
@@ -133,27 +140,38 @@ def render_pairs(pairs: PairDataset, texts: Sequence[ModelText], names: Sequence
         width: most characters of a prompt or a response; the middle of longer ones is left out. None shows all.
     """
     blocks = [
-        f"{BOUNDARY} where the response, whose tokens are scored, begins; {CUT} where max_length cut it, so no end of turn."
+        f"{BOUNDARY} where the response, whose tokens are scored, begins; {CUT} where max_length cut it, so no end of turn or "
+        f"fewer turns; {CONTEXT[0]}...{CONTEXT[1]} what it reads of users and tools, not scored."
     ]
     for row, why in chosen_rows(pairs).items():
         blocks.append(f"--- {pairs.source(row)} of the data set, {why}")
-        cuts = dict(zip(PARTS[1:], pairs.cut(row), strict=True))
+        cuts = dict(zip(SIDES, pairs.cut(row), strict=True))
         for text, name, tokens in zip(texts, names, pairs.tokens(row), strict=True):
             ids: Mapping[str, list[int]] = {part: getattr(tokens, f"{part}_ids") for part in PARTS}
             lines = [f"{name}: {', '.join(f'{part} {len(ids[part])} tokens' for part in PARTS)}"]
-            prompt = _shown(text, ids["prompt"], width)
-            for part in PARTS[1:]:
-                response = _shown(text, ids[part], width) + CUT * cuts[part]
+            prompt = _shortened(_decoded(text, ids["prompt"]), width)
+            for part in SIDES:
+                response = _shortened(_with_context(text, tokens, part), width) + CUT * cuts[part]
                 lines.append(f"  {part:8}  {prompt}{BOUNDARY}{response}")
                 prompt = "(the same prompt) "
             blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
-def _shown(text: ModelText, ids: list[int], width: int | None) -> str:
+def _with_context(text: ModelText, tokens: PairTokens, side: str) -> str:
+    ids: list[int] = getattr(tokens, f"{side}_ids")
+    bounds = [0, *getattr(tokens, f"{side}_context"), len(ids)]
+    runs = [_decoded(text, ids[start:end]) for start, end in pairwise(bounds)]
+    return "".join(CONTEXT[0] + run + CONTEXT[1] if i % 2 else run for i, run in enumerate(runs))
+
+
+def _decoded(text: ModelText, ids: list[int]) -> str:
     """Tokens as text on one line, special ones included."""
     decoded: Any = text.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    line = decoded.replace("\n", "↵")
+    return decoded.replace("\n", "↵")
+
+
+def _shortened(line: str, width: int | None) -> str:
     if width is None or len(line) <= width:
         return line
     half = width // 2

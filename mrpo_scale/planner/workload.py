@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -32,20 +33,28 @@ class Workload:
 
     Args:
         lengths_NV3: tokens of prompt, chosen and rejected in each model's tokenization, the policy's first.
+        scored_NV2: those of chosen and rejected that are scored; None: all.
     """
 
     lengths_NV3: np.ndarray
     seed: int = 0
+    scored_NV2: np.ndarray | None = None
     _shares: dict[tuple[object, ...], Share] = field(default_factory=dict, repr=False, compare=False)
     _largest: dict[tuple[object, ...], tuple[Work, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        """[N, V, 4]: tokens of prompt, chosen and rejected, and how many of both responses are scored."""
+        scored_NV2 = self.lengths_NV3[..., 1:] if self.scored_NV2 is None else self.scored_NV2
+        return np.concatenate([self.lengths_NV3, scored_NV2.sum(-1, keepdims=True)], axis=-1)
 
     def policy(self, size: ModelSize, *, micro_batch: int, accumulation: int, ranks: int) -> Share:
         """The policy's micro-batches: pairs of like length, as window.py makes them."""
 
         def forwards(rows: np.ndarray) -> tuple[Work, ...]:
-            lengths = self._sorted(self.lengths_NV3[rows, 0], size.shared_prompt)
+            counts_P4 = self._sorted(self._counts[rows, 0], size.shared_prompt)
             return tuple(
-                _work(lengths[i : i + micro_batch], size) for i in range(0, micro_batch * accumulation, micro_batch)
+                _work(counts_P4[i : i + micro_batch], size) for i in range(0, micro_batch * accumulation, micro_batch)
             )
 
         key = ("policy", size.name, micro_batch, accumulation, min(ranks, RANKS))
@@ -57,7 +66,7 @@ class Workload:
         """A reference's forwards over a rank's ``pairs`` of a window."""
 
         def forwards(rows: np.ndarray) -> tuple[Work, ...]:
-            return _reference_forwards(self.lengths_NV3[rows, tokenization], size, tokens_per_forward)
+            return _reference_forwards(self._counts[rows, tokenization], size, tokens_per_forward)
 
         key = ("reference", size.name, tokenization, pairs, min(ranks, RANKS), tokens_per_forward)
         return self._share(key, forwards, pairs, ranks)
@@ -66,8 +75,8 @@ class Workload:
         """The longest pairs, which meet sooner or later: what activations need room for."""
         key = ("largest", size.name, micro_batch)
         if key not in self._largest:
-            lengths = self._sorted(self.lengths_NV3[:, 0], size.shared_prompt)
-            self._largest[key] = (_work(np.resize(lengths[:micro_batch], (micro_batch, 3)), size),)
+            counts_N4 = self._sorted(self._counts[:, 0], size.shared_prompt)
+            self._largest[key] = (_work(np.resize(counts_N4[:micro_batch], (micro_batch, 4)), size),)
         return self._largest[key][0]
 
     def largest_scoring(
@@ -76,8 +85,8 @@ class Workload:
         """(largest forward, all of the window) of a reference that scores the longest ``pairs``."""
         key = ("scoring", size.name, tokenization, pairs, tokens_per_forward)
         if key not in self._largest:
-            lengths = self._sorted(self.lengths_NV3[:, tokenization], size.shared_prompt)
-            self._largest[key] = _reference_forwards(np.resize(lengths[:pairs], (pairs, 3)), size, tokens_per_forward)
+            counts_N4 = self._sorted(self._counts[:, tokenization], size.shared_prompt)
+            self._largest[key] = _reference_forwards(np.resize(counts_N4[:pairs], (pairs, 4)), size, tokens_per_forward)
         return max(self._largest[key]), total_work(self._largest[key])
 
     def _share(
@@ -102,28 +111,29 @@ class Workload:
         return random.choice(total, pairs, replace=pairs > total)
 
     @staticmethod
-    def _sorted(lengths_P3: np.ndarray, shared_prompt: bool) -> np.ndarray:
+    def _sorted(counts_P4: np.ndarray, shared_prompt: bool) -> np.ndarray:
         """Longest segments first."""
-        return lengths_P3[np.argsort(-_segments(lengths_P3, shared_prompt), kind="stable")]
+        return counts_P4[np.argsort(-_segments(counts_P4, shared_prompt), kind="stable")]
 
 
-def _segments(lengths_P3: np.ndarray, shared_prompt: bool) -> np.ndarray:
+def _segments(counts_P4: np.ndarray, shared_prompt: bool) -> np.ndarray:
     """As :func:`~mrpo_scale.logps.pair_batch.segment_length`."""
-    responses = lengths_P3[:, 1:]
-    return lengths_P3[:, 0] + (responses.sum(1) if shared_prompt else responses.max(1))
+    responses = counts_P4[:, 1:3]
+    return counts_P4[:, 0] + (responses.sum(1) if shared_prompt else responses.max(1))
 
 
-def _work(lengths_P3: np.ndarray, size: ModelSize) -> Work:
+def _work(counts_P4: np.ndarray, size: ModelSize) -> Work:
     return work_of_lengths(
-        lengths_P3,
+        counts_P4[:, :3],
+        scored=int(counts_P4[:, 3].sum()),
         shared_prompt=size.shared_prompt,
         end_to_end=size.end_to_end,
         attn_implementation=size.costs.attn_implementation,
     )
 
 
-def _reference_forwards(lengths_P3: np.ndarray, size: ModelSize, tokens_per_forward: int) -> tuple[Work, ...]:
-    lengths_P3 = Workload._sorted(lengths_P3, size.shared_prompt)
-    segments: Sequence[int] = _segments(lengths_P3, size.shared_prompt).tolist()
+def _reference_forwards(counts_P4: np.ndarray, size: ModelSize, tokens_per_forward: int) -> tuple[Work, ...]:
+    counts_P4 = Workload._sorted(counts_P4, size.shared_prompt)
+    segments: Sequence[int] = _segments(counts_P4, size.shared_prompt).tolist()
     parts = cut_by_tokens(segments, size.shared_prompt, tokens_per_forward)
-    return tuple(_work(lengths_P3[part], size) for part in parts) or (NO_WORK,)
+    return tuple(_work(counts_P4[part], size) for part in parts) or (NO_WORK,)

@@ -67,8 +67,8 @@ class _Rows:
         return self.pairs[self.set_N[i]].tokens(int(self.row_N[i]))[self.tokenization]
 
     def token_counts(self, chosen: np.ndarray) -> np.ndarray:
-        """[n, 2] response tokens."""
-        counts = [self.pairs[self.set_N[i]].lengths[self.row_N[i], self.tokenization, 1:] for i in chosen]
+        """[n, 2] scored tokens."""
+        counts = [self.pairs[self.set_N[i]].scored[self.row_N[i], self.tokenization] for i in chosen]
         return np.array(counts, dtype=np.int32).reshape(-1, 2)
 
 

@@ -228,5 +228,5 @@ class CachedScores(ReferenceScores):
         with fail_together(world_group()):
             for k, logps_P2 in zip(window.which, scored_KP2.cpu().numpy(), strict=True):
                 new = real & ~window.stored[k].found_N
-                tokens_N2 = window.pairs.lengths[window.rows[new], self._tokenizations[k], 1:]
+                tokens_N2 = window.pairs.scored[window.rows[new], self._tokenizations[k]]
                 self._writers[k].add(window.pairs.row_keys[window.rows[new]], logps_P2[new], tokens_N2)

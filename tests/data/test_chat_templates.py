@@ -141,7 +141,7 @@ BOUNDARIES = {
 def test_what_stands_before_both_responses_is_prompt(template):
     text = model(template)
     (tokens,) = tokenize_pair(PreferencePair(say("hello"), "how are you?", "the lazy dog"), [text], None).tokens
-    prompt, *responses = (text_of(text, ids) for ids in vars(tokens).values())
+    prompt, *responses = (text_of(text, ids) for ids in (tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids))
     end, *expected = BOUNDARIES[template]
     assert prompt.endswith(end)
     assert responses == expected
@@ -151,7 +151,9 @@ def test_what_stands_before_one_response_is_part_of_it():
     """An empty think block before the answer without reasoning: the model would have to write it, where it writes reasoning now."""
     text = model("qwen3")
     (tokens,) = tokenize_pair(PreferencePair(say("hello"), THINKING, "jumps"), [text], None).tokens
-    prompt, chosen, rejected = (text_of(text, ids) for ids in vars(tokens).values())
+    prompt, chosen, rejected = (
+        text_of(text, ids) for ids in (tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids)
+    )
     assert prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert chosen == THINKING + "<|im_end|>"
     assert rejected == "<think>\n\n</think>\n\njumps<|im_end|>"

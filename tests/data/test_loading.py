@@ -89,6 +89,46 @@ def test_keys_that_arrow_fills_with_none_are_dropped():
     assert find_layout(rows).to_pair(rows[0]).prompt == [USER, call, answer]
 
 
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]}
+TOOL = {"role": "tool", "name": "add", "content": "4"}
+OPENAI_CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}],
+}
+#: (row of `conversational` or `hh_strings`, pair)
+SEVERAL_TURNS = [
+    ({"prompt": [USER], "chosen": [CALL, TOOL, GOOD], "rejected": [BAD]}, ([USER], [CALL, TOOL, GOOD], "5")),
+    ({"prompt": [USER], "chosen": [CALL], "rejected": [BAD]}, ([USER], [CALL], "5")),
+    ({"prompt": [USER], "chosen": [OPENAI_CALL], "rejected": [BAD]}, ([USER], [CALL], "5")),
+    ({"prompt": [USER], "chosen": [{**GOOD, "tool_calls": []}], "rejected": [BAD]}, ([USER], "4", "5")),
+    # The conversations part in an earlier turn than the last.
+    (
+        {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]},
+        ([USER], [GOOD, USER, GOOD], [BAD, USER, BAD]),
+    ),
+    ({"chosen": [USER, CALL, TOOL, GOOD], "rejected": [USER, CALL, TOOL, BAD]}, ([USER, CALL, TOOL], "4", "5")),
+    # ... in what a tool says: the assistant's turn before it is part of both responses.
+    (
+        {"chosen": [USER, CALL, TOOL, GOOD], "rejected": [USER, CALL, {**TOOL, "content": "5"}, BAD]},
+        ([USER], [CALL, TOOL, GOOD], [CALL, {**TOOL, "content": "5"}, BAD]),
+    ),
+    (
+        {
+            "chosen": "\n\nHuman: 2+2?\n\nAssistant: 4\n\nHuman: 2+2?\n\nAssistant: 4",
+            "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5",
+        },
+        ([USER], [GOOD, USER, GOOD], "5"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "pair"), SEVERAL_TURNS)
+def test_responses_of_several_turns_and_of_tool_calls_are_read(row, pair):
+    layout = "hh_strings" if isinstance(row["chosen"], str) else "conversational"
+    assert LAYOUTS[layout].to_pair(row) == PreferencePair(*pair)
+
+
 HH = "\n\nHuman: q\n\nAssistant: "
 REFUSED = [
     ("strings", {"prompt": "a", "chosen": None, "rejected": "b"}, "malformed", "`chosen` is missing"),
@@ -102,23 +142,42 @@ REFUSED = [
     ("conversational", {"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "empty_prompt", ""),
     ("conversational", {"chosen": [GOOD], "rejected": [BAD]}, "empty_prompt", ""),
     ("conversational", {"chosen": [USER, GOOD], "rejected": [USER]}, "malformed", "`rejected` does not end"),
+    ("conversational", {"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]}, "malformed", "ends with a user"),
+    ("conversational", {"prompt": [USER], "chosen": [CALL, TOOL], "rejected": [BAD]}, "malformed", "ends with a tool"),
     (
         "conversational",
-        {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]},
-        "multi_turn_response",
-        "3 turns",
+        {"prompt": [USER], "chosen": [TOOL, GOOD], "rejected": [BAD]},
+        "malformed",
+        "answers with a tool",
+    ),
+    ("conversational", {"chosen": [USER, CALL, TOOL], "rejected": [USER, BAD]}, "malformed", "does not end"),
+    (
+        "conversational",
+        {"prompt": [USER], "chosen": [GOOD, SYSTEM, GOOD], "rejected": [BAD]},
+        "malformed",
+        "system turn",
     ),
     (
         "conversational",
-        {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]},
-        "multi_turn_response",
-        "3 turns",
+        {"prompt": [USER], "chosen": [{**GOOD, "content": " "}, USER, GOOD], "rejected": [BAD]},
+        "empty_response",
+        "the assistant says nothing in message 1",
     ),
-    (
-        "conversational",
-        {"prompt": [USER], "chosen": [{**GOOD, "tool_calls": [{}]}], "rejected": [BAD]},
-        "tool_call_response",
-        "",
+    *(
+        (
+            "conversational",
+            {"prompt": [USER], "chosen": [{**GOOD, "tool_calls": calls}], "rejected": [BAD]},
+            "malformed",
+            words,
+        )
+        for calls, words in (
+            ([{}], "`chosen[0].tool_calls[0]` names no function"),
+            ("add", "`chosen[0].tool_calls` is a str, not a list"),
+            (["add"], "`chosen[0].tool_calls[0]` names no function"),
+            ([{"function": {"name": "add", "arguments": "{"}}], "its arguments are not JSON"),
+            ([{"function": {"name": "add", "arguments": "[1]"}}], "its arguments are a list, not an object"),
+            ([{"name": "add", "arguments": 2}], "its arguments are a int, not an object"),
+        )
     ),
     ("conversational", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": "[oops"}, "malformed", "JSON"),
     ("sharegpt", {"conversations": None, "chosen": gpt("4"), "rejected": gpt("5")}, "malformed", "`conversations`"),
@@ -131,7 +190,6 @@ REFUSED = [
     ("sharegpt", {"conversations": [gpt("q", "human")], "chosen": "4", "rejected": gpt("5")}, "malformed", "`chosen`"),
     ("hh_strings", {"chosen": "Once" + HH + "a", "rejected": HH + "b"}, "malformed", "text before"),
     ("hh_strings", {"chosen": HH + "a", "rejected": "\n\nHuman: q"}, "malformed", "`rejected` does not end"),
-    ("hh_strings", {"chosen": HH + "a" + HH + "b", "rejected": HH + "c"}, "multi_turn_response", "3 turns"),
 ]
 
 

@@ -13,7 +13,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data import LAYOUTS, BadRow, PreferencePair
 from mrpo_scale.data.pair_dataset import prepare_pairs
-from mrpo_scale.data.tokenization import ModelText, PairTokens, row_key, tokenize_pair
+from mrpo_scale.data.pairs import Cut, PairTokens
+from mrpo_scale.data.tokenization import ModelText, row_key, tokenize_pair
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -348,7 +349,7 @@ def chat_row(prompt, chosen="good", rejected="bad"):
 
 
 def chat_rows(tmp_path):
-    """Six rows, numbers 1 (identical), 2 (two turns) and 4 (empty) bad; 3 has a system turn, 5 is long."""
+    """Six rows, numbers 1 (identical), 2 (a user answers) and 4 (empty) bad; 3 has a system turn, 5 is long."""
     rows = [
         chat_row(say("hello")),
         chat_row(say("hello"), "same", "same"),
@@ -372,7 +373,7 @@ def test_prepare_pairs(tmp_path, caplog, num_proc):
     with caplog.at_level(logging.INFO, "mrpo_scale"):
         pairs = prepare(rows, bad_rows_file=listed, num_proc=num_proc)
     assert (len(pairs), pairs.num_texts, pairs.truncated, pairs.merged) == (3, 2, 1, {"ref": 1})
-    assert pairs.counts == {"identical_responses": 1, "multi_turn_response": 1, "empty_response": 1}
+    assert pairs.counts == {"identical_responses": 1, "malformed": 1, "empty_response": 1}
     assert [pairs.source_row(i) for i in range(3)] == [0, 3, 5]
     for i, row in enumerate((0, 3, 5)):
         expected = tokenize_pair(CHAT.to_pair(rows[row]), MODELS, 80)
@@ -387,11 +388,11 @@ def test_prepare_pairs(tmp_path, caplog, num_proc):
             "reason": "identical_responses",
             "detail": "chosen and rejected are the same text",
         },
-        {"split": "train", "row": 2, "reason": "multi_turn_response", "detail": "`chosen` answers with 2 turns"},
+        {"split": "train", "row": 2, "reason": "malformed", "detail": "`chosen` answers with a user turn"},
         {"split": "train", "row": 4, "reason": "empty_response", "detail": "chosen has no text"},
     ]
     assert [record.getMessage() for record in caplog.records if record.name.startswith("mrpo_scale")] == [
-        "train: skipped 3 of 6 pairs: 1 identical_responses, 1 multi_turn_response, 1 empty_response",
+        "train: skipped 3 of 6 pairs: 1 identical_responses, 1 malformed, 1 empty_response",
         "train: cut responses of 1 pairs to max_length 80",
         "train: 1 pair: merged turns of prompts, for ref",
     ]
@@ -527,10 +528,17 @@ def test_a_row_key_follows_the_scored_text_and_its_cuts():
         replace(whole, chosen="C", rejected="A B"),
         replace(whole, tools=[{"name": "t"}]),
     ]
-    keys = [row_key(pair, (False, False)) for pair in [whole, *others]]
-    keys += [row_key(whole, cut) for cut in ((True, False), (False, True), (True, True))]
+    keys = [row_key(pair) for pair in [whole, *others]]
+    cut = Cut(1, 3)
+    keys += [row_key(whole, cuts) for cuts in ((cut, None), (None, cut), (cut, cut))]
     assert len(set(keys)) == len(keys) == 10 and {len(key) for key in keys} == {16}
-    assert row_key(replace(whole), (False, False)) == keys[0]
+    assert row_key(replace(whole)) == keys[0]
+    # As earlier versions made them: their score caches stay valid.
+    assert [keys[i].hex() for i in (0, 7, 9)] == [
+        "50df92b77ecbffcbc11c3e72aa368f53",
+        "1c348a8232a31c745e8c175fc0024741",
+        "c18ec5e46b6d3387d30c3f3c0f07d06d",
+    ]
 
 
 def test_max_length_changes_the_keys_of_the_rows_that_it_cuts(tmp_path):

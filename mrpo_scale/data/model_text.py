@@ -242,9 +242,15 @@ class ModelText:
         for (turn, head), response in zip(self._with_heads(reading), (pair.chosen, pair.rejected), strict=True):
             if isinstance(turn, Turns) and not isinstance(response, str):
                 cuts.append(self._fit_turns(pair, turn, head, response, max_length))
-            else:
-                characters = self._fit(turn, head, max_length, reading.raw)
-                cuts.append(None if characters is None else Cut(1, characters))
+                continue
+            characters = self._fit(turn, head, max_length, reading.raw)
+            if characters == 0:
+                room = max(0, max_length - len(self._with_bos(head, reading.raw)))
+                raise BadRow(
+                    "prompt_too_long",
+                    f"max_length {max_length} leaves {room} tokens after the prompt, and they hold no text of a response",
+                )
+            cuts.append(None if characters is None else Cut(1, characters))
         return cuts[0], cuts[1]
 
     def fingerprint(self) -> str:
@@ -312,9 +318,11 @@ class ModelText:
         return turn
 
     def _fit(self, turn: Turn, head: list[int], max_length: int, raw: bool) -> int | None:
-        """Characters of the (last) turn's text that fit; None where all of it fits, with its end of turn."""
+        """Characters of the (last) turn's text that fit: none of one that calls tools; None where all of it fits, with its end."""
         if len(self._sequence(turn, head, turn.body, raw=raw, cut=False).ids) <= max_length:
             return None
+        if isinstance(turn, Turns) and not turn.response:
+            return 0
         room = max(0, max_length - len(self._with_bos(head, raw)))
         ends = [end - len(turn.lead) for _, end in self._offsets(turn.lead + turn.body)[:room]]
         # Reasoning may stand before the text of a last turn.
@@ -328,10 +336,7 @@ class ModelText:
                 if turn.skipped is None:
                     raise BadRow(f"cut_not_placed:{self.name}", "its template rewrites a response that max_length cuts")
                 return turn.skipped + len(text)
-        raise BadRow(
-            "prompt_too_long",
-            f"max_length {max_length} leaves {room} tokens after the prompt, and they hold no text of a response",
-        )
+        return 0
 
     def _fit_turns(
         self, pair: PreferencePair, turns: Turns, head: list[int], response: list[Message], max_length: int
@@ -343,23 +348,10 @@ class ModelText:
         offsets = self._offsets(turns.lead)
         fitting = sum(sum(start < end for start, _ in offsets) <= max_length for _, end in turns.spans[:-1])
         for kept in reversed(ends[: fitting + 1]):
-            whole_turns = Cut(kept, None)
-            left = whole_turns.of(response)
-            reading = self.read(replace(pair, chosen=left, rejected=left))
-            last, last_head = self._with_heads(reading)[0]
-            if isinstance(last, Turns) and not last.response:  # it calls tools
-                fits = len(self._sequence(last, last_head, last.body, raw=False, cut=False).ids) <= max_length
-                characters = None if fits else 0
-            else:
-                try:
-                    characters = self._fit(last, last_head, max_length, False)
-                except BadRow as bad:
-                    if bad.reason != "prompt_too_long":
-                        raise
-                    characters = 0
-            if characters is None:
-                return whole_turns
-            if characters:
+            left = Cut(kept, None).of(response)
+            last, last_head = self._with_heads(self.read(replace(pair, chosen=left, rejected=left)))[0]
+            characters = self._fit(last, last_head, max_length, False)
+            if characters != 0:
                 return Cut(kept, characters)
         raise BadRow("prompt_too_long", f"max_length {max_length} holds no text of a response's first turn")
 

@@ -9,6 +9,7 @@ import pytest
 
 from mrpo_scale.data import LAYOUTS, BadRow, PreferencePair, find_layout, parse_datasets
 from mrpo_scale.data.loading import load_rows
+from mrpo_scale.data.messages import as_text, said
 from mrpo_scale.data.pair_dataset import prepare_pairs
 from mrpo_scale.data.pairs import Cut
 from mrpo_scale.data.tokenization import ModelText, row_key, tokenize_pair
@@ -332,3 +333,11 @@ def test_a_set_keeps_what_is_scored(tmp_path):
     mixed, _ = load_rows(parse_datasets([str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]))
     mix = prepare_pairs(mixed, find_layout(mixed), texts, max_length=most)
     assert sorted(mix.row_keys.tolist()) == sorted([*found.row_keys.tolist()] * 2)
+
+
+def test_messages_for_a_judges_eyes():
+    """Turns that call tools have no text of their own."""
+    assert as_text([*PROMPT, call("red"), result("slow")]) == (
+        '[user]\nred or blue?\n\n[assistant]\n{"name": "look_up", "arguments": {"word": "red"}}\n\n[tool]\nslow'
+    )
+    assert said(call("red", "Let me look.")) == 'Let me look.\n{"name": "look_up", "arguments": {"word": "red"}}'

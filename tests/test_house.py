@@ -63,21 +63,24 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.data",
-        "pairs messages turns response_turns chat_template model_text ranking mixing toy_skills toy_world",
+        "pairs messages repeated_prompt turns response_turns chat_template model_text ranking mixing toy_skills toy_world",
     ),
     ("mrpo_scale.data.layouts", "base"),
     ("mrpo_scale.data", "pair_table"),
     (
         "mrpo_scale.data.layouts",
-        "conversational strings hh_strings helpsteer nectar sharegpt orca gpt4_llm .",
+        "conversational strings hh_strings helpsteer nectar sharegpt orca gpt4_llm swift openai nemo_rl .",
     ),
-    ("mrpo_scale.data", "loading . tokenization pair_dataset inputs dealing window"),
+    ("mrpo_scale.data", "remarks unread loading . tokenization pair_dataset inputs dealing window"),
     (
         "mrpo_scale.logps",
         ". logit_transform varlen_layout masked_attention attention_ways span_attention layer_masks pair_batch attention_choice "
         "micro_batches routers pair_forward self_check flops",
     ),
-    ("mrpo_scale.models", ". hub quantized source on_disk stored left_out saving tensor_check adapter plan"),
+    (
+        "mrpo_scale.models",
+        ". hub quantized source on_disk stored left_out saving tensor_check adapter plan same_weights",
+    ),
     ("mrpo_scale.references", ". placement mapped sharding live adapter_off loading"),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
     ("mrpo_scale.references", "stores prompt_logps served precompute scores validation_weights"),

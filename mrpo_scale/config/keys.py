@@ -6,6 +6,7 @@ have them; docs/from_trl.md has the table. Reading a recipe is in :mod:`mrpo_sca
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,15 @@ from mrpo_scale.config.checks import (
     unsupported,
     value_mistakes,
 )
-from mrpo_scale.config.data_keys import PLAIN_TEMPLATE, DatasetSpec, PairOptions, parse_datasets
+from mrpo_scale.config.data_keys import (
+    PLAIN_TEMPLATE,
+    DatasetSpec,
+    PairOptions,
+    RepeatedPrompt,
+    parse_columns,
+    parse_datasets,
+    parse_template_kwargs,
+)
 from mrpo_scale.config.ds_config import find_ds_config, read_ds_config
 from mrpo_scale.config.fields import (
     AtLeast,
@@ -72,7 +81,10 @@ class ScriptArguments:
         "split, weight, layout, subset, columns}.",
     )
     dataset_config: str | None = key(None, "Configuration name of a hub data set.")
-    dataset_train_split: str = key("train", "Split to train on.")
+    columns: dict[str, Any] | str | None = key(
+        None, "Columns to rename, {prompt: question, ...}, or a list of those that are read."
+    )
+    dataset_train_split: str = key("train", "Split to train on, or a part of one, such as train[:90%%].")
     dataset_test_split: str = key("test", "Split to evaluate on, where the data set has it.")
     held_out: float | None = key(
         None, "Without a test split: fraction (below 1) or number of pairs to hold out, seeded."
@@ -85,6 +97,7 @@ class ScriptArguments:
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:
             self.dataset_name = self.dataset_name[0]
+        self.columns = parse_columns(self.columns)  # type: ignore[assignment]
 
     @property
     def datasets(self) -> list[DatasetSpec]:
@@ -192,6 +205,10 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
         "today's.",
     )
 
+    chat_template_kwargs: Hashed[dict[str, Any] | str | None] = key(
+        None, "Arguments that every chat template gets, such as {enable_thinking: false}; a row's own column wins."
+    )
+
     # Data
     dataset_layout: Hashed[str] = key("auto", "Layout of the rows, recognised by inspection unless named.")
     dataset_num_proc: Place[int | None] = key(None, "Processes for tokenizing.")
@@ -201,6 +218,10 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
     score_columns: Hashed[list[str]] = key(["helpfulness"], "Layout helpsteer: the columns whose sum scores an answer.")
     max_length: Annotated[Hashed[int | None], AtLeast(2)] = key(
         1024, "Most tokens of prompt + response, in the policy's tokens; longer responses are cut."
+    )
+    repeated_prompt: Hashed[RepeatedPrompt] = key(
+        "error",
+        "Where both responses begin with their prompt in more than `max_bad_rows` of the pairs: error, strip it off, or keep it.",
     )
     on_bad_row: Common[Other[Literal["skip", "error"]]] = key(
         "skip", "What to do with a pair that cannot be scored by every model."
@@ -303,6 +324,7 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
                 setattr(self, name, [getattr(self, name)])
         if self.template_date is not None:
             self.template_date = iso_date(str(self.template_date))
+        self.chat_template_kwargs = parse_template_kwargs(self.chat_template_kwargs) or None
         self.shared_prompt = str(self.shared_prompt).lower()  # type: ignore[assignment]
         if self.report_to is None or self.report_to is False or self.report_to == []:
             self.report_to = "none"
@@ -414,7 +436,13 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
     @property
     def pair_options(self) -> PairOptions:
         """How ranked or scored answers become pairs."""
-        return PairOptions(self.ranked_pairs, tuple(self.score_columns), self.seed)
+        return PairOptions(
+            self.ranked_pairs,
+            tuple(self.score_columns),
+            self.seed,
+            self.repeated_prompt,
+            json.dumps(self.chat_template_kwargs or {}, sort_keys=True),
+        )
 
     @property
     def policy_dtype(self) -> torch.dtype:

@@ -7,19 +7,23 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 from urllib.parse import quote
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.base.ranks import share_within_node
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.data import find_layout, load_rows
-from mrpo_scale.data.pair_dataset import BadRowsError, PairDataset, check_token_ids, prepare_pairs
+from mrpo_scale.data.pair_dataset import BadRowsError, PairDataset, check_prompts, check_token_ids, prepare_pairs
+from mrpo_scale.data.remarks import Remark, log_remarks
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.data.toy_world import resolve
+from mrpo_scale.data.unread import unread_columns
 
 TRAIN_SET, EVAL_SET = "train", "eval"
 WEIGHTS_SET = "weights_split"  #: the pairs set aside for `ref_weights: validation`
@@ -121,7 +125,15 @@ def prepare_sets(
     if args.process_index == 0:  # an earlier run may have had sets of other names
         for old in args.folder.glob("bad_rows_*.jsonl"):
             old.unlink()
-    return {split: prepare_set(plan, args, split, rows, findings) for split, rows in sets.items() if rows is not None}
+    prepared = {
+        split: prepare_set(plan, args, split, rows, findings) for split, rows in sets.items() if rows is not None
+    }
+    for split, pairs in prepared.items():
+        if split != TRAIN_SET and TRAIN_SET in prepared:
+            pairs.remarks = [*pairs.remarks, *(leaks := _leaks(pairs, prepared[TRAIN_SET], TRAIN_SET))]
+            if args.process_index == 0:
+                log_remarks(split, leaks)
+    return prepared
 
 
 def prepare_set(
@@ -134,11 +146,12 @@ def prepare_set(
     """One set of :func:`prepare_sets`; ``split`` is what messages and files call it."""
     if len(rows) == 0:
         raise ConfigError(f"the {split} set has no rows; check `dataset_name` and the split keys.")
+    layout = find_layout(rows, args.dataset_layout)
     with args.main_process_first(local=True, desc=f"tokenizing {split}"):
         try:
             prepared = prepare_pairs(
                 rows,
-                find_layout(rows, args.dataset_layout),
+                layout,
                 plan.texts,
                 max_length=args.max_length,
                 options=args.pair_options,
@@ -146,6 +159,7 @@ def prepare_set(
                 max_bad_rows=args.max_bad_rows,
                 bad_rows_file=args.folder / f"bad_rows_{file_name(split)}.jsonl",
                 split=split,
+                readers=plan.readers,
                 num_proc=args.dataset_num_proc,
                 write=args.process_index == 0,
             )
@@ -154,13 +168,29 @@ def prepare_set(
                 raise
             findings.append(error)
             prepared = error.pairs
-    try:
-        check_token_ids(prepared, plan.texts, plan.readers, split)
-    except ConfigError as error:
-        if findings is None:
-            raise
-        findings.append(error)
+    for check in (
+        partial(check_token_ids, prepared, plan.texts, plan.readers, split),
+        partial(check_prompts, prepared, args.repeated_prompt, args.max_bad_rows, split),
+    ):
+        try:
+            check()
+        except ConfigError as error:
+            if findings is None:
+                raise
+            findings.append(error)
+    unread = unread_columns(rows, layout, args.pair_options)
+    prepared.remarks = [*prepared.remarks, *unread]
+    if args.process_index == 0:
+        log_remarks(split, unread)
     return prepared
+
+
+def _leaks(pairs: PairDataset, other: PairDataset, split: str) -> list[Remark]:
+    """How many of ``pairs`` are in ``other`` (of the name ``split``) too, whole, or with the same prompt."""
+    whole = np.isin(pairs.row_keys, other.row_keys)
+    prompt = np.isin(pairs.prompt_keys, other.prompt_keys) & ~whole
+    counts = {f"known_pair:{split}": int(whole.sum()), f"known_prompt:{split}": int(prompt.sum())}
+    return [Remark(word, n, {}) for word, n in counts.items() if n]
 
 
 def evaluation_sets(evals: Any) -> dict[str, Any]:
@@ -244,6 +274,7 @@ def _load_data(script: ScriptArguments, config: MRPOConfig) -> tuple[Any, Any]:
     return load_rows(
         [replace(spec, name=resolve(spec.name)) for spec in script.datasets],
         config=script.dataset_config,
+        columns=script.columns,  # type: ignore[arg-type]
         train_split=script.dataset_train_split,
         test_split=script.dataset_test_split,
         held_out=script.held_out,

@@ -8,7 +8,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import yaml
 from huggingface_hub.errors import HTTPError
 
 from mrpo_scale.base.errors import ConfigError, one_line
-from mrpo_scale.config.data_keys import DatasetSpec, Entry, PairOptions, parse_datasets
+from mrpo_scale.config.data_keys import Columns, DatasetSpec, Entry, PairOptions, parse_datasets
 from mrpo_scale.data.layouts import LAYOUTS, AnyLayout
 from mrpo_scale.data.mixing import mix
 from mrpo_scale.data.pair_table import FEATURES, PairTable, group_numbers, pair_table
+from mrpo_scale.data.remarks import log_remarks
+from mrpo_scale.data.unread import unread_columns
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 DEFAULT_TEST_SPLIT = "test"
@@ -35,6 +38,8 @@ _ARCHIVES = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 _ARCHIVES |= {b"\x04\x22\x4d\x18": "lz4", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar"}
+#: Endings of compressed files, which say so: these `datasets` unpacks into its cache.
+_PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 # RuntimeError: a loading script, which `datasets` no longer runs. The others: state.json, dataset_info.json and the YAML of a
 # README.md that are not what they should be.
 _UNREADABLE = (
@@ -47,6 +52,7 @@ def load_rows(
     dataset_name: Entry | Sequence[Entry],
     *,
     config: str | None = None,
+    columns: Columns = None,
     train_split: str = "train",
     test_split: str = DEFAULT_TEST_SPLIT,
     held_out: float | None = None,
@@ -59,9 +65,12 @@ def load_rows(
     """The rows to train on and, where there are any, those to evaluate on. Of several data sets: their pair table.
 
     Args:
-        dataset_name: hub id, or a local .json (lines or one array), .jsonl, .parquet, .arrow or .csv file, which is a ``train``
-            split, or a folder of such files, whose names tell their splits. Several: see :mod:`mrpo_scale.data.mixing`.
-        test_split: taken where the data set has it; another name than the default must exist.
+        dataset_name: hub id, or a local .json (lines or one array), .jsonl, .parquet, .arrow or .csv file (also packed: .gz, .bz2,
+            .xz, .zst), which is a ``train`` split, or a folder of such files, whose names tell their splits. Several: see
+            :mod:`mrpo_scale.data.mixing`.
+        train_split, test_split: names, or parts as `datasets` writes them (``train[:10]``, ``train[10%:]``, ``a+b``). A test split
+            is taken where the data set has it; another name than the default must exist.
+        columns: those that are read, or how they are called, for data sets that do not say it themselves; see DatasetSpec.
         held_out: without a test split, how much of the train split to hold out: a fraction below 1, or a number of rows (of several
             sets: in all).
         train_subset: how much of what is left to train on, at random. Without a test split and ``held_out`` the remainder is
@@ -79,7 +88,9 @@ def load_rows(
         train, test = _choose_splits(
             _load_splits(spec.name, spec.config or config), spec.name, spec.split or train_split, test_split
         )
-        train, test = _keep_columns(train, spec), None if test is None else _keep_columns(test, spec)
+        if columns is not None and spec.columns is None:
+            spec = replace(spec, columns=columns)
+        train, test = _name_columns(train, spec), None if test is None else _name_columns(test, spec)
         sets.append((train if spec.subset is None else _take_subset(train, spec, layout, seed), test))
     if train_subset is not None or (held_out is not None and any(test is None for _, test in sets)):
         groups = [_groups_of(train, spec, layout) for spec, (train, _) in zip(specs, sets, strict=True)]
@@ -92,6 +103,8 @@ def load_rows(
         for rows, tables in ((train, trains), (test, tests)):
             if rows is not None:
                 found = _find_layout_of(rows, spec.layout or layout, spec.label)
+                if tables is trains:  # of a single set it is said with all else
+                    log_remarks(spec.label, unread_columns(rows, found, options))
                 tables.append(pair_table(rows, found, options, source=spec.label, num_proc=num_proc))
     return mix(trains, specs, seed), datasets.concatenate_datasets(tests) if tests else None
 
@@ -140,12 +153,27 @@ def _choose_splits(
     wanted = {"dataset_train_split": train_split}
     if test_split != DEFAULT_TEST_SPLIT:
         wanted["dataset_test_split"] = test_split
-    for key, split in wanted.items():
-        if split not in splits:
-            raise ConfigError(
-                f"`{key}: {split}`: `{dataset_name}` has no such split; choose one of {', '.join(splits)}."
-            )
-    return splits[train_split], splits.get(test_split)
+    found = {key: _part_of(splits, dataset_name, key, split) for key, split in wanted.items()}
+    return found["dataset_train_split"], found.get("dataset_test_split", splits.get(test_split))
+
+
+def _part_of(splits: datasets.DatasetDict, dataset_name: str, key: str, split: str) -> datasets.Dataset:
+    """A split, or the part of one that an instruction of `datasets` names: ``train[:10]``, ``train[10%:]``, ``a+b``."""
+    if split in splits:
+        return splits[split]
+    problem = "has no such split"
+    try:
+        named = datasets.ReadInstruction.from_spec(split)
+        pieces = named.to_absolute({name: len(rows) for name, rows in splits.items()})
+    except (ValueError, KeyError, AssertionError) as error:
+        if "[" in split:
+            problem = f"has no such part: {one_line(error)}"
+        raise ConfigError(f"`{key}: {split}`: `{dataset_name}` {problem}; choose one of {', '.join(splits)}.") from None
+    # `select` would slice rows that lie together, and a slice forgets which rows of the file it holds.
+    parts = [
+        splits[piece.splitname]._select_with_indices_mapping(np.arange(piece.from_ or 0, piece.to)) for piece in pieces
+    ]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
 def _groups_of(rows: datasets.Dataset, spec: DatasetSpec, layout: str) -> np.ndarray:
@@ -153,14 +181,26 @@ def _groups_of(rows: datasets.Dataset, spec: DatasetSpec, layout: str) -> np.nda
     return group_numbers(rows, _find_layout_of(rows, spec.layout or layout, spec.label)) if len(rows) else np.arange(0)
 
 
-def _keep_columns(rows: datasets.Dataset, spec: DatasetSpec) -> datasets.Dataset:
-    missing = sorted(set(spec.columns or ()) - set(rows.column_names))
+def _name_columns(rows: datasets.Dataset, spec: DatasetSpec) -> datasets.Dataset:
+    """``rows`` with the columns that `columns` lists, or with other names where it maps them; a column that has one of these names
+    already and is none of them leaves."""
+    if not spec.columns:
+        return rows
+    given = spec.columns
+    missing = sorted(set(given.values() if isinstance(given, Mapping) else given) - set(rows.column_names))
     if missing:
         there = ", ".join(rows.column_names)
         raise ConfigError(
             f"`dataset_name`: `{spec.label}` has no column `{missing[0]}`, which `columns` names; there are {there}."
         )
-    return rows.select_columns(list(spec.columns)) if spec.columns else rows
+    if not isinstance(given, Mapping):
+        return rows.select_columns(list(given))
+    taken = set(given) & set(rows.column_names) - set(given.values())
+    renamed = {theirs: ours for ours, theirs in given.items()}
+    if len(renamed) < len(given):
+        twice = next(theirs for ours, theirs in given.items() if renamed[theirs] != ours)
+        raise ConfigError(f"`columns`: column `{twice}` of `{spec.label}` is given two names; leave one.")
+    return rows.remove_columns(sorted(taken)).rename_columns({k: v for k, v in renamed.items() if k != v})
 
 
 def _take_subset(rows: datasets.Dataset, spec: DatasetSpec, layout: str, seed: int) -> datasets.Dataset:
@@ -221,13 +261,8 @@ def _load_splits(dataset_name: str, config: str | None) -> datasets.DatasetDict:
         raise ConfigError(
             f"`dataset_name: {dataset_name}`: there is no such file or folder (looked in {Path.cwd()}); correct the path."
         )
-    if path.is_file() and path.suffix not in BUILDERS:
-        raise ConfigError(f"`dataset_name: {dataset_name}`: not one of {', '.join(BUILDERS)}; convert the file.")
-    if path.is_file() and (kind := _compression(path)):
-        raise ConfigError(
-            f"`dataset_name: {dataset_name}` is a {kind} archive by its contents, of any size once unpacked; unpack it "
-            "yourself and name what comes out."
-        )
+    if path.is_file():
+        _check_file(path, dataset_name)
     try:
         splits = _read(path, dataset_name, config)
     except _UNREADABLE as error:
@@ -237,14 +272,52 @@ def _load_splits(dataset_name: str, config: str | None) -> datasets.DatasetDict:
     return splits
 
 
+def _builder_of(name: str) -> tuple[str | None, str | None]:
+    """Of a file's name: which of BUILDERS reads it, and how it says that it is packed."""
+    path = Path(name)
+    packed = _PACKED.get(path.suffix)
+    return BUILDERS.get(Path(path.stem).suffix if packed else path.suffix), packed
+
+
+def _check_file(path: Path, dataset_name: str) -> None:
+    """Raises ConfigError for a file that is none of ours, or is packed in another way than its name says."""
+    builder, packed = _builder_of(path.name)
+    if builder is None:
+        raise ConfigError(
+            f"`dataset_name: {dataset_name}`: not one of {', '.join(BUILDERS)}, nor one of these packed as "
+            f"{', '.join(_PACKED)}; convert the file."
+        )
+    kind = _compression(path)
+    if kind != packed:
+        found = f"is a {kind} archive by its contents, of any size once unpacked" if kind else f"is no {packed} file"
+        raise ConfigError(
+            f"`dataset_name: {dataset_name}` {found}; unpack it yourself and name what comes out."
+            if kind
+            else f"`dataset_name: {dataset_name}` {found} by its contents; correct its name."
+        )
+    _check_unpacker(path, dataset_name)
+
+
+def _check_unpacker(path: Path, dataset_name: str) -> None:
+    """Of a file or a folder: `datasets` unpacks zstd by a package of its own. Raises ConfigError where it is not here."""
+    files = [path] if path.is_file() else path.rglob("*.zst")
+    if not datasets.config.ZSTANDARD_AVAILABLE and any(file.suffix == ".zst" for file in files):
+        raise ConfigError(
+            f"`dataset_name: {dataset_name}` needs the package zstandard to be unpacked; `pip install zstandard`."
+        )
+
+
 def _read(path: Path, dataset_name: str, config: str | None) -> datasets.DatasetDict:
     path = _without_patterns(path)
     if path.is_file():
-        return datasets.load_dataset(BUILDERS[path.suffix], data_files={"train": str(path)})
+        builder, _ = _builder_of(path.name)
+        assert builder is not None
+        return datasets.load_dataset(builder, data_files={"train": str(path)})
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         saved: Any = datasets.load_from_disk(str(path))
         return saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
     if path.is_dir():
+        _check_unpacker(path, dataset_name)
         _stay_inside(path, config)
         return datasets.load_dataset(str(path), config, cache_dir=_cache_of(path))
     return datasets.load_dataset(dataset_name, config)
@@ -268,7 +341,8 @@ def _without_patterns(path: Path) -> Path:
     target = path.absolute()
     links = Path(datasets.config.HF_DATASETS_CACHE) / "mrpo_scale_links"
     links.mkdir(parents=True, exist_ok=True)
-    link = links / (hashlib.sha256(os.fsencode(target)).hexdigest()[:32] + path.suffix)
+    ending = "".join(path.suffixes[-2:]) if path.suffix in _PACKED else path.suffix
+    link = links / (hashlib.sha256(os.fsencode(target)).hexdigest()[:32] + ending)
     _link(target, link)
     return link
 
@@ -310,7 +384,7 @@ def _compression(file: Path) -> str | None:
 
 
 def _looks_local(name: str) -> bool:
-    if Path(name).suffix in BUILDERS or name.startswith((".", "/", "~")):
+    if _builder_of(name)[0] is not None or name.startswith((".", "/", "~")):
         return True
     return os.sep in name and not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
 
@@ -350,5 +424,5 @@ def _known(dataset: datasets.Dataset) -> str:
     needs = "; ".join(f"{layout.name} ({', '.join(layout.columns)})" for layout in LAYOUTS.values())
     return (
         f"Columns found: {', '.join(dataset.column_names) or 'none'}. Known layouts: {needs}; docs/data.md shows a row of each. "
-        "Rename the columns."
+        "Name the columns with the key `columns`, such as `columns: {prompt: question}`."
     )

@@ -8,7 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from mrpo_scale.base.untrusted import parse_json
+from mrpo_scale.config.data_keys import RESERVED
 from mrpo_scale.data.pairs import BadRow, Message, PreferencePair, Response, as_response, is_plain
+
+#: Types of parts of a content that are text: chat completions', and those of OpenAI's responses.
+TEXT_PARTS = ("text", "input_text", "output_text")
+#: What data sets and chat templates call the reasoning of an assistant's turn; the first is what it is called here.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+#: Columns of what no model here reads.
+MEDIA = tuple(f"{kind}{plural}" for kind in ("image", "video", "audio") for plural in ("", "s"))
 
 
 def without_none(value: Any) -> Any:
@@ -21,10 +29,11 @@ def without_none(value: Any) -> Any:
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
-    """A column's messages, checked: each has a role, and text unless it calls tools. System turns without text are left out.
+    """A column's messages, checked: each has a role, and text unless it calls tools. System turns without text are left out, parts
+    of text are joined, and reasoning is called ``reasoning_content`` (each template gets it under the name that it knows).
 
     Raises:
-        BadRow: ``malformed``, naming the column and the message.
+        BadRow: ``malformed``, naming the column and the message; ``not_text``, naming the type of a part that is no text.
     """
     if not isinstance(value, list):
         raise BadRow("malformed", f"`{column}` is {_kind(value)}, not a list of messages")
@@ -32,7 +41,9 @@ def read_messages(value: Any, column: str) -> list[Message]:
     for i, item in enumerate(value):
         if not isinstance(item, dict) or not isinstance(item.get("role"), str):
             raise BadRow("malformed", f"`{column}[{i}]` is not a message with a `role`")
-        message = without_none(item)
+        message = _with_one_reasoning(without_none(item))
+        if isinstance(message.get("content"), list):
+            message["content"] = _joined_parts(message["content"], f"{column}[{i}].content")
         if "tool_calls" in message:
             message["tool_calls"] = _read_calls(message["tool_calls"], f"{column}[{i}].tool_calls")
             if not message["tool_calls"]:  # some templates take a turn with an empty list for one that calls tools
@@ -41,6 +52,28 @@ def read_messages(value: Any, column: str) -> list[Message]:
             raise BadRow("malformed", f"`{column}[{i}].content` is {_kind(item.get('content'))}, not a string")
         messages.append(message)
     return without_blank_system(messages)
+
+
+def _joined_parts(parts: list[Any], where: str) -> str:
+    """The text of a content that is a list of parts, joined as chat templates that know parts do: with nothing in between."""
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            part = {"text": part}
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind not in TEXT_PARTS:
+            raise BadRow("not_text", f"`{where}` has a part of type {kind}; models read text here")
+        if not isinstance(part.get("text"), str):
+            raise BadRow("malformed", f"`{where}` has a part of type {kind} without `text`")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _with_one_reasoning(message: Message) -> Message:
+    name = next((name for name in REASONING if name in message), None)
+    if name in (None, REASONING[0]):
+        return message
+    return {REASONING[0] if key == name else key: value for key, value in message.items()}
 
 
 def _read_calls(value: Any, where: str) -> list[Any]:
@@ -104,6 +137,31 @@ def read_tools(value: Any) -> list[Any] | None:
     if not isinstance(value, list):
         raise BadRow("malformed", f"`tools` is {_kind(value)}, not a list")
     return without_none(value)
+
+
+def read_template_kwargs(value: Any) -> dict[str, Any] | None:
+    """The ``chat_template_kwargs`` of a row, which may be a mapping or JSON text of one; None when there are none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            raise BadRow("malformed", f"`chat_template_kwargs` is not JSON: {error}") from error
+    if not value:
+        return None
+    if not isinstance(value, dict):
+        raise BadRow("malformed", f"`chat_template_kwargs` is {_kind(value)}, not a mapping")
+    taken = sorted(RESERVED & set(value))
+    if taken:
+        raise BadRow("malformed", f"`chat_template_kwargs` sets `{taken[0]}`, which is not the row's to decide")
+    return without_none(value) or None
+
+
+def check_text_only(row: Mapping[str, Any]) -> None:
+    """Raises BadRow ``not_text`` for a row with pictures, films or sound: its text was written about them."""
+    for column in MEDIA:
+        value = row.get(column)
+        if value is not None and not (isinstance(value, (str, list, dict)) and not value):
+            raise BadRow("not_text", f"`{column}` is not empty; models read text here")
 
 
 def read_text(value: Any, column: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,6 +136,29 @@ class ModelText:
         """Whether the template asks for the date, so that tokens depend on it."""
         return self._template.prints_date
 
+    def takes_argument(self, name: str) -> bool:
+        """Whether the template uses an argument of that name."""
+        return name in self._template.arguments
+
+    def names_field(self, name: str) -> bool:
+        """Whether the template can show a field of messages."""
+        return self._template.names_field(name)
+
+    def control_tokens(self, value: Any) -> list[str]:
+        """The special tokens that are spelled out in a text, or in the texts of messages: they become the tokens."""
+        if isinstance(value, str):
+            return self._control.findall(value) if self._control is not None else []
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        return [token for item in items for token in self.control_tokens(item)]
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        # Texts have marks of reasoning on purpose.
+        meant = [token for token in special if token.strip() and token not in ("<think>", "</think>")]
+        longest_first = sorted(meant, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
     def render_prompt(self, pair: PreferencePair) -> str:
         """The prompt as text, as a model gets it that shall answer.
 
@@ -166,7 +190,8 @@ class ModelText:
             chosen, rejected = (
                 self._read_response(messages, pair, prompt, response) for response in (pair.chosen, pair.rejected)
             )
-            no_tools = drops_tools(self._renderer(pair.tools), messages, self._renderer(None) if pair.tools else None)
+            without_tools = self._renderer(replace(pair, tools=None)) if pair.tools else None
+            no_tools = drops_tools(self._renderer(pair), messages, without_tools)
         except TemplateError as error:
             raise BadRow(f"template_rejected:{self.name}", str(error)) from error
         return Reading(chosen, rejected, merged, no_tools, raw=False)
@@ -254,7 +279,7 @@ class ModelText:
         """The messages that the template takes, their text with the generation prompt, and whether turns were merged for it."""
         assert not isinstance(pair.prompt, str)
         try:
-            text = self._apply(pair.prompt, pair.tools, generation_prompt=True)
+            text = self._apply(pair.prompt, pair, generation_prompt=True)
             problem = self._dropped_system(pair.prompt, text)
             if problem is None:
                 return pair.prompt, text + self._added_prompt, False
@@ -262,7 +287,7 @@ class ModelText:
             problem = f"rejects a conversation: {error}"
         merged = merge_turns(pair.prompt)
         try:
-            text = self._apply(merged, pair.tools, generation_prompt=True)
+            text = self._apply(merged, pair, generation_prompt=True)
         except TemplateError as error:
             raise BadRow(f"template_rejected:{self.name}", str(error)) from error
         if self.system != "merge":
@@ -277,16 +302,16 @@ class ModelText:
     ) -> Turn:
         """Raises TemplateError."""
         if not isinstance(response, str):
-            return read_turns(self._renderer(pair.tools), messages, response, self._turn_end, self._added_prompt)
+            return read_turns(self._renderer(pair), messages, response, self._turn_end, self._added_prompt)
 
         def answered(text: str) -> str:
             answer = {"role": "assistant", "content": text}
-            return self._apply([*messages, answer], pair.tools, generation_prompt=False)
+            return self._apply([*messages, answer], pair, generation_prompt=False)
 
         whole = answered(response)
         if whole == prompt + self._opening + response + self._ending:  # as the template did for the first conversation
             return Turn(prompt, self._opening, response, response)
-        bare = self._apply(messages, pair.tools, generation_prompt=False)
+        bare = self._apply(messages, pair, generation_prompt=False)
         turn = find_turn(whole, answered(SENTINEL), prompt=prompt, bare=bare, opening=self._opening, response=response)
         if turn is None:
             raise TemplateError("it does not write an answer to this conversation")
@@ -397,11 +422,13 @@ class ModelText:
         dropped = any(m["role"] == "system" and m["content"].strip() not in rendered for m in messages)
         return "drops system turns" if dropped else None
 
-    def _renderer(self, tools: list[Any] | None) -> Render:
-        return lambda messages, generation_prompt: self._apply(messages, tools, generation_prompt=generation_prompt)
+    def _renderer(self, pair: PreferencePair) -> Render:
+        return lambda messages, generation_prompt: self._apply(messages, pair, generation_prompt=generation_prompt)
 
-    def _apply(self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool) -> str:
-        return self._template.render(messages, tools, generation_prompt=generation_prompt)
+    def _apply(self, messages: Sequence[Message], pair: PreferencePair | None, *, generation_prompt: bool) -> str:
+        """``pair``: whose tools and arguments the template gets."""
+        tools, arguments = (pair.tools, pair.chat_template_kwargs) if pair is not None else (None, None)
+        return self._template.render(messages, tools, arguments, generation_prompt=generation_prompt)
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._encoded:

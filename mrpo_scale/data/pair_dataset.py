@@ -22,15 +22,16 @@ import transformers
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.data_keys import PairOptions
-from mrpo_scale.data.layouts import AnyLayout, Layout
-from mrpo_scale.data.pair_table import as_pairs, describe_source, source_of
+from mrpo_scale.data.layouts import AnyLayout
+from mrpo_scale.data.pair_table import PairReader, as_pairs, describe_source, source_of
 from mrpo_scale.data.pairs import NO_CUTS, NO_PAIR, SIDES, BadRow, Cut, Cuts, PairTokens, PreferencePair
-from mrpo_scale.data.tokenization import ModelText, TextReader, cut_pair, row_key, tokenize_pair
+from mrpo_scale.data.remarks import Remark, log_remarks
+from mrpo_scale.data.tokenization import ModelText, TextReader, cut_pair, prompt_key, row_key, tokenize_pair
 
 logger = logging.getLogger(__name__)
 
 #: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
-SCHEME = 4
+SCHEME = 5
 _TEMPLATE_FLAGS = ("merged", "trimmed", "changed", "no_tools")  #: what a template did to a pair, per ModelText
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _CONTEXT = ("chosen_context", "rejected_context")
@@ -46,6 +47,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         trimmed, changed: pairs with a response off which a template trims white space, or of which it drops or rewrites more; the
             same way. Such a model scores what its template makes of the response.
         no_tools: pairs of whose prompts a template leaves out tools, tool calls or tool results; the same way.
+        remarks: all that is said of the set in a form that people read, those three among it; see data/remarks.py.
         num_texts: number of ModelTexts.
         row_keys: [N] 16-byte strings (numpy S16), see :func:`row_key`.
         fingerprint: what the tokens depend on, as a hex digest.
@@ -54,10 +56,11 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
     def __init__(
         self,
         rows: datasets.Dataset,
-        layout: Layout,
+        layout: PairReader,
         tokenized: datasets.Dataset,
         names: Sequence[str],
         fingerprint: str,
+        readers: Sequence[TextReader] = (),
     ) -> None:
         self._rows, self._layout, self._tokenized = rows, layout, tokenized
         self.num_texts = len(names)
@@ -70,10 +73,35 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         self.truncated = len(self.cut_rows)
         flags = (self._by_model(flag, names) for flag in _TEMPLATE_FLAGS)
         self.merged, self.trimmed, self.changed, self.no_tools = flags
+        self.remarks = self._remarks([_models_of(i, name, readers) for i, name in enumerate(names)])
 
     def _by_model(self, flag: str, names: Sequence[str]) -> dict[str, int]:
         counts = _flags(self._tokenized, [f"{flag}_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
         return {name: int(n) for name, n in zip(names, counts, strict=True) if n}
+
+    def _remarks(self, models: Sequence[list[str]]) -> list[Remark]:
+        """Of what each row's words and flags say; ``models``: of every ModelText, those that read it."""
+        counts: dict[str, dict[str, int]] = {}
+        for i, names in enumerate(models):
+            found = {
+                flag: int(_flags(self._tokenized, [f"{flag}_{i}"])[0, self._good].sum()) for flag in _TEMPLATE_FLAGS
+            }
+            words = pc.value_counts(pc.list_flatten(self._tokenized.data.column(f"remarks_{i}")))
+            found |= {one["values"].as_py(): one["counts"].as_py() for one in words}
+            for word, n in found.items():
+                if n:
+                    counts.setdefault(word, {}).update(dict.fromkeys(names, n))
+        remarks = [Remark(word, max(by_model.values()), by_model) for word, by_model in counts.items()]
+        repeated = int(_flags(self._tokenized, ["repeats_prompt"])[0, self._good].sum())
+        twice = len(self._good) - len(np.unique(self.row_keys))
+        alone = {"stripped_prompt" if self._layout.strips else "repeated_prompt": repeated, "duplicate": twice}
+        remarks += [Remark(word, n, {}) for word, n in alone.items() if n]
+        return sorted(remarks, key=lambda remark: remark.place)
+
+    @cached_property
+    def prompt_keys(self) -> np.ndarray:
+        """[N] int64: equal for pairs that answer the same prompt."""
+        return np.asarray(self._tokenized["prompt_key"][:], dtype=np.int64)[self._good]
 
     @cached_property
     def row_keys(self) -> np.ndarray:
@@ -130,7 +158,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
     def select(self, rows: Sequence[int]) -> PairDataset:
         """Only these pairs, in this order; ``counts``, ``truncated`` and ``merged`` stay those of the whole set."""
         selected = copy.copy(self)
-        for computed in ("row_keys", "lengths", "scored"):
+        for computed in ("row_keys", "prompt_keys", "lengths", "scored"):
             vars(selected).pop(computed, None)
         selected._good = self._good[np.asarray(rows, dtype=np.int64)]
         return selected
@@ -185,6 +213,7 @@ def prepare_pairs(
     max_bad_rows: float = 0.1,
     bad_rows_file: Path | None = None,
     split: str = "train",
+    readers: Sequence[TextReader] = (),
     num_proc: int | None = None,
     cache_dir: Path | None = None,
     write: bool = True,
@@ -198,6 +227,7 @@ def prepare_pairs(
         max_bad_rows: largest fraction of bad rows. Answers that tie are left out and counted, but are not bad rows.
         bad_rows_file: where bad rows are listed, if there are any, as JSON lines ``{split, row, reason, detail}``.
         split: what the rows are called in messages.
+        readers: the models that read the texts, for messages.
         cache_dir: where tokens are kept for the next run; default: where ``datasets`` keeps ``rows``.
         write: whether this process writes ``bad_rows_file`` and logs; one process of a job should.
 
@@ -205,15 +235,15 @@ def prepare_pairs(
         BadRowsError: bad rows under ``on_bad_row: error``, too many of them, or none but them.
         ConfigError: see ModelText.render_prompt.
     """
-    rows, layout = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
-    key = _fingerprint(rows, layout, texts, max_length)
+    rows, reader = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
+    key = _fingerprint(rows, reader, texts, max_length)
     cache_file = None
     if cache_dir is not None:
         cache_dir.mkdir(parents=True, exist_ok=True)
         cache_file = str(cache_dir / f"pairs-{key}.arrow")
     tokenized = rows.map(
         _tokenize_row,
-        fn_kwargs={"layout": layout, "texts": list(texts), "max_length": max_length},
+        fn_kwargs={"layout": reader, "texts": list(texts), "max_length": max_length},
         remove_columns=rows.column_names,
         features=_features(len(texts)),
         num_proc=num_proc,
@@ -221,7 +251,7 @@ def prepare_pairs(
         new_fingerprint=key,
         desc=f"Tokenizing {split} for {len(texts)} model{'s' if len(texts) > 1 else ''}",
     )
-    pairs = PairDataset(rows, layout, tokenized, [text.name for text in texts], key)
+    pairs = PairDataset(rows, reader, tokenized, [text.name for text in texts], key, readers)
     bad = pairs.bad_rows()
     if write:
         _report(pairs, split, max_length, len(rows))
@@ -270,17 +300,36 @@ def check_token_ids(pairs: PairDataset, texts: Sequence[ModelText], readers: Seq
             )
 
 
+def check_prompts(pairs: PairDataset, repeated_prompt: str, most: float, split: str) -> None:
+    """Refuse sets whose responses begin with their prompts: every model would read those twice.
+
+    Args:
+        most: fraction of the pairs that may do so; a greeting that is answered by a greeting does.
+
+    Raises:
+        ConfigError: under ``repeated_prompt: error``, more than that do.
+    """
+    repeated = next((remark.pairs for remark in pairs.remarks if remark.word == "repeated_prompt"), 0)
+    if repeated_prompt == "error" and repeated > most * len(pairs):
+        raise ConfigError(
+            f"`repeated_prompt: error`: in {repeated} of {len(pairs)} pairs of the {split} set both responses begin with their "
+            "prompt, which every model would read twice; set `repeated_prompt: strip` to take it off, or `keep` where it belongs."
+        )
+
+
 def _tokenize_row(
-    row: Mapping[str, Any], *, layout: Layout, texts: Sequence[ModelText], max_length: int | None
+    row: Mapping[str, Any], *, layout: PairReader, texts: Sequence[ModelText], max_length: int | None
 ) -> dict[str, Any]:
     """One row of the tokenized table: columns as in ``_features``."""
     fields = tuple(PairTokens.__dataclass_fields__)
     try:
-        done = tokenize_pair(layout.to_pair(row), texts, max_length)
+        pair, repeated = layout.read(row)
+        done = tokenize_pair(pair, texts, max_length)
     except BadRow as bad:
         tokens: dict[str, list[int]] = {f"{field}_{i}": [] for i in range(len(texts)) for field in fields}
         flags = {f"{flag}_{i}": False for i in range(len(texts)) for flag in _TEMPLATE_FLAGS}
-        row_keys = {"row_key_0": 0, "row_key_1": 0}
+        row_keys: dict[str, Any] = {"row_key_0": 0, "row_key_1": 0, "prompt_key": 0, "repeats_prompt": False}
+        row_keys |= {f"remarks_{i}": [] for i in range(len(texts))}
         return {"reason": bad.reason, "detail": bad.detail, **row_keys, **_columns(NO_CUTS), **flags, **tokens}
     halves = np.frombuffer(row_key(done.pair, done.cuts, done.whole), dtype="<i8").tolist()
     return {
@@ -288,6 +337,9 @@ def _tokenize_row(
         "detail": "",
         "row_key_0": halves[0],
         "row_key_1": halves[1],
+        "prompt_key": prompt_key(done.whole),
+        "repeats_prompt": repeated,
+        **{f"remarks_{i}": words for i, words in enumerate(done.remarks)},
         **_columns(done.cuts),
         **{f"{flag}_{i}": value for flag in _TEMPLATE_FLAGS for i, value in enumerate(getattr(done, flag))},
         **{f"{field}_{i}": ids for i, tokens in enumerate(done.tokens) for field, ids in vars(tokens).items()},
@@ -306,25 +358,33 @@ def _columns(cuts: Cuts) -> dict[str, int]:
 def _features(num_texts: int) -> datasets.Features:
     """Columns of the tokenized table, fixed so that a first block of bad rows does not decide their types."""
     columns: dict[str, Any] = {"reason": datasets.Value("string"), "detail": datasets.Value("string")}
-    columns |= {f"row_key_{i}": datasets.Value("int64") for i in (0, 1)}
+    columns |= {key: datasets.Value("int64") for key in ("row_key_0", "row_key_1", "prompt_key")}
+    columns |= {"repeats_prompt": datasets.Value("bool")}
     columns |= {f"{side}_{what}": datasets.Value("int64") for side in SIDES for what in ("messages", "chars")}
     for i in range(num_texts):
+        columns |= {f"remarks_{i}": datasets.List(datasets.Value("string"))}
         columns |= {f"{flag}_{i}": datasets.Value("bool") for flag in _TEMPLATE_FLAGS}
         columns |= {f"{field}_{i}": datasets.List(datasets.Value("int32")) for field in PairTokens.__dataclass_fields__}
     return datasets.Features(columns)
 
 
-def _fingerprint(rows: datasets.Dataset, layout: Layout, texts: Sequence[ModelText], max_length: int | None) -> str:
+def _fingerprint(rows: datasets.Dataset, layout: PairReader, texts: Sequence[ModelText], max_length: int | None) -> str:
     """Of everything that the tokenized table depends on. It names the cache file, so a stale one is never read."""
     parts = [
         SCHEME,
         [transformers.__version__, tokenizers.__version__],
         rows._fingerprint,
         layout.name,
+        layout.settings,
         max_length,
         [[text.name, text.fingerprint(), text.max_context] for text in texts],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _models_of(text: int, name: str, readers: Sequence[TextReader]) -> list[str]:
+    """The models that read a ModelText; without any, what it is called itself."""
+    return [reader.name for reader in readers if reader.tokenization == text] or [name]
 
 
 def _flags(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
@@ -349,23 +409,7 @@ def _report(pairs: PairDataset, split: str, max_length: int | None, num_rows: in
         logger.info("%s: skipped %d of %d pairs: %s", split, num_rows - len(pairs), num_rows, _by_reason(pairs.counts))
     if pairs.truncated:
         logger.info("%s: cut responses of %d pairs to max_length %s", split, pairs.truncated, max_length)
-    for name, n in pairs.merged.items():
-        logger.info("%s: merged turns of %d prompts for %s", split, n, name)
-    for name, n in pairs.trimmed.items():
-        logger.info("%s: the chat template of %s trims white space off responses of %d pairs", split, name, n)
-    for name, n in pairs.changed.items():
-        logger.warning(
-            "%s: the chat template of %s drops or rewrites text of responses of %d pairs (reasoning, for instance): it scores what "
-            "its template makes of them",
-            split, name, n,
-        )  # fmt: skip
-    for name, n in pairs.no_tools.items():
-        logger.warning(
-            "%s: the chat template of %s leaves tools, tool calls or tool results out of the prompts of %d pairs",
-            split,
-            name,
-            n,
-        )
+    log_remarks(split, pairs.remarks)
 
 
 def _by_reason(counts: Mapping[str, int]) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,22 @@ import numpy as np
 
 from mrpo_scale.config.data_keys import PairOptions
 from mrpo_scale.data.layouts.base import AnyLayout, Layout, RankedLayout
-from mrpo_scale.data.messages import read_text
+from mrpo_scale.data.messages import (
+    Message,
+    check_text_only,
+    pair_from_messages,
+    read_template_kwargs,
+    read_text,
+)
 from mrpo_scale.data.pairs import BadRow, PreferencePair
 from mrpo_scale.data.ranking import choose_pairs
+from mrpo_scale.data.repeated_prompt import repeats_prompt, without_prompt
 
 #: Raised whenever the same rows would give other pairs, so that no table of an older version is read.
 SCHEME = 3
 
 _PARTS = ("prompt", "chosen", "rejected")
-_TEXT = ("prompt", "chosen", "rejected", "tools", "reason", "detail", "source")
+_TEXT = (*_PARTS, "tools", "chat_template_kwargs", "reason", "detail", "source")
 FEATURES = datasets.Features(
     {
         **{column: datasets.Value("string") for column in _TEXT},
@@ -57,13 +64,42 @@ class PairTable(Layout):
         return PreferencePair(**parts, tools=json.loads(row["tools"]) if row["tools"] else None)
 
 
+class PairReader:
+    """How every row of a data set whose rows are pairs is read: its layout, and what the keys say of all pairs.
+
+    Attributes:
+        name: the layout's.
+        strips: whether prompts are taken off responses that begin with them.
+        settings: what else the pairs depend on.
+    """
+
+    def __init__(self, layout: Layout, options: PairOptions) -> None:
+        self._layout = layout
+        self.name = layout.name
+        self.strips = options.repeated_prompt == "strip"
+        self.settings = [self.strips, options.chat_template_kwargs]
+        self._kwargs = json.loads(options.chat_template_kwargs)
+
+    def to_pair(self, row: Mapping[str, Any]) -> PreferencePair:
+        """The row's pair. Raises BadRow, see Layout.to_pair."""
+        return self.read(row)[0]
+
+    def read(self, row: Mapping[str, Any]) -> tuple[PreferencePair, bool]:
+        """The same, and whether both responses began with their prompt."""
+        pair = self._layout.to_pair(row)
+        if self._kwargs:
+            pair = replace(pair, chat_template_kwargs={**self._kwargs, **(pair.chat_template_kwargs or {})})
+        repeated = repeats_prompt(pair)
+        return without_prompt(pair) if repeated and self.strips else pair, repeated
+
+
 def as_pairs(
     rows: datasets.Dataset, layout: AnyLayout, options: PairOptions, num_proc: int | None = None
-) -> tuple[datasets.Dataset, Layout]:
-    """``rows`` as they are where each one is a pair, otherwise the pair table of their ranked answers."""
+) -> tuple[datasets.Dataset, PairReader]:
+    """``rows`` as they are where each one is a pair, otherwise the pair table of their ranked answers; and how they are read."""
     if isinstance(layout, Layout):
-        return rows, layout
-    return pair_table(rows, layout, options, num_proc=num_proc), PairTable()
+        return rows, PairReader(layout, options)
+    return pair_table(rows, layout, options, num_proc=num_proc), PairReader(PairTable(), options)
 
 
 def pair_table(
@@ -179,6 +215,9 @@ def _pairs(
         if isinstance(layout, Layout):
             yield layout.to_pair(group[0]), [0]
             return
+        for row in group:
+            check_text_only(row)
+        given = read_template_kwargs(group[0].get("chat_template_kwargs"))
         comparison = layout.read(group, options)
     except BadRow as bad:
         yield bad, [0]
@@ -189,20 +228,27 @@ def _pairs(
         try:
             if bad_pair is not None:
                 raise bad_pair
-            chosen, rejected = (read_text(answer.text, "answer") for answer in (better, worse))
-            yield PreferencePair(comparison.prompt, chosen, rejected), used
+            yield replace(_answered(comparison.prompt, better.text, worse.text), chat_template_kwargs=given), used
         except BadRow as bad:
             yield bad, used
 
 
+def _answered(prompt: list[Message], better: Any, worse: Any) -> PreferencePair:
+    """The pair of two answers: texts, or lists of messages."""
+    if isinstance(better, list) and isinstance(worse, list):
+        return pair_from_messages(prompt, better, worse)
+    return PreferencePair(prompt, read_text(better, "answer"), read_text(worse, "answer"))
+
+
 def _entry(pair: PreferencePair | BadRow) -> dict[str, Any]:
     if isinstance(pair, BadRow):
-        empty = dict.fromkeys(("prompt", "chosen", "rejected", "tools"), "")
+        empty = dict.fromkeys((*_PARTS, "tools", "chat_template_kwargs"), "")
         return {**empty, "messages": [], "reason": pair.reason, "detail": pair.detail}
     parts = {name: getattr(pair, name) for name in _PARTS}
     return {
         **{name: part if isinstance(part, str) else _json(part) for name, part in parts.items()},
         "tools": _json(pair.tools) if pair.tools else "",
+        "chat_template_kwargs": _json(pair.chat_template_kwargs) if pair.chat_template_kwargs else "",
         "messages": [name for name, part in parts.items() if not isinstance(part, str)],
         "reason": "",
         "detail": "",

@@ -31,13 +31,14 @@ class PreferencePair:
 
     ``prompt`` is either a conversation, a list of ``{"role", "content", ...}`` messages that ends with a user turn and is rendered
     with each model's own chat template, or a string, which every model reads as it is (TRL's "standard" format; its responses are
-    strings too). ``tools`` go to the chat templates unchanged.
+    strings too). ``tools`` and ``chat_template_kwargs`` go to the chat templates unchanged.
     """
 
     prompt: list[Message] | str
     chosen: Response
     rejected: Response
     tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

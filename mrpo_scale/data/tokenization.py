@@ -18,6 +18,7 @@ from typing import Any
 
 from mrpo_scale.data.model_text import ModelText, Reading
 from mrpo_scale.data.pairs import NO_CUTS, BadRow, Cut, Cuts, PairTokens, PreferencePair
+from mrpo_scale.data.remarks import row_remarks
 
 __all__ = ["ModelText", "PairTokens", "TextReader", "TokenizedPair", "row_key", "tokenize_pair"]
 
@@ -46,6 +47,7 @@ class TokenizedPair:
     trimmed: tuple[bool, ...]  #: whether the template trims white space off a response, per ModelText
     changed: tuple[bool, ...]  #: whether it drops or rewrites more of one, per ModelText
     no_tools: tuple[bool, ...]  #: whether it leaves tools, tool calls or tool results out of the prompt, per ModelText
+    remarks: tuple[list[str], ...]  #: what else a model does not see, per ModelText; see data/remarks.py
 
     @property
     def cut(self) -> tuple[bool, bool]:
@@ -91,6 +93,7 @@ def tokenize_pair(pair: PreferencePair, texts: Sequence[ModelText], max_length: 
         trimmed=tuple(reading.chosen.trimmed or reading.rejected.trimmed for reading in readings),
         changed=tuple(reading.chosen.changed or reading.rejected.changed for reading in readings),
         no_tools=tuple(reading.no_tools for reading in readings),
+        remarks=tuple(row_remarks(pair, text, reading) for text, reading in zip(texts, readings, strict=True)),
     )
 
 
@@ -133,6 +136,13 @@ def _characters(value: Any) -> int:
     return sum(map(_characters, items))
 
 
+def prompt_key(pair: PreferencePair) -> int:
+    """63 bits that name what the responses answer."""
+    parts = [pair.prompt, pair.tools, pair.chat_template_kwargs]
+    digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def row_key(pair: PreferencePair, cuts: Cuts = NO_CUTS, whole: PreferencePair | None = None) -> bytes:
     """16 bytes that name a row in the score cache: a hash of the text that is scored, after cuts, and of which end was cut.
 
@@ -141,12 +151,14 @@ def row_key(pair: PreferencePair, cuts: Cuts = NO_CUTS, whole: PreferencePair | 
     """
     digest = hashlib.blake2b(digest_size=16)
     cut = [c is not None for c in cuts]
-    parts = [pair.prompt, pair.tools, pair.chosen, pair.rejected, cut]
+    parts: list[Any] = [pair.prompt, pair.tools, pair.chosen, pair.rejected, cut]
     if whole is not None and any(cut):
         parts += [whole.chosen, whole.rejected]
         if not (isinstance(whole.chosen, str) and isinstance(whole.rejected, str)):
             # A turn may be left whole with its end of turn, or without.
             parts.append([c is not None and c.characters is None for c in cuts])
+    if pair.chat_template_kwargs:  # rows without have the keys that they had before there were any
+        parts.append({"chat_template_kwargs": pair.chat_template_kwargs})
     for i, part in enumerate(parts):
         # In responses the order counts: templates write a call's arguments in it, and what they write is scored.
         text = json.dumps(part, sort_keys=i < 2).encode()

@@ -11,7 +11,13 @@ from typing import Annotated, Any, Literal
 from mrpo_scale.base.endpoint import check_url, read_key
 from mrpo_scale.base.errors import ConfigError, refuse
 from mrpo_scale.config.checks import iso_date, value_mistakes
-from mrpo_scale.config.data_keys import PLAIN_TEMPLATE
+from mrpo_scale.config.data_keys import (
+    PLAIN_TEMPLATE,
+    PairOptions,
+    RepeatedPrompt,
+    parse_columns,
+    parse_template_kwargs,
+)
 from mrpo_scale.config.fields import AtLeast, OneOf, key
 from mrpo_scale.config.model_spec import DTYPES
 from mrpo_scale.eval.judge import EXAMPLE, URL_KEY
@@ -37,6 +43,9 @@ class EvalConfig:
     # Data: the keys of `mrpo train`
     dataset_name: str | None = key(None, "Hub id, or a local json, jsonl, parquet, arrow or csv file or folder.")
     dataset_config: str | None = key(None, "Configuration name of a hub data set.")
+    columns: dict[str, Any] | str | None = key(
+        None, "Columns to rename, {prompt: question, ...}, or a list of those that are read."
+    )
     dataset_train_split: str = key("train", "Split to score where the data set has no test split.")
     dataset_test_split: str = key("test", "Split to score, where the data set has it.")
     held_out: float | None = key(
@@ -47,6 +56,14 @@ class EvalConfig:
     dataset_num_proc: int | None = key(None, "Processes for tokenizing.")
     max_length: Annotated[int | None, AtLeast(2)] = key(
         1024, "Most tokens of prompt + response, in the first model's tokens."
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = key(
+        None,
+        "Arguments that every chat template gets; a row's own column wins. Those of `mrpo train`, to read what it read.",
+    )
+    repeated_prompt: RepeatedPrompt = key(
+        "error",
+        "Where both responses begin with their prompt in more than `max_bad_rows` of the pairs: error, strip it off, or keep it.",
     )
     on_bad_row: Literal["skip", "error"] = key("skip", "What to do with a pair that cannot be scored by every model.")
     max_bad_rows: float = key(0.1, "Largest fraction of such pairs before the run stops.")
@@ -112,7 +129,15 @@ class EvalConfig:
         if self.judge_model is not None:
             self._check_judge()
 
+    @property
+    def pair_options(self) -> PairOptions:
+        """How rows become pairs."""
+        kwargs = json.dumps(parse_template_kwargs(self.chat_template_kwargs), sort_keys=True)
+        return PairOptions(repeated_prompt=self.repeated_prompt, chat_template_kwargs=kwargs)
+
     def _check(self) -> None:
+        parse_columns(self.columns)
+        parse_template_kwargs(self.chat_template_kwargs)
         if not self.model:
             raise ConfigError("`model` is missing; name one or more model folders as --model FOLDER.")
         if self.template_date is not None:

@@ -30,7 +30,7 @@ def first_prompts(pairs: PairDataset, count: int) -> list[PreferencePair]:
     found: dict[str, PreferencePair] = {}
     for row in range(len(pairs)):
         pair = pairs.pair(row)
-        found.setdefault(json.dumps([pair.prompt, pair.tools], sort_keys=True), pair)
+        found.setdefault(json.dumps([pair.prompt, pair.tools, pair.chat_template_kwargs], sort_keys=True), pair)
         if len(found) == count:
             break
     return list(found.values())

@@ -18,10 +18,11 @@ from accelerate.state import PartialState
 from mrpo_scale.base.heartbeat import heartbeat
 from mrpo_scale.base.untrusted import refuse_links
 from mrpo_scale.config.checks import check_world_size
+from mrpo_scale.config.data_keys import parse_columns
 from mrpo_scale.config.recipe import parse_keys
 from mrpo_scale.data import find_layout, load_rows
 from mrpo_scale.data.messages import as_text, said
-from mrpo_scale.data.pair_dataset import PairDataset, check_token_ids, prepare_pairs
+from mrpo_scale.data.pair_dataset import PairDataset, check_prompts, check_token_ids, prepare_pairs
 from mrpo_scale.data.pairs import PreferencePair, Response
 from mrpo_scale.data.tokenization import ModelText
 from mrpo_scale.data.toy_world import resolve
@@ -70,7 +71,10 @@ def _evaluate(args: EvalConfig, judge: Judge | None, state: PartialState) -> dic
             pairs = _read_pairs(args, texts, write=state.is_main_process)
         readers = [model.reader for model in (*models, reference) if model is not None]
         check_token_ids(pairs, texts, readers, "eval")
-        report.add("data", {"dataset_name": args.dataset_name, "pairs": len(pairs), "skipped": pairs.counts})
+        check_prompts(pairs, args.repeated_prompt, args.max_bad_rows, "eval")
+        said = [remark.sentence for remark in pairs.remarks]
+        counts = {"pairs": len(pairs), "skipped": pairs.counts, "remarks": said}
+        report.add("data", {"dataset_name": args.dataset_name, **counts})
         if args.max_pairs != 0:
             _preference(models, reference, pairs, args, state, report)
         if judge is not None:
@@ -122,6 +126,7 @@ def _read_pairs(args: EvalConfig, texts: list[ModelText], *, write: bool) -> Pai
     train, test = load_rows(
         resolve(str(args.dataset_name)),
         config=args.dataset_config,
+        columns=parse_columns(args.columns),
         train_split=args.dataset_train_split,
         test_split=args.dataset_test_split,
         held_out=args.held_out,
@@ -135,6 +140,7 @@ def _read_pairs(args: EvalConfig, texts: list[ModelText], *, write: bool) -> Pai
         find_layout(rows, args.dataset_layout),
         texts,
         max_length=args.max_length,
+        options=args.pair_options,
         on_bad_row=args.on_bad_row,
         max_bad_rows=args.max_bad_rows,
         bad_rows_file=Path(args.output_dir) / "bad_rows_eval.jsonl",

@@ -24,6 +24,7 @@ from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date
 from mrpo_scale.models.plan import RunPlan, plan_models
+from mrpo_scale.models.same_weights import repeated_references
 from mrpo_scale.models.source import check_weight_files
 from mrpo_scale.models.tensor_check import check_model
 from mrpo_scale.planner.cluster import Cluster, make_cluster
@@ -32,6 +33,7 @@ from mrpo_scale.planner.data import (
     lengths_table,
     plot_lengths,
     reader_names,
+    remarks_list,
     render_pairs,
     sets_table,
     tokens_cut,
@@ -203,6 +205,7 @@ class _Check:
         return None
 
     def _look_for_weights(self, plan: RunPlan) -> None:
+        self.warnings += repeated_references(plan, self.config)
         self.warnings += [
             f"{r.name} is served at {r.source.server.url}: nothing was asked of that server, and scoring there is in no figure"
             for r in plan.references
@@ -238,6 +241,8 @@ class _Check:
     def _show_data(self, plan: RunPlan, sets: list[ReadSet]) -> None:
         names, first = reader_names(plan), sets[0]
         print(f"\nDATA\n\n{sets_table(sets, plan.texts[0])}")
+        if said := remarks_list(sets):
+            print(f"\n{said}")
         print(f"\n{lengths_table(first.pairs.lengths, first.pairs.scored, names)}")
         print(f"\n{render_pairs(first.pairs, plan.texts, names, width=160)}\n")
         plot_lengths(first.pairs.lengths, names, self.config.max_length, self.folder / "lengths.png")

@@ -43,6 +43,7 @@ class ReadSet:
             "trimmed": self.pairs.trimmed,
             "changed": self.pairs.changed,
             "no_tools": self.pairs.no_tools,
+            "remarks": {remark.word: dict(remark.models) or remark.pairs for remark in self.pairs.remarks},
         }
 
 
@@ -62,6 +63,11 @@ def sets_table(sets: Sequence[ReadSet], policy: ModelText) -> str:
         cut = f"{read.pairs.truncated} pairs, {tokens_cut(read.pairs, policy):,} tokens lost"
         rows.append((read.split, read.layout, str(read.rows), str(len(read.pairs)), left, cut))
     return aligned(rows)
+
+
+def remarks_list(sets: Sequence[ReadSet]) -> str:
+    """What models do not see of the sets, or read as something else; a line for each. Empty where there is nothing to say."""
+    return "\n".join(f"{read.split}: {remark.sentence}" for read in sets for remark in read.pairs.remarks)
 
 
 def tokens_cut(pairs: PairDataset, policy: ModelText) -> int:

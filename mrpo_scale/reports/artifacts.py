@@ -59,6 +59,7 @@ def card_of(facts: RunFacts, metadata: Mapping[str, Any] | None = None) -> Model
         references=facts.references,
         reference_keys=facts.reference_keys,
         data=facts.data,
+        remarks=facts.remarks,
         results=facts.results,
         versions=facts.versions,
         curves=_CURVES,

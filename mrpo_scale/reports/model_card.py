@@ -24,6 +24,7 @@ class ModelCard:
         settings: method settings in the order to show: objective, beta, epsilon_max, clip, ref_weights, aggregate, ...
         references: (name, hub id or path, revision), the anchor first.
         data: split -> {"pairs": pairs used, reason: pairs skipped, ...}.
+        remarks: split -> sentences on what models do not see of it, or read as something else.
         results: the last evaluation's metrics, as the trainer logs them.
         versions: package -> version.
         curves: file name of the curves' PNG beside the README.
@@ -38,6 +39,7 @@ class ModelCard:
     settings: Mapping[str, Any]
     references: Sequence[tuple[str, str, str | None]]
     data: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    remarks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     curves: str | None = None
@@ -58,6 +60,7 @@ class ModelCard:
                 for name, source, revision in self.references
             ],
             "data": {split: dict(counts) for split, counts in self.data.items()},
+            "remarks": {split: list(said) for split, said in self.remarks.items() if said},
             "rows": [asdict(row) for row in self.rows],
             "versions": dict(self.versions),
         }
@@ -109,10 +112,12 @@ class ModelCard:
         for split, counts in self.data.items():
             skipped = [f"{count} {reason}" for reason, count in counts.items() if reason != "pairs" and count]
             rows.append((split, str(counts["pairs"]), ", ".join(skipped) or "none"))
+        said = [(split, sentence) for split, sentences in self.remarks.items() for sentence in sentences]
         return [
             "## Data",
             *([f"{', '.join(map(_source, self._datasets))}."] if self._datasets else []),
             *([_table(("split", "pairs used", "skipped"), rows)] if rows else []),
+            *([_table(("split", "what models do not see, or read as something else"), said)] if said else []),
         ]
 
     def _outcome(self) -> list[str]:
@@ -137,7 +142,7 @@ class ModelCard:
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
-_DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv")
+_DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".gz", ".bz2", ".xz", ".zst")
 
 
 def is_hub_id(name: str) -> bool:

@@ -24,6 +24,7 @@ class RunFacts:
     references: Sequence[tuple[str, str, str | None]]
     reference_keys: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    remarks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)

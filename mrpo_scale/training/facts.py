@@ -47,6 +47,7 @@ def facts_of(
         references=[(r.name, r.source.path, r.source.revision) for r in plan.references],
         reference_keys={name: store.identity.key for name, store in stores},
         data={split: {"pairs": len(pairs), **pairs.counts} for split, pairs in run.pair_sets.items()},
+        remarks={split: [r.sentence for r in pairs.remarks] for split, pairs in run.pair_sets.items()},
         results=results,
         versions={name: importlib.metadata.version(name) for name in _PACKAGES},
         recipe=recipe_of(script, args),

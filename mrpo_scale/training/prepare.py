@@ -35,6 +35,7 @@ from mrpo_scale.logps.pair_forward import choose_shared_prompt, enable_pair_scor
 from mrpo_scale.logps.routers import router_loss_coef
 from mrpo_scale.models.adapter import add_adapter, four_bits
 from mrpo_scale.models.plan import RunPlan, disable_dropout, load_policy, plan_models
+from mrpo_scale.models.same_weights import repeated_references
 from mrpo_scale.models.saving import check_small_files
 from mrpo_scale.models.source import local_folder
 from mrpo_scale.objective import Objective
@@ -174,6 +175,9 @@ def _plan(
     plan = plan_models(model, ref_models, args, processing_class)
     record_date(args, plan.dated, run=args.folder)
     check_small_files(Path(plan.policy.path))
+    if args.process_index == 0:
+        for sentence in repeated_references(plan, args):
+            logger.warning("%s", sentence)
     return plan
 
 

@@ -197,9 +197,9 @@ def test_what_a_template_drops_is_counted_and_said(caplog):
         found = prepare(pairs, [model("qwen3"), model("deepseek_r1", "r1"), model("llama3", "llama")])
     assert (found.changed, found.trimmed) == ({"r1": 1}, {"llama": 1})
     said = [(r.levelname, r.getMessage()) for r in caplog.records if r.name.startswith("mrpo_scale")]
-    assert said[0] == ("INFO", "train: the chat template of llama trims white space off responses of 1 pairs")
-    assert said[1][0] == "WARNING"
-    assert said[1][1].startswith("train: the chat template of r1 drops or rewrites text of responses of 1 pairs")
+    assert said[0] == ("INFO", "train: 1 pair: the chat template trims white space off responses, of llama")
+    assert said[1][0] == "WARNING" and said[1][1].endswith(": another text is scored, of r1")
+    assert said[1][1].startswith("train: 1 pair: the chat template drops or rewrites text of responses")
 
 
 def test_responses_that_one_template_cannot_tell_apart_are_identical():

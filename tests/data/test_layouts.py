@@ -187,6 +187,22 @@ EXPECTED = {
         ],
     ),
     "gpt4_llm_completions": ("gpt4_llm", [pair("Rewrite in capitals: abc", "ABC", "abc")]),
+    "swift": (
+        "swift",
+        [
+            pair(chat(system("Be brief."), "2+2?"), "4", "5"),
+            pair(chat("Hi", "Hello", "2+2?"), "4", "Five"),
+            "malformed",  # no answer
+        ],
+    ),
+    "swift_messages": ("swift", [pair("2+2?", "4", "5"), "malformed"]),
+    "openai": (
+        "openai",
+        [pair(chat(system("Be brief."), "2+2?"), "4", "5", [{"type": "function", "function": {"name": "add"}}])],
+    ),
+    "nemo_rl": ("nemo_rl", [pair("2+2?", "4", "5"), "tied_ranks"]),
+    "axolotl": ("conversational", [pair(chat(system("Be brief."), "2+2?"), "4", "5"), pair("2+2?", "4", "5")]),
+    "text_parts": ("conversational", [pair("2+2?", "4", "5"), "not_text"]),
     "tools": ("conversational", [pair(ASKED_WEATHER, "Yes, it rains in Oslo.", "I do not know.", [WEATHER])]),
 }
 

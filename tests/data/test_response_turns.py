@@ -133,7 +133,7 @@ def test_what_a_template_makes_of_earlier_turns_is_scored_and_counted(caplog):
     with caplog.at_level(logging.INFO, "mrpo_scale"):
         found = prepare([row], [model("qwen")])
     assert found.changed == {"qwen": 1}
-    assert "drops or rewrites text of responses of 1 pairs" in caplog.text
+    assert "train: 1 pair: the chat template drops or rewrites text of responses" in caplog.text
 
 
 def test_a_prompt_that_the_template_rewrites_is_context_where_the_two_conversations_part():
@@ -201,7 +201,8 @@ def test_tools_that_a_template_leaves_out_of_prompts_are_counted_and_said(caplog
         found = prepare(examples, [model("qwen"), model("no_tools", "ref")])
     assert (len(found), found.no_tools) == (3, {"ref": 2})
     assert (
-        "the chat template of ref leaves tools, tool calls or tool results out of the prompts of 2 pairs" in caplog.text
+        "train: 2 pairs: the chat template leaves tools, tool calls or tool results out of prompts, of ref"
+        in caplog.text
     )
 
 

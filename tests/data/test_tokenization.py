@@ -402,7 +402,7 @@ def test_prepare_pairs(tmp_path, caplog, num_proc):
     assert [record.getMessage() for record in caplog.records if record.name.startswith("mrpo_scale")] == [
         "train: skipped 3 of 6 pairs: 1 identical_responses, 1 malformed, 1 empty_response",
         "train: cut responses of 1 pairs to max_length 80",
-        "train: merged turns of 1 prompts for ref",
+        "train: 1 pair: merged turns of prompts, for ref",
     ]
 
 

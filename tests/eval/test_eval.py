@@ -74,7 +74,7 @@ def test_accuracies_and_margins_are_those_of_plain_forwards(folders, capsys):
         ]
     )
     results = json.loads(Path("out.json").read_text())
-    assert results["data"] == {"dataset_name": data, "pairs": 23, "skipped": {"identical_responses": 1}}
+    assert results["data"] == {"dataset_name": data, "pairs": 23, "skipped": {"identical_responses": 1}, "remarks": []}
     reference = plain_logps(folders["qwen2"], rows)
     for name in names:
         logps = plain_logps(folders[name], rows)

@@ -64,6 +64,13 @@ def test_card_says_what_it_is_given() -> None:
     assert "runtime" not in text and "per_second" not in text
 
 
+def test_what_models_do_not_see_of_the_data_is_on_the_card() -> None:
+    said = {"train": ["2 pairs: texts spell out `</s>`, which becomes the control token, for B"], "eval": []}
+    assert f"| train | {said['train'][0]} |" in card(remarks=said).render()
+    assert card(remarks=said).facts()["remarks"] == {"train": said["train"]}
+    assert "do not see" not in card().render()
+
+
 def test_card_names_no_folder_of_the_authors_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.chdir(tmp_path)

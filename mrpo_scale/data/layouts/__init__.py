@@ -8,9 +8,12 @@ from mrpo_scale.data.layouts.gpt4_llm import GPT4LLM
 from mrpo_scale.data.layouts.helpsteer import HelpSteer
 from mrpo_scale.data.layouts.hh_strings import HHStrings
 from mrpo_scale.data.layouts.nectar import Nectar
+from mrpo_scale.data.layouts.nemo_rl import NeMoRL
+from mrpo_scale.data.layouts.openai import OpenAI
 from mrpo_scale.data.layouts.orca import Orca
 from mrpo_scale.data.layouts.sharegpt import ShareGPT
 from mrpo_scale.data.layouts.strings import Strings
+from mrpo_scale.data.layouts.swift import Swift
 
 #: In the order in which they are tried.
 LAYOUTS: dict[str, AnyLayout] = {
@@ -24,6 +27,9 @@ LAYOUTS: dict[str, AnyLayout] = {
         HelpSteer(),
         Nectar(),
         GPT4LLM(),
+        Swift(),
+        OpenAI(),
+        NeMoRL(),
     )
 }
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.data_keys import PairOptions
+from mrpo_scale.data.messages import check_text_only, read_template_kwargs
 from mrpo_scale.data.pairs import BadRow, PreferencePair
 from mrpo_scale.data.ranking import Comparison
 
@@ -45,18 +47,19 @@ class Layout(AnyLayout):
         """Read one row.
 
         Raises:
-            BadRow: this row is not what the layout promises, though others may be; ``contradictory_scores`` when the row's own
-                scores say that the rejected response is the better one. Equal scores are no contradiction.
+            BadRow: this row is not what the layout promises, though others may be; ``not_text``; ``contradictory_scores`` when the
+                row's own scores say that the rejected response is the better one. Equal scores are no contradiction.
         """
+        check_text_only(row)
         for chosen, rejected in SCORE_COLUMNS:
             better, worse = number(row.get(chosen)), number(row.get(rejected))
             if better is not None and worse is not None and better < worse:
                 raise BadRow("contradictory_scores", f"`{chosen}` {better:g} is below `{rejected}` {worse:g}")
-        return self.read(row)
+        return replace(self.read(row), chat_template_kwargs=read_template_kwargs(row.get("chat_template_kwargs")))
 
     @abstractmethod
     def read(self, row: Mapping[str, Any]) -> PreferencePair:
-        """The pair of one row. Raises BadRow."""
+        """The pair of one row, but for what its ``chat_template_kwargs`` say. Raises BadRow."""
 
 
 class RankedLayout(AnyLayout):

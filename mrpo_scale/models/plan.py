@@ -113,13 +113,13 @@ def plan_models(
     if not isinstance(model, str):
         if tokenizer is None:
             raise ConfigError("`processing_class` is missing: pass the policy's tokenizer beside a loaded model.")
+        if args.checkpoints_activations:
+            check_checkpointing(type(model))
         write_weights(model, Path(spec.model), is_main=args.process_index == 0)
     policy = resolve_source(_source(spec, args, args.policy_dtype))
     policy_config = check_policy(policy)
     if isinstance(model, str):
         _check_trainable(policy, policy_config, args)
-    elif args.checkpoints_activations:
-        check_checkpointing(type(model))
     if args.use_peft:
         check_adapter(policy, policy_config, args)
     tokenizer = tokenizer or load_tokenizer(replace(spec, model=policy.files))

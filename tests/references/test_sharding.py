@@ -188,7 +188,7 @@ def test_adapter_is_refused(tmp_path):
     write_model(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="merge_and_unload"):
+    with pytest.raises(ConfigError, match="mrpo merge"):
         check_source(ReferenceSource("ref", str(tmp_path)))
 
 

@@ -71,9 +71,9 @@ def of_trl(theirs, batches, name):
 
 def of_this(run, window, references, name):
     run = replace(run, objective=objective(name))
-    (batch,) = micro_batches(run, window, combine(references, run.objective), 1)
+    (batch,) = micro_batches(run, window, combine(references, run.objective))
     run.policy.zero_grad()
-    _, _, share = policy_loss(run, run.policy, batch, torch.tensor(float(PAIRS)))
+    _, _, share, _ = policy_loss(run, run.policy, batch, torch.tensor(float(PAIRS)))
     share.backward()
     return share.item(), {key: value.grad for key, value in run.policy.named_parameters()}
 

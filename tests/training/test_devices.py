@@ -131,8 +131,8 @@ def test_evaluating_and_saving_keep_to_the_device(folders, tmp_path, gpu):
 def a_number_read_in_the_step(patch):
     measure = step.measure
 
-    def measure_and_count(run, policy_logps_P2, loss, share, batch, sums):
-        measure(run, policy_logps_P2, loss, share, batch, sums)
+    def measure_and_count(run, policy_logps_P2, loss, share, balance, batch, sums):
+        measure(run, policy_logps_P2, loss, share, balance, batch, sums)
         sums.tokens += int((batch.pairs.segment_BL >= 0).sum().item()) - batch.pairs.num_tokens
 
     patch.setattr(step, "measure", measure_and_count)

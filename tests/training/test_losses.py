@@ -67,10 +67,10 @@ def of_a_step(run, name, references, way, count):
     run = replace(run, objective=objective(name))
     run.args.head_backward = way
     run.policy.zero_grad()
-    window = [run.train[pair] for pair in range(PAIRS)]
+    window = [replace(run.train[pair], micro_batch=pair * count // PAIRS) for pair in range(PAIRS)]
     total = 0.0
-    for batch in micro_batches(run, window, combine(references, run.objective), count):
-        _, _, share = policy_loss(run, run.policy, batch, torch.tensor(float(PAIRS)))
+    for batch in micro_batches(run, window, combine(references, run.objective)):
+        _, _, share, _ = policy_loss(run, run.policy, batch, torch.tensor(float(PAIRS)))
         share.backward()
         total += share.detach()
     return total, {key: value.grad.clone() for key, value in run.policy.named_parameters()}

@@ -109,7 +109,7 @@ def window_of(run, shape, dealt_by):
         batches = micro_batches(run, examples, references)
         assert len(batches) == len(dealt.micro_batches)
         for batch in batches:
-            _, _, share = policy_loss(run, run.policy, batch, torch.tensor(float(len(window))))
+            _, _, share, _ = policy_loss(run, run.policy, batch, torch.tensor(float(len(window))))
             share.backward()
             loss += share.detach()
             rows += batch.rows

@@ -44,7 +44,7 @@ SIGMA, CAP = 0.6, 2.5  #: of the log-normal lengths; the longest is so many medi
 #: Ranks, pairs of a micro-batch, micro-batches of a step.
 SHAPES = (WindowShape(8, 2, 4), WindowShape(64, 1, 8), WindowShape(256, 1, 2))
 POLICY = {"hidden_size": 320, "intermediate_size": 880, "num_hidden_layers": 4, "vocab_size": 2048}
-MEDIAN = 320  #: tokens of a pair that is trained
+MEDIAN = 480  #: tokens of a pair that is trained
 LARGEST_DIFFERENCE = 1e-6  #: relative, of a window's loss and gradient norm between the two orders
 
 

@@ -110,14 +110,14 @@ def real_lengths(path: Path, max_length: int = 1024) -> np.ndarray:
     return pairs.lengths[:, 0].sum(1)
 
 
-def simulations(pairs: Path | None) -> dict[str, Any]:
+def simulations(pairs: Path | None) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
-    found: dict[str, Any] = {"log-normal": [simulate(lambda n: log_normal(rng, n), shape) for shape in SHAPES]}
+    found = [{"lengths": "log-normal", **simulate(lambda n: log_normal(rng, n), shape)} for shape in SHAPES]
     if pairs is not None:
-        lengths_N = real_lengths(pairs)
-        found[pairs.name] = [
-            simulate(lambda n: rng.choice(lengths_N, n, replace=n > len(lengths_N)), shape) for shape in SHAPES
-        ]
+        real_N = real_lengths(pairs)
+        for shape in SHAPES:
+            drawn = simulate(lambda n: rng.choice(real_N, n, replace=n > len(real_N)), shape)
+            found.append({"lengths": pairs.name, **drawn})
     return found
 
 
@@ -281,11 +281,10 @@ def show(result: dict[str, Any]) -> None:
     )
     rows = [
         (
-            name, *(str(found[key]) for key in ("ranks", "micro_batches", "pairs")),
+            *(str(found[key]) for key in ("lengths", "ranks", "micro_batches", "pairs")),
             *(f"{found[key]:.3f}" for key in ("drawn", "dealt", "budget")), f"{found['budget_micro_batches']:.1f}",
         )
-        for name, all_found in result["simulated"].items()
-        for found in all_found
+        for found in result["simulated"]
     ]  # fmt: skip
     print(aligned_table(header, rows))
     if measured := result.get("measured"):
@@ -302,9 +301,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=Path, help="real pairs whose lengths are simulated too")
     parser.add_argument("--ranks", type=int, default=4, help="0: simulate only")
-    parser.add_argument("--micro_batches", type=int, default=4)
+    parser.add_argument("--micro_batches", type=int, default=2)
     parser.add_argument("--pairs_per_micro_batch", type=int, default=2)
-    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     flags = parser.parse_args()

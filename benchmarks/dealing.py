@@ -36,6 +36,7 @@ from mrpo_scale.base.ranks import all_gather_object, world_group
 from mrpo_scale.base.tables import aligned_table
 from mrpo_scale.bench.results import estimate
 from mrpo_scale.bench.trainer import Listed
+from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.dealing import Dealt, WindowShape, deal, efficiency
 from mrpo_scale.training.trainer import MRPOTrainer
 
@@ -125,10 +126,9 @@ def simulations(pairs: Path | None) -> list[dict[str, Any]]:
 
 
 class Paired(MRPOTrainer):
-    """Trains each window in both orders, by turns; the first two steps are for warming up."""
+    """Trains each window in both orders, by turns."""
 
-    def __init__(self, *args: Any, windows: int, **kwargs: Any) -> None:
-        self.windows = windows
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.orders: list[str] = []
         self.measured: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
@@ -176,18 +176,36 @@ def write_pairs(path: Path, count: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def both_orders(trainer: Paired) -> list[dict[str, Any]]:
+    """Train, and what this rank has measured in each step."""
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    return [
+        {**measured, "order": order, "wall": wall, "loss": entry["loss"], "grad_norm": entry["grad_norm"]}
+        for measured, order, wall, entry in zip(trainer.measured, trainer.orders, trainer.clock.steps, log, strict=True)
+    ]
+
+
 def rank(folder: Path, flags: argparse.Namespace) -> None:
-    """One rank of the launcher."""
+    """One rank of the launcher. The first window warms up."""
     import datasets
     from transformers import PrinterCallback
 
-    from mrpo_scale.config.keys import MRPOConfig
+    config = config_of(folder, flags.pairs_per_micro_batch, flags.micro_batches, 1 + flags.windows)
+    rows = datasets.Dataset.from_json(str(folder / "pairs.jsonl"), cache_dir=str(folder / f"cache{os.environ['RANK']}"))
+    trainer = Paired(str(folder / "policy"), args=config, train_dataset=rows)
+    trainer.remove_callback(PrinterCallback)
+    everybody = all_gather_object(both_orders(trainer)[2:], world_group())
+    if config.process_index == 0:
+        (folder / "steps.json").write_text(json.dumps(everybody))
 
-    config = MRPOConfig(
+
+def config_of(folder: Path, pairs: int, micro_batches: int, windows: int, **keys: Any) -> MRPOConfig:
+    return MRPOConfig(
         output_dir=str(folder / "out"),
-        per_device_train_batch_size=flags.pairs_per_micro_batch,
-        gradient_accumulation_steps=flags.micro_batches,
-        max_steps=2 * (1 + flags.windows),
+        per_device_train_batch_size=pairs,
+        gradient_accumulation_steps=micro_batches,
+        max_steps=2 * windows,
         learning_rate=0.0,
         objective="dpo",
         gradient_checkpointing=False,
@@ -197,19 +215,8 @@ def rank(folder: Path, flags: argparse.Namespace) -> None:
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
+        **keys,
     )
-    rows = datasets.Dataset.from_json(str(folder / "pairs.jsonl"), cache_dir=str(folder / f"cache{os.environ['RANK']}"))
-    trainer = Paired(str(folder / "policy"), args=config, train_dataset=rows, windows=flags.windows)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    steps = [
-        {**measured, "order": order, "wall": wall, "loss": entry["loss"], "grad_norm": entry["grad_norm"]}
-        for measured, order, wall, entry in zip(trainer.measured, trainer.orders, trainer.clock.steps, log, strict=True)
-    ]
-    everybody = all_gather_object(steps[2:], world_group())
-    if config.process_index == 0:
-        (folder / "steps.json").write_text(json.dumps(everybody))
 
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 Under ZeRO-3 every micro-batch ends together on all ranks: a step takes the sum, over its micro-batches, of what the slowest rank
 needs for each. So shares of like length are computed at the same time. The longest pairs that are left begin a micro-batch, one on
 each rank; the next longest follow, the longest of them where least is so far, and last every rank gets, of all pairs that are left,
-the one that brings it level with the others. The heaviest share of a micro-batch goes to the rank that has least of the window.
-Every rank gets equally many pairs of each micro-batch. The longest come first: what does not fit fails at once, and while the
-largest activations are held no gradients have been added up yet.
+the one that brings it level with the others (where pairs lie end to end: in padded rows a short pair beside a long one saves
+nothing). The heaviest share of a micro-batch goes to the rank that has least of the window. Every rank gets equally many pairs of
+each micro-batch. The longest come first: what does not fit fails at once, and while the largest activations are held no gradients
+have been added up yet.
 
 The loss is a sum over the window, so who computes which pair changes nothing but the order of a sum.
 """
@@ -23,8 +24,10 @@ class WindowShape:
     """What a window's pairs are dealt into: of each rank ``accumulation`` batches of the loader, of ``pairs`` pairs each.
 
     Those are the policy's micro-batches, too, unless ``max_tokens`` is set: then every micro-batch takes as many pairs as keep all
-    ranks within so many positions, at least one (``padded``: each counts as long as the longest of its rank's). There are as many
-    micro-batches on every rank, of equally many pairs.
+    ranks within so many positions, at least one. There are as many micro-batches on every rank, of equally many pairs.
+
+    ``padded``: pairs lie in rows as long as the longest of their batch, so each counts as long as that one, and a micro-batch is
+    made of neighbours in length to its end.
     """
 
     ranks: int
@@ -84,7 +87,7 @@ def _micro_batch(rest_n: np.ndarray, lengths_N: np.ndarray, shape: WindowShape) 
     while len(rest_n):
         least_first = load_R.argsort(kind="stable")
         last_R, next_R = np.empty_like(least_first), np.empty_like(least_first)
-        taken_R = _levelling(lengths_N[rest_n], load_R[least_first])
+        taken_R = np.arange(ranks) if shape.padded else _levelling(lengths_N[rest_n], load_R[least_first])
         last_R[least_first], next_R[least_first] = rest_n[taken_R], rest_n[:ranks]
         if not shape.takes(len(layers) + 1, (load_R + lengths_N[last_R]).max(), longest):
             break

@@ -49,7 +49,7 @@ class ScoredLive:
             k: job.workload.reference(
                 m.size,
                 m.tokenization,
-                pairs=self.pairs[k],
+                pairs=pairs * cluster.gpus,
                 ranks=self.num_ranks[k],
                 tokens_per_forward=job.tokens_per_forward,
             )

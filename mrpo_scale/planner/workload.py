@@ -53,7 +53,7 @@ class Workload:
         self, size: ModelSize, *, micro_batch: int, accumulation: int, ranks: int, max_tokens: int | None = None
     ) -> Share:
         """The policy's micro-batches, dealt over the ranks as a run deals them: of each, the slowest rank's."""
-        shape = WindowShape(ranks, micro_batch, accumulation, max_tokens, padded=_padded(size))
+        shape = WindowShape(ranks, micro_batch, accumulation, max_tokens, padded=not size.end_to_end)
 
         def window(rows: np.ndarray) -> Share:
             counts_N4 = self._counts[rows, 0]
@@ -77,7 +77,7 @@ class Workload:
     def reference(
         self, size: ModelSize, tokenization: int, *, pairs: int, ranks: int, tokens_per_forward: int
     ) -> Share:
-        """A reference's forwards over a rank's ``pairs`` of a window, of which every rank has the like."""
+        """A reference's forwards over a rank's share of a window of ``pairs``, which are dealt over its ranks."""
 
         def window(rows: np.ndarray) -> Share:
             counts_N4 = self._counts[rows, tokenization]
@@ -92,7 +92,7 @@ class Workload:
             return Share(forwards(int(loads_R.argmax())), mean, efficiency(loads_R[:, None]))
 
         key = ("reference", size.name, tokenization, pairs, ranks, tokens_per_forward)
-        return self._share(key, window, pairs * ranks)
+        return self._share(key, window, pairs)
 
     def largest_micro_batch(self, size: ModelSize, micro_batch: int, max_tokens: int | None = None) -> Work:
         """The longest pairs, which meet sooner or later: what activations need room for."""
@@ -102,7 +102,7 @@ class Workload:
             if max_tokens is None:
                 self._largest[key] = (_work(np.resize(counts_N4[:micro_batch], (micro_batch, 4)), size),)
             else:
-                parts = cut_by_tokens(_lengths(counts_N4, size).tolist(), max_tokens, padded=_padded(size))
+                parts = cut_by_tokens(_lengths(counts_N4, size).tolist(), max_tokens, padded=not size.end_to_end)
                 self._largest[key] = (max(_work(counts_N4[part], size) for part in parts),)
         return self._largest[key][0]
 
@@ -138,10 +138,6 @@ class Workload:
 
 def _lengths(counts_P4: np.ndarray, size: ModelSize) -> np.ndarray:
     return pair_lengths(counts_P4[:, :3], shared_prompt=size.shared_prompt, end_to_end=size.end_to_end)
-
-
-def _padded(size: ModelSize) -> bool:
-    return not (size.shared_prompt or size.end_to_end)
 
 
 def _some(ranks: int) -> range:

@@ -151,7 +151,7 @@ def window_sampler(args: MRPOConfig, pairs: TokenizedPairs, shared_prompt: bool,
         args.train_batch_size,
         args.gradient_accumulation_steps,
         max_tokens=args.max_tokens_per_micro_batch,
-        padded=not (shared_prompt or end_to_end),
+        padded=not end_to_end,
     )
     return WindowSampler(
         pair_lengths(pairs.lengths[:, 0], shared_prompt=shared_prompt, end_to_end=end_to_end),

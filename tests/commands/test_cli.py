@@ -138,7 +138,10 @@ CASES = {
     ),
     "larger shard than the world": (lambda t, f: {"ref_shard_size": ["8"]}, ["ref_shard_size: 8", "1"]),
     "a tracker that is not installed": (lambda t, f: {"report_to": ["wandb"]}, ["`report_to: wandb`", "pip install wandb"]),
-    "an optimizer that is not installed": (lambda t, f: {"optim": ["schedule_free_adamw"]}, ["`optim: schedule_free_adamw`", "schedulefree"]),
+    "an optimizer that is not installed": (
+        lambda t, f: {"optim": ["schedule_free_adamw"]},
+        ["`optim: schedule_free_adamw`", "schedulefree"],
+    ),
     "Liger": (lambda t, f: {"use_liger_kernel": ["true"]}, ["`use_liger_kernel: True`"]),
     "half precision on a CPU": (lambda t, f: {"fp16": ["true"]}, ["`fp16: True`", "needs a GPU"]),
     "an evaluation on nothing": (

@@ -16,6 +16,7 @@ from deepspeed import comm as deepspeed_comm
 from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerCallback
 
+from benchmarks import dealing
 from mrpo_scale.base.errors import ConfigError, Preempted, TrainingError
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.recipe import resource
@@ -156,6 +157,26 @@ def test_two_ranks_take_the_steps_of_one(folders, tmp_path, pool2, alone, batch_
     for rank in ranks:
         for row, score in rank["scores"].items():
             torch.testing.assert_close(torch.tensor(score), torch.tensor(alone["scores"][row]), rtol=1e-5, atol=1e-5)
+
+
+def in_both_orders(folders, output_dir):
+    """This rank's steps of three windows, each dealt by chance and by length, with the same weights."""
+    deepspeed_comm.init_distributed(dist_backend="gloo")
+    zero = str(resource("ds_configs") / "zero3_cpu.json")
+    config = dealing.config_of(Path(output_dir), pairs=2, micro_batches=2, windows=3, deepspeed=zero)
+    trainer = dealing.Paired(folders["llama"], args=config, train_dataset=pair_dataset(24))
+    trainer.remove_callback(PrinterCallback)
+    try:
+        return dealing.both_orders(trainer)
+    finally:
+        settle(trainer)
+
+
+def test_loss_and_gradient_do_not_depend_on_who_computes_a_pair(folders, tmp_path, pool2):
+    ranks = pool2.run(in_both_orders, folders, tmp_path, timeout=300)
+    found = dealing.summarise(ranks)
+    assert found["windows"] == 3 and found["largest_relative_difference"] < 1e-6
+    assert found["efficiency"]["dealt"] > max(0.9, found["efficiency"]["drawn"])
 
 
 def test_every_row_once_in_one_process(alone):

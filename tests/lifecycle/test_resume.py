@@ -117,7 +117,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(folders, tmp_path, whole, steps)
 
 def test_an_epoch_ends_before_its_checkpoint(folders, tmp_path):
     """Saved at steps, evaluated and logged at epochs: the last step's checkpoint comes after what the epoch's end does."""
-    keys = {"eval_strategy": "epoch", "logging_strategy": "epoch"}
+    keys = {"eval_strategy": "epoch", "logging_strategy": "epoch", "max_tokens_per_micro_batch": 100}
     one = trainer(folders, tmp_path / "one", **keys)
     one.train()
     with pytest.raises(KilledError):

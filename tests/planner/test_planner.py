@@ -243,3 +243,38 @@ def test_ds_configs_that_cannot_be_read(tmp_path, text, message):
         read_zero(str(tmp_path / "ds.json"))
     with pytest.raises(ConfigError, match="zero3_hpz"):
         read_zero("zero9")
+
+
+def test_a_step_waits_for_the_slowest_rank_of_each_micro_batch(small):
+    """What is predicted is what dealing gives: no more for one pair a micro-batch than for several, and a bound in tokens holds."""
+    lengths = np.random.default_rng(0).lognormal(5, 0.6, (500, 1, 3)).astype(np.int64) + 1
+    workload = Workload(lengths)
+    one, two = (workload.policy(small, micro_batch=n, accumulation=4, ranks=16) for n in (1, 2))
+    assert 0.6 < one.efficiency < two.efficiency < 1
+    for share, pairs in ((one, 4), (two, 8)):
+        least = pairs * lengths.sum((1, 2)).mean()  # two pairs lie in two rows, padded to each other
+        assert 0.95 * least < share.mean.positions < 1.1 * least
+        assert share.mean.positions / share.total.positions == pytest.approx(share.efficiency, rel=0.05)
+    assert workload.policy(small, micro_batch=2, accumulation=4, ranks=1).efficiency == 1
+    most = 2 * int(lengths.sum((1, 2)).max())
+    bounded = workload.policy(small, micro_batch=8, accumulation=1, ranks=16, max_tokens=most)
+    assert max(work.positions for work in bounded.forwards) <= most
+    assert workload.largest_micro_batch(small, 8, most).positions <= most
+    assert workload.largest_micro_batch(small, 8).positions > most
+
+
+def test_a_reference_is_dealt_every_pair_once(small):
+    lengths = np.tile(np.array([[[20, 15, 25]]]), (50, 1, 1))
+    share = Workload(lengths).reference(small, 0, pairs=24, ranks=16, tokens_per_forward=65536)
+    assert share.mean.positions == 60 * 24 / 16 and share.total.positions == 120
+
+
+def test_a_budget_of_tokens_reaches_estimate_and_search(small):
+    cluster, job = make_cluster("h100-80gb", 4, 4, None), job_of(small)
+    setting = Setting(16, False, read_zero("zero3"), max_tokens=1300)
+    found = estimate(job, setting, cluster)
+    assert found.accumulation == 1 and found.efficiency == 1  # 600 tokens a pair, two fit
+    fixed = estimate(job, replace(setting, max_tokens=None, micro_batch=2), cluster)
+    assert fixed.accumulation == 8 and found.traffic == fixed.traffic and found.peak == fixed.peak
+    assert {s.micro_batch for s in settings(job, cluster, 1300)} == {16}
+    assert all(s.max_tokens == 1300 for s in settings(job, cluster, 1300))

@@ -105,7 +105,8 @@ def add_adapter(policy: PreTrainedModel, source: ReferenceSource, args: MRPOConf
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(args.seed)
-        adapted = wrapped(policy, args)
+        # DeepSpeed keeps float32 copies of what trains; without it 16 bits would lose updates, and Adam's epsilon is 0 in float16.
+        adapted = wrapped(policy, args, float32=args.deepspeed_plugin is None)
     adapted.active_peft_config.base_model_name_or_path = (
         source.path
     )  # as the user wrote it: a hub id, and not where it lies here
@@ -167,7 +168,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def wrapped(model: PreTrainedModel, args: AdapterKeys) -> Any:
+def wrapped(model: PreTrainedModel, args: AdapterKeys, *, float32: bool = False) -> Any:
     """The peft model of these keys, around ``model``, which may be on the meta device. Raises ConfigError as check_adapter."""
     from peft import LoraConfig, get_peft_model
 
@@ -184,8 +185,7 @@ def wrapped(model: PreTrainedModel, args: AdapterKeys) -> Any:
         use_dora=args.use_dora,
     )
     try:
-        # Adapters in the dtype of the weights: float32 copies are the optimizer's or the engine's business here as for all weights.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        return get_peft_model(model, config, autocast_adapter_dtype=float32)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(
             f"{_asked(args)}: {one_line(error).rstrip('.')}; name layers of this model, or all-linear."

@@ -236,3 +236,12 @@ def test_frozen_weights_in_four_bits(tmp_path):
     assert first["anchor/rewards/margins"] == 0
     with pytest.raises(ConfigError, match=r"`load_in_4bit: true` with .*unquantized"):
         trainer(folders, tmp_path / "cached", load_in_4bit=True, ref_scoring="precompute")
+
+
+def test_an_adapter_of_half_precision_weights_is_float32(folders, tmp_path):
+    """In float16 Adam's epsilon is 0, and the second step divides by it."""
+    run = trainer(folders, tmp_path, dtype="float16", max_steps=3)
+    run.train()
+    dtypes = {p.requires_grad: p.dtype for p in run.policy.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.float16}
+    assert all(torch.isfinite(torch.tensor(loss)) for loss, _ in losses(run))

@@ -12,12 +12,13 @@ from transformers import PretrainedConfig
 
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.logps.attention_choice import choose_end_to_end
-from mrpo_scale.logps.flops import UnitCosts, unit_costs
+from mrpo_scale.logps.flops import UnitCosts, active_parameters, unit_costs
 from mrpo_scale.logps.layer_masks import decoder_layers, supports_shared_prompt
 from mrpo_scale.models.adapter import wrapped
 from mrpo_scale.models.source import ReferenceSource, check_config
 from mrpo_scale.models.stored import build_on_meta
 from mrpo_scale.planner.activations import Activations, activations_of
+from mrpo_scale.references.low_bits import bytes_of, layers_to_quantize
 
 Shape = tuple[int, ...]
 
@@ -40,7 +41,10 @@ class ModelSize:
     end_to_end: bool
     costs: UnitCosts
     activations: Activations
+    active: int  #: parameters that a token meets: of a mixture of experts not all
     trained: tuple[Shape, ...] | None = None  #: of the parameters that train, an adapter's; None: all do
+    quantize: str | None = None  #: how a reference's linear layers are kept
+    quantized: tuple[Shape, ...] = ()  #: of their weights
 
     @property
     def parameters(self) -> int:
@@ -49,6 +53,20 @@ class ModelSize:
     def fsdp_shard(self, ranks: int) -> int:
         """Elements on the rank that holds most: FSDP2 cuts each parameter along its first axis, as ``torch.chunk`` does."""
         return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in self.shapes)
+
+    def held_bytes(self, ranks: int) -> int:
+        """On the rank of a shard group that holds most. What is quantized is whole, in a group of one."""
+        whole = sum(map(math.prod, self.quantized)) * self.itemsize
+        return (
+            self.fsdp_shard(ranks) * self.itemsize
+            - whole
+            + (bytes_of(self.quantize, self.quantized) if self.quantize else 0)
+        )
+
+    @property
+    def dequantized_bytes(self) -> int:
+        """Of the largest weight that is whole for the time of its product."""
+        return max(map(math.prod, self.quantized), default=0) * self.itemsize
 
     def zero_shard(self, ranks: int) -> int:
         """Elements on each rank: ZeRO flattens each parameter and pads it to a multiple of the ranks."""
@@ -102,6 +120,7 @@ def model_size(
     shared = supports_shared_prompt(model) and shared_prompt != "false"
     layers = decoder_layers(model)
     costs = unit_costs(model)  # first: it complains of what a config lacks
+    quantized = layers_to_quantize(model, source.dtype) if source.quantize else []
     embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     size = ModelSize(
         name=source.name,
@@ -118,6 +137,9 @@ def model_size(
         end_to_end=end_to_end,
         costs=costs,
         activations=activations_of(model),
+        active=active_parameters(model),
+        quantize=source.quantize,
+        quantized=tuple(tuple(layer.weight.shape) for layer in quantized),
     )
     if adapter is None:
         return size

@@ -26,16 +26,17 @@ logger = logging.getLogger(__name__)
 BLOCK = 64
 
 
-def check_low_bits(quantize: str, name: str, *, group_size: int, offload: bool) -> None:
+def check_low_bits(quantize: str, name: str, *, group_size: int, offload: bool, loads: bool = True) -> None:
     """Refuse what a quantized reference cannot be; nothing is read.
 
     Args:
         group_size: ranks of its shard group.
+        loads: False: it is only planned here, and bitsandbytes need not be.
 
     Raises:
         ConfigError: bitsandbytes is missing, the group has several ranks, or its shards are to lie in host memory.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if loads and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"`quantize: {quantize}` of {name} needs the package bitsandbytes; `pip install 'mrpo-scale[peft]'`, or remove the key."
         )

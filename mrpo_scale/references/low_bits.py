@@ -1,9 +1,9 @@
-"""References whose linear layers are kept in 4 or 8 bits: quantized by bitsandbytes as they load, dequantized by it for each product.
+"""Linear layers of a reference in 4 or 8 bits: bitsandbytes quantizes them as they load and dequantizes them for each product.
 
-Not bitsandbytes' own layers. Its 8-bit products in eval mode round the activations too, and leave out columns by what else is in the
-batch, so a pair's score would depend on its neighbours and a cached score would not be the live one. Its 4-bit products pack weights
-on CPUs with AVX512-BF16 and then compute in bfloat16 whatever the model's dtype. A product with the dequantized weight is the same
-function on every device and in every batch; what it costs is that weight, whole, for the time of one layer.
+Not bitsandbytes' own layers. Its 8-bit products in eval mode round the activations too and leave out columns by what else is in the
+batch (outliers), so that a pair's score would depend on its neighbours. Its 4-bit layers pack weights on CPUs with AVX512-BF16 and
+then compute in bfloat16 whatever the dtype. A product with the dequantized weight is the same function on every device and in every
+batch; what it costs is that weight, whole, for the time of one product.
 """
 
 from __future__ import annotations
@@ -55,11 +55,8 @@ def layers_to_quantize(model: PreTrainedModel, dtype: torch.dtype) -> list[nn.Li
     """Its linear layers but the output head and what it keeps in float32, whatever its ``dtype``. Embeddings, norms, convolutions
     and stacked experts are none."""
     head = model.get_output_embeddings()
-    return [
-        module
-        for module in model.modules()
-        if type(module) in (nn.Linear, CpuLinear) and module is not head and module.weight.dtype == dtype
-    ]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return [layer for layer in layers if type(layer) in (nn.Linear, CpuLinear) and layer.weight.dtype == dtype]
 
 
 def choose_layers(model: PreTrainedModel, source: ReferenceSource) -> set[nn.Linear]:

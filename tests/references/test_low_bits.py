@@ -160,31 +160,34 @@ def test_values(spec, words):
 
 
 def problems(tmp_path, monkeypatch, world_size=1, **keys):
-    monkeypatch.setattr(MRPOConfig, "world_size", world_size)
     config = MRPOConfig(str(tmp_path), use_cpu=True, report_to="none", **keys)
-    return [problem for problem in preflight_problems(config, [{"model": "A", "quantize": "nf4"}]) if "nf4" in problem]
+    with monkeypatch.context() as patch:
+        patch.setattr(MRPOConfig, "world_size", world_size)
+        found = preflight_problems(config, [{"model": "A", "quantize": "nf4"}])
+    return [problem for problem in found if "nf4" in problem]
 
 
 def test_refused_before_anything_loads(tmp_path, monkeypatch):
     assert problems(tmp_path, monkeypatch) == []
     assert problems(tmp_path, monkeypatch, world_size=2, ref_shard_size=1) == []
     for keys in ({}, {"ref_shard_size": 2}):
-        (problem,) = problems(tmp_path, monkeypatch, world_size=2, **keys)
-        assert problem == (
+        assert problems(tmp_path, monkeypatch, world_size=2, **keys) == [
             "`quantize: nf4` of A on a shard group of 2 ranks: quantized weights are not sharded; set `ref_shard_size: 1`, or "
             "remove the key."
-        )
+        ]
     (problem,) = problems(tmp_path, monkeypatch, ref_offload=True)
     assert "`ref_offload: true`" in problem and "\n" not in problem
-    found = importlib.util.find_spec
+
+
+def test_refused_without_bitsandbytes(tmp_path, monkeypatch):
+    """Not under `follow`, where another job loads the reference."""
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
     )
     (problem,) = problems(tmp_path, monkeypatch)
-    assert "pip install 'mrpo-scale[peft]'" in problem
-    assert problems(tmp_path, monkeypatch, ref_scoring="follow", ref_cache_dir=str(tmp_path)) == [], (
-        "another job loads it"
-    )
+    assert "bitsandbytes; `pip install 'mrpo-scale[peft]'`" in problem
+    assert problems(tmp_path, monkeypatch, ref_scoring="follow", ref_cache_dir=str(tmp_path)) == []
 
 
 def test_a_model_without_linear_layers_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.logps.attention_choice import choose_end_to_end
@@ -120,7 +120,6 @@ def model_size(
     shared = supports_shared_prompt(model) and shared_prompt != "false"
     layers = decoder_layers(model)
     costs = unit_costs(model)  # first: it complains of what a config lacks
-    quantized = layers_to_quantize(model, source.dtype) if source.quantize else []
     embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     size = ModelSize(
         name=source.name,
@@ -139,13 +138,19 @@ def model_size(
         activations=activations_of(model),
         active=active_parameters(model),
         quantize=source.quantize,
-        quantized=tuple(tuple(layer.weight.shape) for layer in quantized),
+        quantized=_quantized(source, model),
     )
     if adapter is None:
         return size
     parameters = list(wrapped(model, adapter).parameters())
     shapes = [tuple(tuple(p.shape) for p in some) for some in (parameters, [p for p in parameters if p.requires_grad])]
     return replace(size, shapes=shapes[0], trained=shapes[1])
+
+
+def _quantized(source: ReferenceSource, model: PreTrainedModel) -> tuple[Shape, ...]:
+    return (
+        tuple(tuple(layer.weight.shape) for layer in layers_to_quantize(model, source.dtype)) if source.quantize else ()
+    )
 
 
 def assumed_fields(source: ReferenceSource) -> list[str]:

@@ -110,8 +110,17 @@ def inspect(argv: Sequence[str]) -> None:
     pairs = int(everywhere_N.sum())
     print(f"\n{worth_table(found, pairs, len(keys), disagree)}\n")
     precision = _served_precision(stores, tokens_KP2)
+    quantized = {r.name: r.source.quantize for r in recipe.plan.references if r.source.quantize}
+    for name, quantize in quantized.items():
+        print(f"{name}: its linear layers were quantized to {quantize}.\n")
     folder.mkdir(parents=True, exist_ok=True)
-    summary = {"pairs": pairs, "rows": len(keys), "references_disagree": disagree, "served_precision": precision}
+    summary = {
+        "pairs": pairs,
+        "rows": len(keys),
+        "references_disagree": disagree,
+        "served_precision": precision,
+        "quantized": quantized,
+    }
     (folder / "inspect.json").write_text(
         json.dumps({**summary, "references": [asdict(worth) for worth in found]}, indent=2) + "\n"
     )

@@ -12,6 +12,7 @@ from mrpo_scale.base.untrusted import parse_json
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SYSTEM_TURNS = ("native", "merge", "error")
+QUANTIZATIONS = ("nf4", "int8")
 SERVERS = ("auto", "vllm", "sglang")
 SERVER_EXAMPLE = "http://host:8000/v1"
 
@@ -21,6 +22,7 @@ class ModelSpec:
     """One model as a recipe names it. A reference is written as its path or as a mapping of these keys.
 
     Args:
+        quantize: nf4 or int8: a reference's linear layers are quantized as they load, by bitsandbytes.
         url: of a server that scores with the model, which then is not loaded here; ``model`` is what the server calls it.
         tokenizer: of a served model, whose folder may not be here: a folder or hub id.
         revision: of the hub; of a served model, the user's own word for the weights that are behind the name.
@@ -37,6 +39,7 @@ class ModelSpec:
     system: str = "native"
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    quantize: str | None = None
     url: str | None = None
     tokenizer: str | None = None
     server: str = "auto"
@@ -55,7 +58,7 @@ LIVE_SERVED = (
     "beside `mrpo score`"
 )
 #: What makes no sense for a model that is served elsewhere, and what for one that is loaded here.
-_OF_WEIGHTS = ("dtype", "trust_remote_code", "attn_implementation")
+_OF_WEIGHTS = ("dtype", "trust_remote_code", "attn_implementation", "quantize")
 _OF_SERVERS = ("tokenizer", "server", "api_key_env", "concurrency")
 _TYPES = {
     "trust_remote_code": (bool, "true or false, without quotes"),
@@ -110,6 +113,8 @@ def parse_ref_models(ref_models: Sequence[str | Mapping[str, Any]], key: str = "
         check_one_of(f"{key}.dtype", spec.dtype, DTYPES)
         check_one_of(f"{key}.system", spec.system, SYSTEM_TURNS)
         check_one_of(f"{key}.server", spec.server, SERVERS)
+        if spec.quantize is not None:
+            check_one_of(f"{key}.quantize", spec.quantize, QUANTIZATIONS)
         specs.append(spec)
     return specs
 

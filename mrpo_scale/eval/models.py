@@ -71,6 +71,13 @@ def plan_models(args: EvalConfig, device: torch.device) -> tuple[list[EvalModel]
     reference = parse_ref_models([args.reference], "reference") if args.reference else []
     served = [spec for spec in [*specs, *reference] if spec.url]
     refuse([f"`{spec.model}` at {spec.url}: a served model is not evaluated; name its folder" for spec in served])
+    quantized = [spec for spec in [*specs, *reference] if spec.quantize]
+    refuse(
+        [
+            f"`{spec.model}` with `quantize: {spec.quantize}`: whole models are evaluated; remove it"
+            for spec in quantized
+        ]
+    )
     texts: list[ModelText] = []
     models = [
         _plan(spec, name, args, device, texts)

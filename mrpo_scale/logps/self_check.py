@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError, TrainingError, one_line
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.layer_masks import body_of
 from mrpo_scale.logps.logit_transform import LogitTransform, candidates, choose, named_numbers
 from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.logps.pair_forward import FusedHead, score_pairs
@@ -122,6 +123,7 @@ class _Plain:
     prompt_apart: float  #: how far the prompt's hidden states of the two texts lie apart, relative
     samples: tuple[Tensor, Tensor] | None  #: what the head was made to say, and what the model made of it
     dtype: torch.dtype  #: of the logits
+    between: float  #: how far what the head was given lies from what the body returned, but for a scale, relative; 0 if unknown
 
 
 @torch.no_grad()
@@ -235,6 +237,11 @@ def _problem(
     nats = allowed * max(1.0, largest) + 2 * torch.finfo(plain.dtype).eps * largest
     if apart <= allowed and difference <= nats:
         return None
+    if not plain.between <= allowed:
+        return (
+            "it has layers of its own between its body and its output head, as masked language models do (a dense layer, a norm, a "
+            "projection), and pairs go from the one to the other without them; leave it out."
+        )
     remedy = (
         "Try `attn_implementation: sdpa`, then `shared_prompt: false`; if that fails too, leave this model out."
         if shared_prompt
@@ -288,27 +295,51 @@ def _tapped(head: FusedHead) -> Iterator[_Tap]:
         head.tap = None
 
 
+@contextmanager
+def _body_returns(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Filled with the hidden states [L, D] that the model's body returns inside the block."""
+    states: list[Tensor] = []
+
+    def note(_module: nn.Module, _args: Any, outputs: Any) -> None:
+        hidden = getattr(outputs, "last_hidden_state", None)
+        if hidden is not None:
+            states.append(hidden[0])
+
+    handle = body_of(model).register_forward_hook(note)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
 def _plain_forwards(model: nn.Module, head: FusedHead, probe: Probe, device: torch.device) -> _Plain:
     """The model's ordinary forward of each text by itself, without a mask."""
     prompt_length, chosen_length = len(probe.pairs[0].prompt_ids), len(probe.pairs[0].chosen_ids)
     logits, hidden, of_prompt, samples = [], [], [], None
+    inner, returned = _inner(model), []
     # A compiler would make a graph of these that nothing uses again.
     with torch.compiler.set_stance("force_eager"):
         for text, rows in zip(probe.texts, probe.rows, strict=True):
-            with _tapped(head) as tap:
+            with _tapped(head) as tap, _body_returns(inner) as returns:
                 said_LV = model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0]
             given_LD = said_LV[:, :1]
             if tap.hidden is not None and tap.said_V is not None:
                 given_LD, samples = tap.hidden.reshape(len(text), -1), (tap.said_V, said_LV[0])
             logits.append(said_LV[rows].double())
             hidden.append(given_LD[rows])
+            returned += [states_LD[rows] for states_LD in returns]
             of_prompt.append(given_LD[:prompt_length])
 
     def in_order(of_texts: list[Tensor]) -> Tensor:
         """The long pair's two responses, then the short pair's, which are cut out of the first text."""
         return torch.cat([of_texts[0][:chosen_length], of_texts[1], of_texts[0][chosen_length:]])
 
-    return _Plain(in_order(logits), in_order(hidden), _relative(*of_prompt), samples, said_LV.dtype)
+    plain_RD = in_order(hidden)
+    between = 0.0
+    if len(returned) == len(hidden):
+        returned_RD = in_order(returned)
+        between = _relative(_input_scale(returned_RD, plain_RD, inner.config) * returned_RD, plain_RD)
+    return _Plain(in_order(logits), plain_RD, _relative(*of_prompt), samples, said_LV.dtype, between)
 
 
 def _pair_forward(model: nn.Module, head: FusedHead, pairs: PairBatch) -> tuple[Tensor, Tensor]:

@@ -299,6 +299,7 @@ def _source(spec: ModelSpec, args: MRPOConfig, dtype: torch.dtype, name: str = "
         dtype=dtype,
         trust_remote_code=spec.trust_remote_code,
         attn_implementation=spec.attn_implementation or args.attn_implementation,
+        quantize=spec.quantize,
         server=Server(spec.url, spec.server, spec.api_key_env, spec.concurrency) if spec.url else None,
     )
 

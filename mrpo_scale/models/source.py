@@ -48,6 +48,7 @@ class ReferenceSource:
     dtype: torch.dtype = torch.float32
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    quantize: str | None = None  #: see references/low_bits.py
     server: Server | None = None
     commit: str | None = (
         None  #: of a hub id, what ``revision`` stood for when the run began; see :func:`resolve_source`
@@ -275,15 +276,6 @@ def open_weights(file: Path, name: str) -> Any:
         raise ConfigError(
             f"{name}: {file} is not a whole safetensors file ({one_line(error)}); copy it again."
         ) from error
-
-
-def num_parameters(folder: Path, name: str) -> int:
-    """Elements of all tensors on disk, from the headers of the safetensors files."""
-    total = 0
-    for file in weight_files(folder, name):
-        with open_weights(file, name) as tensors:
-            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 (no mapping)
-    return total
 
 
 def some(names: list[str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from mrpo_scale.logps.flops import forward_flops
 from mrpo_scale.planner.cluster import Cluster, Traffic
 from mrpo_scale.planner.job import MOVED_FORWARD, Job, Phase, PlannedModel, Setting, seconds_of
+from mrpo_scale.references.low_bits import check_low_bits
 from mrpo_scale.references.placement import partition, spread
 
 
@@ -37,9 +38,14 @@ class ScoredLive:
         self.models = dict(enumerate(planned))
         pairs = setting.micro_batch * accumulation
         mean = job.workload.lengths_NV3.sum(-1).mean(0)
-        costs = {k: m.size.parameters * float(mean[m.tokenization]) for k, m in self.models.items()}
+        costs = {k: m.size.active * float(mean[m.tokenization]) for k, m in self.models.items()}
         layout = _lay_out(setting.placement, tuple(costs.items()), cluster, setting.shard_size)
         self.held_together, self.group, self.num_ranks = layout
+        for k, m in self.models.items():
+            if m.size.quantize is not None:
+                check_low_bits(
+                    m.size.quantize, m.size.name, group_size=self.group[k], offload=setting.offload, loads=False
+                )
         # Pairs of a window that one rank of each reference scores.
         self.pairs = {
             k: pairs if setting.placement == "spread" else -(-pairs * cluster.gpus // self.num_ranks[k])
@@ -64,10 +70,7 @@ class ScoredLive:
     def held(self) -> int:
         return int(
             self.on_one_rank(
-                {
-                    k: 0 if m.is_policy else m.size.itemsize * m.size.fsdp_shard(self.group[k])
-                    for k, m in self.models.items()
-                }
+                {k: 0 if m.is_policy else m.size.held_bytes(self.group[k]) for k, m in self.models.items()}
             )
         )
 
@@ -83,7 +86,7 @@ class ScoredLive:
             sharded = self.group[k] > 1 or self.setting.offload
             # Of a layer that computes and the next one, which is on its way; a tied head is whole with the root.
             own = 2 * size.layer + (size.head if size.tied else max(size.embedding, size.head))
-            gathered[k] = b * own * sharded + earlier
+            gathered[k] = b * own * sharded + size.dequantized_bytes + earlier
             earlier += b * size.head * (sharded and size.tied and self.setting.placement == "spread")
             heads[k] = b * (size.head * sharded + window.response_tokens * size.hidden)
             activations[k] = b * (largest.positions * (3 * size.hidden + 3 * size.widest_mlp) + 2 * largest.scores)

@@ -8,16 +8,17 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.logps.attention_choice import choose_end_to_end
-from mrpo_scale.logps.flops import UnitCosts, unit_costs
+from mrpo_scale.logps.flops import UnitCosts, active_parameters, unit_costs
 from mrpo_scale.logps.layer_masks import decoder_layers, supports_shared_prompt
 from mrpo_scale.models.adapter import wrapped
 from mrpo_scale.models.source import ReferenceSource, check_config
 from mrpo_scale.models.stored import build_on_meta
 from mrpo_scale.planner.activations import Activations, activations_of
+from mrpo_scale.references.low_bits import bytes_of, layers_to_quantize
 
 Shape = tuple[int, ...]
 
@@ -40,7 +41,10 @@ class ModelSize:
     end_to_end: bool
     costs: UnitCosts
     activations: Activations
+    active: int  #: parameters that a token meets: of a mixture of experts not all
     trained: tuple[Shape, ...] | None = None  #: of the parameters that train, an adapter's; None: all do
+    quantize: str | None = None  #: how a reference's linear layers are kept
+    quantized: tuple[Shape, ...] = ()  #: of their weights
 
     @property
     def parameters(self) -> int:
@@ -49,6 +53,20 @@ class ModelSize:
     def fsdp_shard(self, ranks: int) -> int:
         """Elements on the rank that holds most: FSDP2 cuts each parameter along its first axis, as ``torch.chunk`` does."""
         return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in self.shapes)
+
+    def held_bytes(self, ranks: int) -> int:
+        """On the rank of a shard group that holds most. What is quantized is whole, in a group of one."""
+        whole = sum(map(math.prod, self.quantized)) * self.itemsize
+        return (
+            self.fsdp_shard(ranks) * self.itemsize
+            - whole
+            + (bytes_of(self.quantize, self.quantized) if self.quantize else 0)
+        )
+
+    @property
+    def dequantized_bytes(self) -> int:
+        """Of the largest weight that is whole for the time of its product."""
+        return max(map(math.prod, self.quantized), default=0) * self.itemsize
 
     def zero_shard(self, ranks: int) -> int:
         """Elements on each rank: ZeRO flattens each parameter and pads it to a multiple of the ranks."""
@@ -118,12 +136,21 @@ def model_size(
         end_to_end=end_to_end,
         costs=costs,
         activations=activations_of(model),
+        active=active_parameters(model),
+        quantize=source.quantize,
+        quantized=_quantized(source, model),
     )
     if adapter is None:
         return size
     parameters = list(wrapped(model, adapter).parameters())
     shapes = [tuple(tuple(p.shape) for p in some) for some in (parameters, [p for p in parameters if p.requires_grad])]
     return replace(size, shapes=shapes[0], trained=shapes[1])
+
+
+def _quantized(source: ReferenceSource, model: PreTrainedModel) -> tuple[Shape, ...]:
+    return (
+        tuple(tuple(layer.weight.shape) for layer in layers_to_quantize(model, source.dtype)) if source.quantize else ()
+    )
 
 
 def assumed_fields(source: ReferenceSource) -> list[str]:

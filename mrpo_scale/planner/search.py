@@ -54,6 +54,7 @@ def settings(job: Job, cluster: Cluster, max_tokens: int | None = None, *, live:
     """All combinations of micro-batch, gradient checkpointing, ds_config, and where references lie and what their groups are."""
     per_rank = max(1, job.window // cluster.gpus)
     micro_batches = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if max_tokens is None else [per_rank]
+    quantized = any(m.size.quantize for m in job.references)  # those are neither sharded nor offloaded
     zeros = [read_zero(name) for name in (*DS_CONFIGS, *(["none"] if cluster.gpus == 1 else []))]
     for zero in zeros:
         if zero.secondary > 1 and (cluster.num_nodes == 1 or zero.secondary > cluster.per_node):
@@ -65,8 +66,8 @@ def settings(job: Job, cluster: Cluster, max_tokens: int | None = None, *, live:
                     yield policy
                     continue
                 for placement in PLACEMENTS if len(job.references) > 1 and cluster.gpus > 1 else PLACEMENTS[:1]:
-                    for shard_size in shard_sizes(cluster):
-                        for offload in (False, True):
+                    for shard_size in [1] if quantized else shard_sizes(cluster):
+                        for offload in (False,) if quantized else (False, True):
                             yield replace(policy, placement=placement, shard_size=shard_size, offload=offload)
 
 

@@ -72,7 +72,7 @@ def models_table(job: Job) -> str:
                 name,
                 size.model_type,
                 f"{size.parameters:,}",
-                str(size.itemsize),
+                str(size.itemsize) + (f", linear layers {size.quantize}" if size.quantize else ""),
                 f"{way}, {size.costs.attn_implementation}",
             )
         )

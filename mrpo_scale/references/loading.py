@@ -13,12 +13,14 @@ from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import refuse
 from mrpo_scale.base.heartbeat import set_activity
-from mrpo_scale.base.ranks import all_gather_object, world_group
+from mrpo_scale.base.ranks import all_gather_object, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import LIVE_SERVED
 from mrpo_scale.data.pair_dataset import PairDataset
+from mrpo_scale.logps.flops import active_parameters
 from mrpo_scale.models.plan import RunPlan
-from mrpo_scale.models.source import local_folder, num_parameters
+from mrpo_scale.models.source import check_config
+from mrpo_scale.models.stored import build_on_meta
 from mrpo_scale.references.live import PartitionScorer, Reference, SpreadScorer, load_reference
 from mrpo_scale.references.mapped import ranks_that_share
 from mrpo_scale.references.placement import (
@@ -92,7 +94,9 @@ def _place(plan: RunPlan, args: MRPOConfig, live: Sequence[int], lengths: Mappin
     costs = {}
     for k in live:
         source = plan.references[k].source
-        costs[k] = num_parameters(local_folder(source, world_group()), source.name) * lengths[k]
+        with fail_together(world_group()):
+            model = build_on_meta(source, check_config(source))
+        costs[k] = active_parameters(model) * lengths[k]  # of a mixture, those that a token meets
     return partition(costs, nodes, args.ref_shard_size)
 
 
@@ -131,6 +135,7 @@ def _shares(references: Mapping[int, Reference]) -> dict[int, Share]:
             shared_prompt=r.model.shared_prompt,
             offload=r.model.offload,
             mapped=r.model.mapped,
+            quantize=r.model.source.quantize,
         )
         for k, r in references.items()
     }

@@ -43,7 +43,7 @@ def _can_be_mapped(source: ReferenceSource, folder: Path) -> bool:
 
 def can_be_mapped(source: ReferenceSource, model: PreTrainedModel, files: list[Path]) -> bool:
     """Whether every tensor lies in the files as it computes, in dtype and layout; else it must be converted, into a copy."""
-    return all(
+    return source.quantize is None and all(
         isinstance(stored, OnDisk) and stored.dtype == source.dtype
         for stored in stored_tensors(model, files, source.name).values()
     )

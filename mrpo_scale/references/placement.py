@@ -125,6 +125,7 @@ class Share:
     shared_prompt: bool
     offload: bool
     mapped: bool
+    quantize: str | None = None
 
 
 def placement_table(
@@ -154,6 +155,7 @@ def placement_table(
                 share.model_type,
                 _in_words(placement.groups[k]),
                 f"{share.bytes_per_rank / 2**30:.3f}"
+                + (f" ({share.quantize})" if share.quantize else "")
                 + " (host memory)" * share.offload
                 + " (its files, shared by a host)" * share.mapped,
                 str(gathers),

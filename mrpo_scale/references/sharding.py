@@ -46,6 +46,7 @@ from mrpo_scale.models.source import (
     some,
 )
 from mrpo_scale.models.stored import build_on_meta, locate_tensors
+from mrpo_scale.references.low_bits import check_low_bits, choose_layers, quantize_loaded, quantized_tensors
 from mrpo_scale.references.mapped import MappedFiles, can_be_mapped
 
 
@@ -64,6 +65,7 @@ class ShardedReference:
 
     Attributes:
         shared_prompt, end_to_end: the layout that :meth:`batch` makes.
+        num_parameters: of the model, wherever and in however many bits they lie.
         bytes_per_rank: of this rank's shard, parameters only.
         mapped: whether weights are used in their files, shared with whoever else does so on this host.
         gathers: forwards so far, each of which gathers the whole model once.
@@ -87,6 +89,8 @@ class ShardedReference:
                 "`ref_offload: true` needs a process group, which a single process without a launcher does not have: start with "
                 "`accelerate launch`, or hold the references on the device."
             )
+        if source.quantize is not None:
+            check_low_bits(source.quantize, source.name, group_size=group.size() if group else 1, offload=offload)
         self.source, self.name, self.offload = source, source.name, offload
         self.group = group if group is not None and (group.size() > 1 or offload) else None
         # accelerate says cpu:0 on ranks, and a move from cpu to cpu:0 copies.
@@ -102,10 +106,11 @@ class ShardedReference:
             )
             self.shared_prompt = choose_shared_prompt(shared_prompt, self.model, source.name)
             self.mapped = self.group is None and device.type == "cpu" and can_be_mapped(source, self.model, files)
+            self.num_parameters = sum(p.numel() for p in self.model.parameters())
             self._mapped_files = MappedFiles(files if self.mapped else [], source.name)
             self._load(files)
-        self.num_parameters = sum(p.numel() for p in self.model.parameters())
-        self.bytes_per_rank = sum(_local(p).numel() * p.element_size() for p in self.model.parameters())
+        held = [*map(_local, self.model.parameters()), *quantized_tensors(self.model)]
+        self.bytes_per_rank = sum(tensor.numel() * tensor.element_size() for tensor in held)
         smallest = PairTokens(prompt_ids=[0], chosen_ids=[0], rejected_ids=[0])
         self._smallest = self.batch([smallest])
         with fail_together(self.group), _gathers_off_the_heap(self.group, device):
@@ -178,12 +183,14 @@ class ShardedReference:
     def _load(self, files: list[Path]) -> None:
         stored, plan = locate_tensors(self.model, files, self.name)
         enable_pair_scoring(self.model, self.name)
+        layers = choose_layers(self.model, self.source)
         mesh = None
         if self.group is not None:
             mesh = DeviceMesh.from_group(self.group, self.device.type)
             _shard(self.model, mesh, self.name, offload=self.offload)
         for name, names in plan.items():
             _fill(self.model, names, stored[name], self, mesh)
+            quantize_loaded(self.model, names, layers, self.source.quantize)
         for module in self.model.modules():
             for buffer_name, buffer in module._buffers.items():
                 module._buffers[buffer_name] = None if buffer is None else buffer.to(self.device)

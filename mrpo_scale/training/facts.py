@@ -10,6 +10,7 @@ from transformers import TrainerState
 
 from mrpo_scale.config.digest import command_digest, recipe_of
 from mrpo_scale.config.keys import ScriptArguments
+from mrpo_scale.models.source import ReferenceSource
 from mrpo_scale.reports.pictures import RunSummary
 from mrpo_scale.reports.run_facts import RunFacts, run_name
 from mrpo_scale.training.prepare import PreparedRun
@@ -44,7 +45,7 @@ def facts_of(
         base_model=str(script.model_name_or_path if script else run.policy.name_or_path),
         dataset=[spec.name for spec in script.datasets] if script else "",
         settings=_settings(run, state, best_step),
-        references=[(r.name, r.source.path, r.source.revision) for r in plan.references],
+        references=[(r.name, r.source.path, _version(r.source)) for r in plan.references],
         reference_keys={name: store.identity.key for name, store in stores},
         data={split: {"pairs": len(pairs), **pairs.counts} for split, pairs in run.pair_sets.items()},
         remarks={split: [r.sentence for r in pairs.remarks] for split, pairs in run.pair_sets.items()},
@@ -56,6 +57,11 @@ def facts_of(
         rows=comparison,
         log=state.log_history,
     )
+
+
+def _version(source: ReferenceSource) -> str | None:
+    """The revision, and in how many bits the model was scored where it was quantized."""
+    return ", ".join(filter(None, (source.revision, source.quantize))) or None
 
 
 def _settings(run: PreparedRun, state: TrainerState, best_step: int | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ loads, for training and for `mrpo check` alike; both say all of it at once."""
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from mrpo_scale.config.ds_config import read_ds_config
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import LIVE_SERVED, ModelSpec, parse_ref_models, server_key
 from mrpo_scale.logps.attention_ways import WAYS
+from mrpo_scale.references.low_bits import check_low_bits
 from mrpo_scale.training.metrics import metric_names
 
 RefModels = Sequence[str | Mapping[str, Any]]
@@ -59,7 +61,11 @@ def preflight_problems(
     config: MRPOConfig, ref_models: RefModels, *, trains: bool = True, own_optimizer: bool = False
 ) -> list[str]:
     """What :func:`preflight` refuses, one sentence each."""
-    problems = [*_attention(config, ref_models), *_served(config, ref_models, trains)]
+    problems = [
+        *_attention(config, ref_models),
+        *_served(config, ref_models, trains),
+        *_quantized(config, ref_models, trains),
+    ]
     if trains:
         problems += [*_reporting(config), *_compilation(config), *_zero(config)]
     if trains and not own_optimizer:
@@ -200,6 +206,19 @@ def _served(config: MRPOConfig, ref_models: RefModels, trains: bool) -> Iterator
         elif spec.url and not (trains and config.ref_scoring == "follow"):
             try:
                 server_key(spec.url, spec.api_key_env)
+            except ConfigError as error:
+                yield str(error)
+
+
+def _quantized(config: MRPOConfig, ref_models: RefModels, trains: bool) -> Iterator[str]:
+    if trains and config.ref_scoring == "follow":
+        return  # another job loads them
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size))
+    group = min(config.ref_shard_size or node, config.world_size)
+    for spec in _specs(config, ref_models):
+        if spec.quantize is not None:
+            try:
+                check_low_bits(spec.quantize, spec.name or spec.model, group_size=group, offload=config.ref_offload)
             except ConfigError as error:
                 yield str(error)
 

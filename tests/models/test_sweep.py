@@ -24,7 +24,10 @@ EXACT = {
     "olmo_hybrid": "converted whole",
     "bart": "as stored",
 }
-REFUSED = {"bert": "does something to its logits", "doge": "it is not causal"}
+REFUSED = {
+    **dict.fromkeys(("bert", "electra", "rembert"), "layers of its own between its body and its output head"),
+    "doge": "it is not causal",
+}
 
 
 @pytest.fixture(autouse=True)

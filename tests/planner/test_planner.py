@@ -16,6 +16,7 @@ from mrpo_scale.models.source import ReferenceSource
 from mrpo_scale.planner.cluster import Traffic, make_cluster
 from mrpo_scale.planner.estimate import estimate
 from mrpo_scale.planner.job import Job, PlannedModel, Setting
+from mrpo_scale.planner.live import ScoredLive
 from mrpo_scale.planner.model_size import assumed_fields, model_size
 from mrpo_scale.planner.search import search, settings, shard_sizes, smallest_that_fits
 from mrpo_scale.planner.workload import Workload
@@ -70,6 +71,33 @@ def test_an_adapter_has_states_and_frozen_weights_have_none(tmp_path):
     assert states.device["optimizer"] == 12 * adapter // 2
     assert states.device["parameters"] > policy_states(plain, read_zero("zero3"), cluster).device["parameters"]
     assert states.device["gradients"] <= 2 * adapter // 2 + 2 * adapter
+
+
+def test_a_quantized_reference_is_whole_and_small(tmp_path):
+    """Head, embedding and norms in bfloat16, half a byte and 4/64 bytes for every other weight; never cut, never offloaded."""
+    plain = model_size(source(tmp_path / "small", LLAMA), itemsize=2)
+    size = model_size(replace(source(tmp_path / "small", LLAMA), quantize="nf4"), itemsize=2)
+    linear = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 171)
+    assert size.held_bytes(1) == 2 * (plain.parameters - linear) + linear // 2 + 4 * linear // 64
+    assert plain.held_bytes(2) == 2 * plain.fsdp_shard(2) and size.dequantized_bytes == 2 * 64 * 171
+    job, cluster = job_of(plain, 2), make_cluster("h100-80gb", 2, 2, None)
+    job = replace(job, references=(job.references[0], PlannedModel(size, 0)))
+    tried = list(settings(job, cluster))
+    assert {(s.shard_size, s.offload) for s in tried} == {(1, False)}
+    spread = next(s for s in tried if s.placement == "spread")
+    assert estimate(job, spread, cluster).held["references"] == plain.held_bytes(1) + size.held_bytes(1)
+    with pytest.raises(ConfigError, match="`quantize: nf4` of policy on a shard group of 2 ranks"):
+        estimate(job, replace(spread, shard_size=None), cluster)
+
+
+def test_a_mixture_gets_ranks_by_what_a_token_meets(tmp_path, small):
+    experts = {"model_type": "mixtral", "num_local_experts": 16, "num_experts_per_tok": 1}
+    size = model_size(source(tmp_path / "moe", {**LLAMA, **experts}), itemsize=2)
+    assert size.active < size.parameters / 4 and small.active == small.parameters
+    job = replace(job_of(small), references=(PlannedModel(small, 0), PlannedModel(size, 0)))
+    cluster = make_cluster("h100-80gb", 4, 4, None)
+    setting = Setting(1, False, read_zero("zero3"), placement="partition")
+    assert ScoredLive(job, setting, cluster, 1).num_ranks == {0: 2, 1: 2}, "by all parameters it would have three"
 
 
 def test_sizes_are_those_of_the_model(small):

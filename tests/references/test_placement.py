@@ -1,10 +1,15 @@
 """Which ranks hold which reference."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from mrpo_scale import MRPOConfig
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.models.source import ReferenceSource
+from mrpo_scale.references import loading
 from mrpo_scale.references.placement import Share, find_nodes, partition, placement_table, process_groups, spread
 
 TWO_NODES = [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -68,6 +73,26 @@ def test_shard_size_that_does_not_fit(size):
     for place in (lambda: spread([0], nodes, size), lambda: partition({0: 1.0}, nodes, size)):
         with pytest.raises(ConfigError, match=f"`ref_shard_size: {size}` .* run of 4 process"):
             place()
+
+
+def test_partition_goes_by_what_a_token_meets(tmp_path, monkeypatch):
+    """Sixteen experts of which a token meets one cost memory, not time: the mixture gets as many ranks as the dense model."""
+    sources = {}
+    for kind, sizes in {"llama": {}, "mixtral": {"num_local_experts": 16, "num_experts_per_tok": 1}}.items():
+        config = AutoConfig.for_model(
+            kind, vocab_size=97, hidden_size=32, intermediate_size=256, num_hidden_layers=2, **sizes
+        )
+        config.num_attention_heads, config.num_key_value_heads = 4, 2
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+        sources[kind] = SimpleNamespace(source=ReferenceSource(kind, str(tmp_path / kind)))
+    monkeypatch.setattr(loading, "ranks_that_share", lambda *_: [[0, 1, 2, 3]])
+    plan, args = (
+        SimpleNamespace(references=list(sources.values())),
+        MRPOConfig(str(tmp_path), use_cpu=True, report_to="none"),
+    )
+    args.ref_placement = "partition"
+    placement = loading._place(plan, args, [0, 1], {0: 100.0, 1: 100.0})
+    assert [len(placement.ranks(k)) for k in (0, 1)] == [2, 2]
 
 
 def test_without_processes_there_is_no_group():

@@ -84,6 +84,7 @@ def identify(source: ReferenceSource, folder: Path, text: ModelText, memo_dir: P
         "dtype": str(source.dtype).removeprefix("torch."),
         "attn_implementation": source.attn_implementation,
         "scoring": SCORING,
+        **({} if source.quantize is None else {"quantize": source.quantize}),  # others keep the keys that they had
     }
     return ReferenceIdentity(source.name, parts, source.path)
 

@@ -177,7 +177,8 @@ def split_conversations(
     part in what a user or a tool says, the response begins with the assistant's turn before that, which both share.
 
     Raises:
-        BadRow: ``malformed`` when one does not end with an assistant turn, or they part between two; ``empty_prompt`` when they share nothing.
+        BadRow: ``malformed`` when one does not end with an assistant turn, or they part between two; ``empty_prompt`` when they
+            share nothing.
     """
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1]["role"] != "assistant":

@@ -63,7 +63,7 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.data",
-        "pairs messages repeated_prompt turns response_turns chat_template model_text ranking mixing toy_skills toy_world",
+        "pairs messages repeated_prompt turns response_turns prefill chat_template model_text ranking mixing toy_skills toy_world",
     ),
     ("mrpo_scale.data.layouts", "base"),
     ("mrpo_scale.data", "pair_table"),

@@ -177,7 +177,8 @@ def split_conversations(
     part in what a user or a tool says, the response begins with the assistant's turn before that, which both share.
 
     Raises:
-        BadRow: ``malformed`` when one does not end with an assistant turn, ``empty_prompt`` when they share nothing.
+        BadRow: ``malformed`` when one does not end with an assistant turn, or they part between two; ``empty_prompt`` when they
+            share nothing.
     """
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1]["role"] != "assistant":
@@ -187,13 +188,16 @@ def split_conversations(
     shared = next((i for i in range(longest) if chosen[i] != rejected[i]), longest)
     while shared and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
         shared -= 1
+    if shared and chosen[shared - 1]["role"] == "assistant":
+        # Only a row with a prompt of its own says where the responses begin; in whole conversations turns are whole.
+        raise BadRow("malformed", "an assistant turn follows an assistant turn, in a row without a prompt of its own")
     return pair_from_messages(chosen[:shared], chosen[shared:], rejected[shared:], tools)
 
 
 def pair_from_messages(
     prompt: list[Message], chosen: list[Message], rejected: list[Message], tools: list[Any] | None = None
 ) -> PreferencePair:
-    """A pair from a prompt and the messages that answer it.
+    """A pair from a prompt and the messages that answer it, or continue its last turn where that is the assistant's.
 
     Raises:
         BadRow: when a response does not begin and end with an assistant turn, or when there is no turn to answer.
@@ -201,8 +205,6 @@ def pair_from_messages(
     if not prompt:
         raise BadRow("empty_prompt", "the responses have no turn before them, or not the same one")
     responses = [_response(messages, column) for messages, column in ((chosen, "chosen"), (rejected, "rejected"))]
-    if prompt[-1]["role"] == "assistant":
-        raise BadRow("malformed", "the prompt ends with an assistant turn")
     return PreferencePair(prompt=prompt, chosen=responses[0], rejected=responses[1], tools=tools)
 
 

@@ -21,7 +21,8 @@ from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE
 from mrpo_scale.data.chat_template import ChatTemplate
 from mrpo_scale.data.messages import merge_turns
-from mrpo_scale.data.pairs import BadRow, Cut, Cuts, Message, PairTokens, PreferencePair, Response
+from mrpo_scale.data.pairs import BadRow, Cut, Cuts, Message, PairTokens, PreferencePair, Response, is_prefilled
+from mrpo_scale.data.prefill import read_continuation, render_prefilled
 from mrpo_scale.data.response_turns import Render, Turns, drops_tools, read_turns
 from mrpo_scale.data.turns import SENTINEL, Turn, find_turn, shared_length
 
@@ -160,11 +161,11 @@ class ModelText:
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def render_prompt(self, pair: PreferencePair) -> str:
-        """The prompt as text, as a model gets it that shall answer.
+        """The prompt as text, as a model gets it that shall answer, or continue its last turn.
 
         Raises:
             ConfigError: the template rejects the conversation, but would take it under ``system: merge``.
-            BadRow: ``template_rejected:<name>``, when it would not take it so either.
+            BadRow: ``template_rejected:<name>``, when it would not take it so either; ``malformed``: see data/prefill.py.
         """
         return pair.prompt if isinstance(pair.prompt, str) else self._render_prompt(pair)[1]
 
@@ -276,18 +277,18 @@ class ModelText:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _render_prompt(self, pair: PreferencePair) -> tuple[Sequence[Message], str, bool]:
-        """The messages that the template takes, their text with the generation prompt, and whether turns were merged for it."""
+        """The messages that the template takes, :meth:`render_prompt`, and whether turns were merged for it."""
         assert not isinstance(pair.prompt, str)
         try:
-            text = self._apply(pair.prompt, pair, generation_prompt=True)
+            text = self._prompt_text(pair.prompt, pair)
             problem = self._dropped_system(pair.prompt, text)
             if problem is None:
-                return pair.prompt, text + self._added_prompt, False
+                return pair.prompt, text, False
         except TemplateError as error:
             problem = f"rejects a conversation: {error}"
         merged = merge_turns(pair.prompt)
         try:
-            text = self._apply(merged, pair, generation_prompt=True)
+            text = self._prompt_text(merged, pair)
         except TemplateError as error:
             raise BadRow(f"template_rejected:{self.name}", str(error)) from error
         if self.system != "merge":
@@ -295,12 +296,19 @@ class ModelText:
                 f"`system: {self.system}`: {self.name}'s chat template {problem}; set `system: merge` for this model to put "
                 "system text into the first user turn and to join neighbouring turns of one role."
             )
-        return merged, text + self._added_prompt, True
+        return merged, text, True
+
+    def _prompt_text(self, messages: Sequence[Message], pair: PreferencePair) -> str:
+        if is_prefilled(messages):
+            return render_prefilled(self._renderer(pair), messages)
+        return self._apply(messages, pair, generation_prompt=True) + self._added_prompt
 
     def _read_response(
         self, messages: Sequence[Message], pair: PreferencePair, prompt: str, response: Response
     ) -> Turn:
         """Raises TemplateError."""
+        if is_prefilled(messages):
+            return read_continuation(self._renderer(pair), messages, response)
         if not isinstance(response, str):
             return read_turns(self._renderer(pair), messages, response, self._turn_end, self._added_prompt)
 

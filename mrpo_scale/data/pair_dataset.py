@@ -31,7 +31,7 @@ from mrpo_scale.data.tokenization import ModelText, TextReader, cut_pair, prompt
 logger = logging.getLogger(__name__)
 
 #: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
-SCHEME = 5
+SCHEME = 6
 _TEMPLATE_FLAGS = ("merged", "trimmed", "changed", "no_tools")  #: what a template did to a pair, per ModelText
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _CONTEXT = ("chosen_context", "rejected_context")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +30,10 @@ Response = str | list[Message]
 class PreferencePair:
     """One prompt, the response people chose and the one they rejected.
 
-    ``prompt`` is either a conversation, a list of ``{"role", "content", ...}`` messages that ends with a user turn and is rendered
-    with each model's own chat template, or a string, which every model reads as it is (TRL's "standard" format; its responses are
-    strings too). ``tools`` and ``chat_template_kwargs`` go to the chat templates unchanged.
+    ``prompt`` is either a conversation, a list of ``{"role", "content", ...}`` messages that is rendered with each model's own chat
+    template, or a string, which every model reads as it is (TRL's "standard" format; its responses are strings too). Where a
+    conversation ends with an assistant turn, the responses are strings that continue it. ``tools`` and ``chat_template_kwargs`` go
+    to the chat templates unchanged.
     """
 
     prompt: list[Message] | str
@@ -102,3 +104,8 @@ def is_plain(message: Message) -> bool:
     return isinstance(message.get("content"), str) and not (
         message.get("tool_calls") or message.get("reasoning_content")
     )
+
+
+def is_prefilled(prompt: Sequence[Message] | str) -> bool:
+    """Whether responses continue the last turn of a prompt: it is the assistant's."""
+    return not isinstance(prompt, str) and bool(prompt) and prompt[-1]["role"] == "assistant"

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mrpo_scale.data.model_text import ModelText, Reading
-from mrpo_scale.data.pairs import PreferencePair
+from mrpo_scale.data.pairs import PreferencePair, is_prefilled
 
 logger = logging.getLogger(__name__)
 
 #: {reason: what is said after the number of pairs and before the models}; `{what}` is the part of a word after its colon.
 _SENTENCES = {
     "merged": "merged turns of prompts, for",
+    "prefilled": "the responses continue the assistant turn that ends the prompt, for",
     "trimmed": "the chat template trims white space off responses, of",
     "no_tools": "the chat template leaves tools, tool calls or tool results out of prompts, of",
     "changed": "the chat template drops or rewrites text of responses (reasoning, for instance): another text is scored, of",
@@ -32,7 +33,7 @@ _SENTENCES = {
 }
 #: Tool calls are looked for in the rendering: templates get at them in many ways.
 _READ_AT_LARGE = ("role", "content", "tool_calls")
-_ORDINARY = ("merged", "trimmed", "unread", "stripped_prompt")  #: no cause to warn
+_ORDINARY = ("merged", "prefilled", "trimmed", "unread", "stripped_prompt")  #: no cause to warn
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def _row_remarks(pair: PreferencePair, text: ModelText, reading: Reading) -> Ite
     for name in pair.chat_template_kwargs or ():
         if reading.raw or not text.takes_argument(name):
             yield f"argument:{name}"
+    if is_prefilled(pair.prompt):
+        yield "prefilled"
     turns = [
         message for part in (pair.prompt, pair.chosen, pair.rejected) if isinstance(part, list) for message in part
     ]

@@ -11,7 +11,7 @@ import random
 import shutil
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,8 @@ def random_models(specs: Sequence[ModelSpec], sizes: Mapping[str, Any], args: MR
             folder = args.folder / "random_weights" / f"{Path(spec.model).name}-{key}"
             if not folder.is_dir():
                 _write(folder, resized, load_tokenizer(spec))
-            made.append(
-                asdict(replace(spec, model=str(folder), name=spec.name or Path(spec.model).name, revision=None))
-            )
+            new = replace(spec, model=str(folder), name=spec.name or Path(spec.model).name, revision=None)
+            made.append({f.name: getattr(new, f.name) for f in fields(new) if getattr(new, f.name) != f.default})
     return made
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -16,23 +15,19 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import tokenizers
 import torch
-import transformers
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.data_keys import PairOptions
 from mrpo_scale.data.layouts import AnyLayout
 from mrpo_scale.data.pair_table import PairReader, as_pairs, describe_source, source_of
-from mrpo_scale.data.pairs import NO_CUTS, NO_PAIR, SIDES, BadRow, Cut, Cuts, PairTokens, PreferencePair
+from mrpo_scale.data.pairs import NO_PAIR, SIDES, Cuts, PairTokens, PreferencePair
 from mrpo_scale.data.remarks import Remark, log_remarks
-from mrpo_scale.data.tokenization import ModelText, TextReader, cut_pair, prompt_key, row_key, tokenize_pair
+from mrpo_scale.data.token_table import TEMPLATE_FLAGS, cuts_of, features_of, table_fingerprint, tokenize_row
+from mrpo_scale.data.tokenization import ModelText, TextReader, cut_pair
 
 logger = logging.getLogger(__name__)
 
-#: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
-SCHEME = 6
-_TEMPLATE_FLAGS = ("merged", "trimmed", "changed", "no_tools")  #: what a template did to a pair, per ModelText
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _CONTEXT = ("chosen_context", "rejected_context")
 
@@ -71,7 +66,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         cut = np.array([tokenized[f"{side}_messages"][:] for side in SIDES], dtype=np.int64)[:, self._good] > 0
         self.cut_rows = np.flatnonzero(cut.any(axis=0))
         self.truncated = len(self.cut_rows)
-        flags = (self._by_model(flag, names) for flag in _TEMPLATE_FLAGS)
+        flags = (self._by_model(flag, names) for flag in TEMPLATE_FLAGS)
         self.merged, self.trimmed, self.changed, self.no_tools = flags
         self.remarks = self._remarks([_models_of(i, name, readers) for i, name in enumerate(names)])
 
@@ -84,7 +79,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         counts: dict[str, dict[str, int]] = {}
         for i, names in enumerate(models):
             found = {
-                flag: int(_flags(self._tokenized, [f"{flag}_{i}"])[0, self._good].sum()) for flag in _TEMPLATE_FLAGS
+                flag: int(_flags(self._tokenized, [f"{flag}_{i}"])[0, self._good].sum()) for flag in TEMPLATE_FLAGS
             }
             words = pc.value_counts(pc.list_flatten(self._tokenized.data.column(f"remarks_{i}")))
             found |= {one["values"].as_py(): one["counts"].as_py() for one in words}
@@ -191,12 +186,7 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         return [{**source_of(self._rows, int(i)), **row} for i, row in zip(bad, verdicts, strict=True)]
 
     def _cuts(self, row: int) -> Cuts:
-        stored = self._stored(row)
-        kept = ((stored[f"{side}_messages"], stored[f"{side}_chars"]) for side in SIDES)
-        chosen, rejected = (
-            Cut(messages, None if characters < 0 else characters) if messages else None for messages, characters in kept
-        )
-        return chosen, rejected
+        return cuts_of(self._stored(row))
 
     def _stored(self, row: int) -> dict[str, Any]:
         return self._tokenized[int(self._good[row])]
@@ -236,16 +226,16 @@ def prepare_pairs(
         ConfigError: see ModelText.render_prompt.
     """
     rows, reader = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
-    key = _fingerprint(rows, reader, texts, max_length)
+    key = table_fingerprint(rows, reader, texts, max_length)
     cache_file = None
     if cache_dir is not None:
         cache_dir.mkdir(parents=True, exist_ok=True)
         cache_file = str(cache_dir / f"pairs-{key}.arrow")
     tokenized = rows.map(
-        _tokenize_row,
+        tokenize_row,
         fn_kwargs={"layout": reader, "texts": list(texts), "max_length": max_length},
         remove_columns=rows.column_names,
-        features=_features(len(texts)),
+        features=features_of(len(texts)),
         num_proc=num_proc,
         cache_file_name=cache_file,
         new_fingerprint=key,
@@ -315,71 +305,6 @@ def check_prompts(pairs: PairDataset, repeated_prompt: str, most: float, split: 
             f"`repeated_prompt: error`: in {repeated} of {len(pairs)} pairs of the {split} set both responses begin with their "
             "prompt, which every model would read twice; set `repeated_prompt: strip` to take it off, or `keep` where it belongs."
         )
-
-
-def _tokenize_row(
-    row: Mapping[str, Any], *, layout: PairReader, texts: Sequence[ModelText], max_length: int | None
-) -> dict[str, Any]:
-    """One row of the tokenized table: columns as in ``_features``."""
-    fields = tuple(PairTokens.__dataclass_fields__)
-    try:
-        pair, repeated = layout.read(row)
-        done = tokenize_pair(pair, texts, max_length)
-    except BadRow as bad:
-        tokens: dict[str, list[int]] = {f"{field}_{i}": [] for i in range(len(texts)) for field in fields}
-        flags = {f"{flag}_{i}": False for i in range(len(texts)) for flag in _TEMPLATE_FLAGS}
-        row_keys: dict[str, Any] = {"row_key_0": 0, "row_key_1": 0, "prompt_key": 0, "repeats_prompt": False}
-        row_keys |= {f"remarks_{i}": [] for i in range(len(texts))}
-        return {"reason": bad.reason, "detail": bad.detail, **row_keys, **_columns(NO_CUTS), **flags, **tokens}
-    halves = np.frombuffer(row_key(done.pair, done.cuts, done.whole), dtype="<i8").tolist()
-    return {
-        "reason": "",
-        "detail": "",
-        "row_key_0": halves[0],
-        "row_key_1": halves[1],
-        "prompt_key": prompt_key(done.whole),
-        "repeats_prompt": repeated,
-        **{f"remarks_{i}": words for i, words in enumerate(done.remarks)},
-        **_columns(done.cuts),
-        **{f"{flag}_{i}": value for flag in _TEMPLATE_FLAGS for i, value in enumerate(getattr(done, flag))},
-        **{f"{field}_{i}": ids for i, tokens in enumerate(done.tokens) for field, ids in vars(tokens).items()},
-    }
-
-
-def _columns(cuts: Cuts) -> dict[str, int]:
-    """Messages and characters that are left of each response. No messages: it was not cut; -1 characters: to the end of a turn."""
-    columns = {}
-    for side, cut in zip(SIDES, cuts, strict=True):
-        columns[f"{side}_messages"] = 0 if cut is None else cut.messages
-        columns[f"{side}_chars"] = -1 if cut is None or cut.characters is None else cut.characters
-    return columns
-
-
-def _features(num_texts: int) -> datasets.Features:
-    """Columns of the tokenized table, fixed so that a first block of bad rows does not decide their types."""
-    columns: dict[str, Any] = {"reason": datasets.Value("string"), "detail": datasets.Value("string")}
-    columns |= {key: datasets.Value("int64") for key in ("row_key_0", "row_key_1", "prompt_key")}
-    columns |= {"repeats_prompt": datasets.Value("bool")}
-    columns |= {f"{side}_{what}": datasets.Value("int64") for side in SIDES for what in ("messages", "chars")}
-    for i in range(num_texts):
-        columns |= {f"remarks_{i}": datasets.List(datasets.Value("string"))}
-        columns |= {f"{flag}_{i}": datasets.Value("bool") for flag in _TEMPLATE_FLAGS}
-        columns |= {f"{field}_{i}": datasets.List(datasets.Value("int32")) for field in PairTokens.__dataclass_fields__}
-    return datasets.Features(columns)
-
-
-def _fingerprint(rows: datasets.Dataset, layout: PairReader, texts: Sequence[ModelText], max_length: int | None) -> str:
-    """Of everything that the tokenized table depends on. It names the cache file, so a stale one is never read."""
-    parts = [
-        SCHEME,
-        [transformers.__version__, tokenizers.__version__],
-        rows._fingerprint,
-        layout.name,
-        layout.settings,
-        max_length,
-        [[text.name, text.fingerprint(), text.max_context] for text in texts],
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _models_of(text: int, name: str, readers: Sequence[TextReader]) -> list[str]:

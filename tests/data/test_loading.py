@@ -137,7 +137,7 @@ REFUSED = [
     ("conversational", {"prompt": [USER], "chosen": ["4"], "rejected": [BAD]}, "malformed", "`chosen[0]`"),
     ("conversational", {"prompt": 3, "chosen": [GOOD], "rejected": [BAD]}, "malformed", "`prompt` is a int"),
     ("conversational", {"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "malformed", "answers with a user"),
-    ("conversational", {"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "malformed", "prompt ends"),
+    ("conversational", {"chosen": [USER, GOOD, GOOD], "rejected": [USER, GOOD, BAD]}, "malformed", "an assistant turn"),
     ("conversational", {"prompt": [USER], "chosen": [], "rejected": [BAD]}, "empty_response", "`chosen` has no"),
     ("conversational", {"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "empty_prompt", ""),
     ("conversational", {"chosen": [GOOD], "rejected": [BAD]}, "empty_prompt", ""),

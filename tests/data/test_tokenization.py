@@ -506,7 +506,7 @@ def test_cache_is_read_for_the_same_inputs_and_written_anew_for_others(tmp_path,
         raise AssertionError("tokenized again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mrpo_scale.data.pair_dataset.tokenize_pair", must_not_run)
+        patch.setattr("mrpo_scale.data.token_table.tokenize_pair", must_not_run)
         again = prepare(rows, STRINGS, cache_dir=cache)
         with pytest.raises(AssertionError, match="tokenized again"):
             prepare(rows, STRINGS, cache_dir=cache, max_length=81)

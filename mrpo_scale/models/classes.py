@@ -33,7 +33,7 @@ def class_of(source: ReferenceSource, config: PretrainedConfig) -> type[PreTrain
 def wrapper_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """Of a type that ``AutoModelForImageTextToText`` builds and ``AutoModelForCausalLM`` does not: its class without the towers."""
     kind = type(config)
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return None
     return _without_towers(cast(type[PreTrainedModel], MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]))
 
@@ -47,7 +47,7 @@ def _without_towers(wrapper: type[PreTrainedModel]) -> type[PreTrainedModel]:
         wrapper.__init__(self, *args, **kwargs)
         left_out = _leave_out_towers(self)
         patterns = [rf"(^|\.){re.escape(name)}\." for name in sorted(left_out)]
-        self._keys_to_ignore_on_load_unexpected = [*(self._keys_to_ignore_on_load_unexpected or []), *patterns]
+        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *patterns}
 
     names = {"__init__": __init__, "__module__": wrapper.__module__, "__qualname__": wrapper.__qualname__}
     return cast(type[PreTrainedModel], type(wrapper.__name__, (wrapper,), names))

@@ -3,6 +3,7 @@
     python -m benchmarks.sweep_models --output benchmarks/results/models.json --page docs/models.md     # a minute on one core
     torchrun --nproc_per_node 2 -m benchmarks.sweep_models --ranks 2 --output two-ranks.json            # references only
     python -m benchmarks.sweep_models --types mixtral olmoe                                             # a table of two
+    python -m benchmarks.sweep_models --wrappers --output benchmarks/results/wrappers.json --page docs/models.md  # see pictures
 
 As a reference: log-probs of pairs longer than every window, against plain forwards of what ``from_pretrained`` loads; in one
 process, and with ``--ranks`` on a shard group. As a policy: its gradients with activation checkpointing, where the type has it,
@@ -49,7 +50,6 @@ from tests.tiny_types import causal_types, tiny_model, wrapper_types
 CPU = torch.device("cpu")
 EXACT = 1e-5  #: relative, of log-probs
 EXACT_GRADIENTS = 1e-4  #: relative, of all gradients taken as one vector
-PAGE_START, PAGE_END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 
 
 @dataclass
@@ -102,7 +102,7 @@ def main() -> None:
         if flags.output:
             flags.output.write_text(json.dumps(result, indent=1) + "\n")
         if flags.page:
-            _write_page(flags.page, outcomes)
+            _write_page(flags.page, "sweep of wrappers" if flags.wrappers else "sweep", outcomes)
     if flags.ranks > 1:
         dist.destroy_process_group()
 
@@ -316,12 +316,13 @@ def _shortened(text: str, most: int = 170) -> str:
     return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."
 
 
-def _write_page(page: Path, outcomes: Sequence[Outcome]) -> None:
+def _write_page(page: Path, table_of: str, outcomes: Sequence[Outcome]) -> None:
+    start, end = (f"<!-- {table_of}: {word} -->" for word in ("begin", "end"))
     rows = [["type", "reference", "policy", "on disk", "prompt", "why"], ["---"] * 6, *map(_cells, outcomes)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    before, _, rest = page.read_text().partition(PAGE_START)
-    _, _, after = rest.partition(PAGE_END)
-    page.write_text(f"{before}{PAGE_START}\n\n{table}\n\n{PAGE_END}{after}")
+    before, _, rest = page.read_text().partition(start)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{start}\n\n{table}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ READING_ORDER = [
         ". logit_transform varlen_layout masked_attention attention_ways span_attention layer_masks pair_batch attention_choice "
         "micro_batches routers pair_forward self_check flops",
     ),
-    ("mrpo_scale.models", ". hub quantized source on_disk stored left_out saving tensor_check adapter plan"),
+    ("mrpo_scale.models", ". hub quantized source classes on_disk stored left_out saving tensor_check adapter plan"),
     ("mrpo_scale.references", ". placement mapped sharding live adapter_off loading"),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
     ("mrpo_scale.references", "stores prompt_logps served precompute scores validation_weights"),

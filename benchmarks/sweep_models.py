@@ -167,8 +167,8 @@ def _as_reference(outcome: Outcome, source: ReferenceSource, ranks: int, auto: A
 def _layout(source: ReferenceSource) -> str:
     """How the checkpoint has what the model has in memory."""
     model = build_on_meta(source, check_source(source))
-    tensors = stored_tensors(model, weight_files(Path(source.path), "ref"), "ref").values()
-    converted = [tensor for tensor in tensors if isinstance(tensor, Converted)]
+    tensors, state = stored_tensors(model, weight_files(Path(source.path), "ref"), "ref"), model.state_dict()
+    converted = [tensor for name, tensor in tensors.items() if isinstance(tensor, Converted) and name in state]
     by_row = [tensor.row_by_row for tensor in converted]
     return "; ".join(["experts one by one"] * any(by_row) + ["converted whole"] * (not all(by_row))) or "as stored"
 

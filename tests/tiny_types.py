@@ -115,7 +115,9 @@ def wrapper_types() -> list[str]:
     return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
-def tiny_model(model_type: str, dropout: float = 0.0, seed: int = 0, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def tiny_model(
+    model_type: str, dropout: float = 0.0, seed: int = 0, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """A random model in eval mode, its windows of ``WINDOW`` tokens and every dropout of its config at ``dropout``.
 
     Raises:

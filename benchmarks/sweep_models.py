@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def try_type(model_type: str, ranks: int = 1, auto: Any = AutoModelForCausalLM) -> Outcome:
-    """``auto`` writes the model and makes what it is compared with. With ``ranks`` above 1, the reference alone. Collective over them."""
+    """``auto`` makes what is compared with. With ``ranks`` above 1, the reference alone. Collective over them."""
     outcome = Outcome(model_type)
     try:
         model = tiny_model(model_type, dropout=0.1, auto=auto)

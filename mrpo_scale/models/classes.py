@@ -1,4 +1,4 @@
-"""Which of transformers' classes a model is built as: its causal class, or of a type that has none the class that sees pictures too.
+"""Which of transformers' classes a model is built as: of a type that sees pictures too, its class for those; else its causal class.
 
 That class is a language model as it is, once its towers are left out: the submodels that have no part in a forward of text. They
 are neither built nor read, and the tensors of theirs in a policy's folder are kept as they are (left_out.py).
@@ -31,25 +31,26 @@ def class_of(source: ReferenceSource, config: PretrainedConfig) -> type[PreTrain
 
 
 def wrapper_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Of a type that ``AutoModelForImageTextToText`` builds and ``AutoModelForCausalLM`` does not: its class without the towers."""
+    """Of a type that ``AutoModelForImageTextToText`` builds: its class, without the towers."""
     kind = type(config)
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return None
-    return _without_towers(cast(type[PreTrainedModel], MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]))
+    wrapper: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
+    return _without_towers(wrapper)
 
 
 @functools.cache
-def _without_towers(wrapper: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _without_towers(wrapper: Any) -> type[PreTrainedModel]:
     """A subclass, so that ``from_pretrained`` itself reads what is left and no more. It goes by its parent's name, by which
     transformers finds tables of renamed tensors and servers the architecture."""
 
-    def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         wrapper.__init__(self, *args, **kwargs)
         left_out = _leave_out_towers(self)
         patterns = [rf"(^|\.){re.escape(name)}\." for name in sorted(left_out)]
         self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *patterns}
 
-    names = {"__init__": __init__, "__module__": wrapper.__module__, "__qualname__": wrapper.__qualname__}
+    names = {"__init__": build, "__module__": wrapper.__module__, "__qualname__": wrapper.__qualname__}
     return cast(type[PreTrainedModel], type(wrapper.__name__, (wrapper,), names))
 
 

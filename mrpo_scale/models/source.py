@@ -157,7 +157,7 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
             raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
         if config.is_encoder_decoder:
             raise ConfigError(
-                f"{name}: model type {model_type!r} is an encoder and a decoder, which reads pictures or prompts through the encoder; "
+                f"{name}: model type {model_type!r} is an encoder and a decoder, whose prompt goes through the encoder; "
                 "choose a model whose text goes through a decoder alone."
             )
     dequantizer(config, name)

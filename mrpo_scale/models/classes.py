@@ -56,7 +56,7 @@ def _without_towers(wrapper: Any) -> type[PreTrainedModel]:
 
 def _leave_out_towers(model: PreTrainedModel) -> set[str]:
     """Put None where a submodel was that does not hold the embedding of tokens, and return the attributes' names. A projector
-    is no submodel and stays: some models (Gemma 3n) call theirs for every text."""
+    is no submodel and stays: it is small, and a model may call it for every text."""
     embedding = model.get_input_embeddings()
     left_out: set[str] = set()
 

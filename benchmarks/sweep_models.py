@@ -3,6 +3,7 @@
     python -m benchmarks.sweep_models --output benchmarks/results/models.json --page docs/models.md     # a minute on one core
     torchrun --nproc_per_node 2 -m benchmarks.sweep_models --ranks 2 --output two-ranks.json            # references only
     python -m benchmarks.sweep_models --types mixtral olmoe                                             # a table of two
+    python -m benchmarks.sweep_models --wrappers --output benchmarks/results/wrappers.json --page docs/models.md  # see pictures
 
 As a reference: log-probs of pairs longer than every window, against plain forwards of what ``from_pretrained`` loads; in one
 process, and with ``--ranks`` on a shard group. As a policy: its gradients with activation checkpointing, where the type has it,
@@ -21,13 +22,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.data.tokenization import PairTokens
@@ -43,12 +45,11 @@ from mrpo_scale.models.source import check_source, weight_files
 from mrpo_scale.models.stored import build_on_meta, stored_tensors
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
-from tests.tiny_types import causal_types, tiny_model
+from tests.tiny_types import causal_types, tiny_model, wrapper_types
 
 CPU = torch.device("cpu")
 EXACT = 1e-5  #: relative, of log-probs
 EXACT_GRADIENTS = 1e-4  #: relative, of all gradients taken as one vector
-PAGE_START, PAGE_END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 
 
 @dataclass
@@ -68,7 +69,8 @@ class Outcome:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", nargs="*", help="default: every causal type")
+    parser.add_argument("--types", nargs="*", help="default: every one")
+    parser.add_argument("--wrappers", action="store_true", help="the types that see pictures too, built as such")
     parser.add_argument(
         "--ranks", type=int, default=1, help="of a shard group; more than 1 under torchrun, references only"
     )
@@ -82,8 +84,9 @@ def main() -> None:
         dist.init_process_group("gloo")
     main_rank = flags.ranks == 1 or dist.get_rank() == 0
     outcomes = []
-    for model_type in flags.types or causal_types():
-        outcomes.append(try_type(model_type, flags.ranks))
+    auto: Any = AutoModelForImageTextToText if flags.wrappers else AutoModelForCausalLM
+    for model_type in flags.types or (wrapper_types() if flags.wrappers else causal_types()):
+        outcomes.append(try_type(model_type, flags.ranks, auto))
         if main_rank:
             print(*_cells(outcomes[-1]), sep="\t", flush=True)
     result = {
@@ -99,16 +102,16 @@ def main() -> None:
         if flags.output:
             flags.output.write_text(json.dumps(result, indent=1) + "\n")
         if flags.page:
-            _write_page(flags.page, outcomes)
+            _write_page(flags.page, "sweep of wrappers" if flags.wrappers else "sweep", outcomes)
     if flags.ranks > 1:
         dist.destroy_process_group()
 
 
-def try_type(model_type: str, ranks: int = 1) -> Outcome:
-    """With ``ranks`` above 1, the reference alone. Collective over them."""
+def try_type(model_type: str, ranks: int = 1, auto: Any = AutoModelForCausalLM) -> Outcome:
+    """``auto`` makes what is compared with. With ``ranks`` above 1, the reference alone. Collective over them."""
     outcome = Outcome(model_type)
     try:
-        model = tiny_model(model_type, dropout=0.1)
+        model = tiny_model(model_type, dropout=0.1, auto=auto)
     except RuntimeError as error:
         outcome.why = f"cannot be made tiny: {one_line(error)[:90]}"
         return outcome
@@ -117,10 +120,10 @@ def try_type(model_type: str, ranks: int = 1) -> Outcome:
         model.save_pretrained(folder)  # by rank 0
         _of_rank_0(work, ranks)
         reference = ReferenceSource("ref", str(folder))
-        outcome.reference = _tried(outcome, lambda: _as_reference(outcome, reference, ranks))
+        outcome.reference = _tried(outcome, lambda: _as_reference(outcome, reference, ranks, auto))
         if ranks == 1:
             policy = ReferenceSource("policy", str(folder))
-            outcome.policy = _tried(outcome, lambda: _as_policy(outcome, policy, Path(work) / "saved"))
+            outcome.policy = _tried(outcome, lambda: _as_policy(outcome, policy, Path(work) / "saved", auto))
         _of_rank_0(work, ranks)  # until every rank is done with it
     return outcome
 
@@ -149,13 +152,13 @@ def _tried(outcome: Outcome, attempt: Callable[[], str]) -> str:
 # ---- as a reference --------------------------------------------------------------------------------------------------
 
 
-def _as_reference(outcome: Outcome, source: ReferenceSource, ranks: int) -> str:
+def _as_reference(outcome: Outcome, source: ReferenceSource, ranks: int, auto: Any) -> str:
     reference = ShardedReference(source, shard_group(ranks) if ranks > 1 else None, CPU)
     outcome.shared_prompt = reference.shared_prompt
     outcome.experts = len(expert_modules(reference.model))
     outcome.layout = _layout(source)
     got_P2 = reference.score(reference.batch(PAIRS))
-    plain = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    plain = auto.from_pretrained(source.path, dtype=torch.float32).eval()
     with torch.no_grad():
         outcome.off = relative(got_P2, plain_logps(plain))
     return _exact(outcome, outcome.off, EXACT, "log-probs")
@@ -164,8 +167,8 @@ def _as_reference(outcome: Outcome, source: ReferenceSource, ranks: int) -> str:
 def _layout(source: ReferenceSource) -> str:
     """How the checkpoint has what the model has in memory."""
     model = build_on_meta(source, check_source(source))
-    tensors = stored_tensors(model, weight_files(Path(source.path), "ref"), "ref").values()
-    converted = [tensor for tensor in tensors if isinstance(tensor, Converted)]
+    tensors, state = stored_tensors(model, weight_files(Path(source.path), "ref"), "ref"), model.state_dict()
+    converted = [tensor for name, tensor in tensors.items() if isinstance(tensor, Converted) and name in state]
     by_row = [tensor.row_by_row for tensor in converted]
     return "; ".join(["experts one by one"] * any(by_row) + ["converted whole"] * (not all(by_row))) or "as stored"
 
@@ -180,8 +183,8 @@ def _exact(outcome: Outcome, off: float, allowed: float, of: str) -> str:
 # ---- as a policy -----------------------------------------------------------------------------------------------------
 
 
-def _as_policy(outcome: Outcome, source: ReferenceSource, saved: Path) -> str:
-    policy, plain = load_policy(source), AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+def _as_policy(outcome: Outcome, source: ReferenceSource, saved: Path, auto: Any) -> str:
+    policy, plain = load_policy(source), auto.from_pretrained(source.path, dtype=torch.float32)
     files = read_source_files(policy, source, tokenizer=False, chat_template=None)
     dropouts = disable_dropout(policy)
     disable_dropout(plain)
@@ -203,11 +206,32 @@ def _as_policy(outcome: Outcome, source: ReferenceSource, saved: Path) -> str:
     if gone := _keys(Path(source.path)) ^ _keys(saved):
         outcome.why = f"saved with other keys: {', '.join(sorted(gone)[:3])}"
         return "wrong"
-    again = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).state_dict()
-    if changed := [name for name, tensor in policy.state_dict().items() if not torch.equal(again[name], tensor)]:
-        outcome.why = f"another {changed[0]} after saving and loading"
+    if why := _saved_otherwise(policy, plain, auto.from_pretrained(saved, dtype=torch.float32)):
+        outcome.why = why
         return "wrong"
     return _exact(outcome, outcome.gradients_off, EXACT_GRADIENTS, "gradients")
+
+
+def _saved_otherwise(policy: PreTrainedModel, plain: PreTrainedModel, again: PreTrainedModel) -> str:
+    """What the class of the source finds changed in the saved folder, other than by training: ''; or what."""
+    state, names = policy.state_dict(), _names_in(plain, policy)
+    expected = {**plain.state_dict(), **{names[name]: tensor for name, tensor in state.items()}}
+    loaded = again.state_dict()
+    if changed := [name for name, tensor in expected.items() if not torch.equal(loaded[name], tensor)]:
+        return f"another {changed[0]} after saving and loading"
+    with torch.no_grad():
+        off = relative(plain_logps(policy.eval()), plain_logps(again.eval()))
+    return "" if off < EXACT else f"log-probs are off by {off:.1e} after saving and loading"
+
+
+def _names_in(plain: PreTrainedModel, policy: PreTrainedModel) -> dict[str, str]:
+    """{name in the policy: name in the source's class}: the same, or of a text model (Qwen3.5's) below that class's own part."""
+    known, names = set(plain.state_dict()), list(policy.state_dict())
+    for path in ["model", *(path for path, _ in plain.named_modules() if path)]:
+        renamed = {name: re.sub(r"^model\.", f"{path}.", name) for name in names}
+        if set(renamed.values()) <= known:
+            return renamed
+    raise RuntimeError(f"{type(policy).__name__} is no part of {type(plain).__name__}")
 
 
 def _loss(logps_P2: Tensor) -> Tensor:
@@ -216,12 +240,12 @@ def _loss(logps_P2: Tensor) -> Tensor:
 
 
 def _gradients_apart(policy: PreTrainedModel, plain: PreTrainedModel) -> float:
-    got, expected = dict(policy.named_parameters()), dict(plain.named_parameters())
-    assert got.keys() == expected.keys()
+    names, expected = _names_in(plain, policy), dict(plain.named_parameters())
+    got = {names[name]: parameter for name, parameter in policy.named_parameters()}
     apart = size = 0.0
-    for name, parameter in expected.items():
+    for name, parameter in expected.items():  # of a tower too, which text must not reach
         zero = torch.zeros_like(parameter)
-        g, e = (zero if p.grad is None else p.grad for p in (got[name], parameter))
+        g, e = (zero if p is None or p.grad is None else p.grad for p in (got.get(name), parameter))
         apart, size = apart + (g - e).double().norm().item() ** 2, size + e.double().norm().item() ** 2
     return (apart / size) ** 0.5
 
@@ -292,12 +316,13 @@ def _shortened(text: str, most: int = 170) -> str:
     return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."
 
 
-def _write_page(page: Path, outcomes: Sequence[Outcome]) -> None:
+def _write_page(page: Path, table_of: str, outcomes: Sequence[Outcome]) -> None:
+    start, end = (f"<!-- {table_of}: {word} -->" for word in ("begin", "end"))
     rows = [["type", "reference", "policy", "on disk", "prompt", "why"], ["---"] * 6, *map(_cells, outcomes)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    before, _, rest = page.read_text().partition(PAGE_START)
-    _, _, after = rest.partition(PAGE_END)
-    page.write_text(f"{before}{PAGE_START}\n\n{table}\n\n{PAGE_END}{after}")
+    before, _, rest = page.read_text().partition(start)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{start}\n\n{table}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

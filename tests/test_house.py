@@ -79,7 +79,7 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.models",
-        ". hub quantized source on_disk stored left_out saving tensor_check adapter plan same_weights",
+        ". hub quantized source classes on_disk stored left_out saving tensor_check adapter plan same_weights",
     ),
     ("mrpo_scale.references", ". placement mapped low_bits sharding live adapter_off loading"),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),

@@ -86,8 +86,8 @@ _TEXT = {
     "max_position_embeddings": 512,
 }
 _TOWER = {"hidden_size": 32, "intermediate_size": 48}
-#: Models that see pictures too. The causal class of qwen3_5 is its text model alone; gemma3's is the whole, and the `use_cache` of
-#: its config is in the text's part.
+#: Models that see pictures too. qwen3_5 and gemma3 have causal classes (its text model alone; the whole), mistral3 and qwen2_5_vl
+#: none. The `use_cache` of their configs is in the text's part.
 WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen3_5": {
         "text_config": {
@@ -117,6 +117,30 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "image_token_index": 10,
         "boi_token_index": 11,
         "eoi_token_index": 12,
+    },
+    "mistral3": {
+        "text_config": {**_TEXT, "model_type": "mistral", "num_hidden_layers": 2, "sliding_window": None},
+        "vision_config": {
+            **_TOWER,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "head_dim": 8,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "image_token_index": 10,
+    },
+    "qwen2_5_vl": {
+        "text_config": {
+            **_TEXT,
+            "num_hidden_layers": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        },
+        "vision_config": {**_TOWER, "depth": 2, "num_heads": 4, "out_hidden_size": 32, "fullatt_block_indexes": [1]},
+        "image_token_id": 10,
+        "video_token_id": 11,
+        "vision_start_token_id": 12,
+        "vision_end_token_id": 13,
     },
 }
 

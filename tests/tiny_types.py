@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 VOCABULARY, WINDOW, DROPOUT = 96, 8, 0.1
 
@@ -74,6 +77,18 @@ _NEEDS: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    **{  # thirds of a head's rotary half, which have to fit its size
+        f"{kind}_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+        for kind in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm_ocr")
+    },
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 0],
+        }
+    },
     "xmod": {"default_language": "en_XX"},
     "zamba2": {
         "num_hidden_layers": 8,
@@ -95,7 +110,14 @@ def causal_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_model(model_type: str, dropout: float = 0.0, seed: int = 0) -> PreTrainedModel:
+def wrapper_types() -> list[str]:
+    """Model types that ``AutoModelForImageTextToText`` builds."""
+    return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def tiny_model(
+    model_type: str, dropout: float = 0.0, seed: int = 0, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """A random model in eval mode, its windows of ``WINDOW`` tokens and every dropout of its config at ``dropout``.
 
     Raises:
@@ -104,7 +126,7 @@ def tiny_model(model_type: str, dropout: float = 0.0, seed: int = 0) -> PreTrain
     reasons = []
     for shape in _SHAPES:
         try:
-            model = _build(model_type, shape, dropout, seed)
+            model = _build(model_type, shape, dropout, seed, auto)
             ids = torch.arange(10, 30)[None]
             logits = model(input_ids=ids, use_cache=False).logits
             if logits.shape[:2] != ids.shape or not torch.isfinite(logits).all():
@@ -117,7 +139,7 @@ def tiny_model(model_type: str, dropout: float = 0.0, seed: int = 0) -> PreTrain
 
 
 @torch.no_grad()
-def _build(model_type: str, shape: dict[str, int], dropout: float, seed: int) -> PreTrainedModel:
+def _build(model_type: str, shape: dict[str, int], dropout: float, seed: int, auto: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = shrunken(CONFIG_MAPPING[model_type], shape, dropout)
     text_config = config.get_text_config()
@@ -125,11 +147,11 @@ def _build(model_type: str, shape: dict[str, int], dropout: float, seed: int) ->
         if hasattr(one, "is_decoder"):
             one.is_decoder = True  # BERT's kin are causal only then
     with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(config)
+        meta = auto.from_config(config)
     size = sum(p.numel() for p in meta.parameters())
-    if size > 4_000_000:
+    if size > 8_000_000:
         raise RuntimeError(f"has {size:,} parameters after shrinking")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "norm" not in name:  # far from the initialisation, so that attention is not uniform
             parameter.normal_(0, 0.15)

@@ -52,7 +52,9 @@ def body_of(model: PreTrainedModel) -> nn.Module:
             f"{type(model).__name__} has {len(parts)} parts that could be its body, not one, so its log-probs cannot be computed "
             "here; choose another model."
         )
-    return parts[0]
+    # One that has the head too is a causal LM inside another model (Llama 4's in the one that sees pictures).
+    head = model.get_output_embeddings()
+    return body_of(parts[0]) if any(module is head for module in parts[0].modules()) else parts[0]
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -26,12 +26,12 @@ def left_out(model: PreTrainedModel, source: Path) -> dict[Path, list[str]]:
     itself are none of them."""
     state = model.state_dict()
     computed = re.compile("|".join(COMPUTED_BUFFERS))
-    found: dict[Path, list[str]] = defaultdict(list)
+    found: dict[Path, dict[str, None]] = defaultdict(dict)
     for name, stored in stored_tensors(model, weight_files(source, "policy"), "policy").items():
         if name not in state and not computed.search(name):
             for part in stored.parts:
-                found[part.file].append(part.key)
-    return dict(found)
+                found[part.file][part.key] = None  # once, of however many tensors it is a part
+    return {file: list(keys) for file, keys in found.items()}
 
 
 def copy_left_out(copied: Mapping[Path, list[str]], folder: Path) -> None:

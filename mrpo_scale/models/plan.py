@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
@@ -23,8 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.base.ranks import barrier
@@ -33,6 +31,7 @@ from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.logps.routers import has_router_loss
 from mrpo_scale.models.adapter import check_adapter
+from mrpo_scale.models.classes import class_of, wrapper_class
 from mrpo_scale.models.quantized import quantization_of
 from mrpo_scale.models.saving import unvalidated_generation_config
 from mrpo_scale.models.source import ReferenceSource, Server, check_config, check_source, resolve_source, snapshot
@@ -181,8 +180,10 @@ def load_policy(source: ReferenceSource, quantization: Any = None) -> PreTrained
         ConfigError: the files do not hold the whole model that config.json speaks of.
     """
     folder = Path(source.path) if Path(source.path).is_dir() else snapshot(source, local_files_only=is_offline_mode())
-    check_tensors(source, folder, check_config(source))
-    model = AutoModelForCausalLM.from_pretrained(
+    config = check_config(source)
+    check_tensors(source, folder, config)
+    wrapper = wrapper_class(config)
+    model = (AutoModelForCausalLM if wrapper is None else wrapper).from_pretrained(
         folder,
         dtype=source.dtype,
         trust_remote_code=source.trust_remote_code,
@@ -210,11 +211,11 @@ def _check_trainable(policy: ReferenceSource, config: PretrainedConfig, args: MR
             "made from (a reference may be quantized)."
         )
     if args.checkpoints_activations:
-        check_checkpointing(_class_of(policy, config))
-    if args.router_aux_loss_coef and not has_router_loss(_class_of(policy, config)):
+        check_checkpointing(class_of(policy, config))
+    if args.router_aux_loss_coef and not has_router_loss(class_of(policy, config)):
         raise ConfigError(
             f"`router_aux_loss_coef: {args.router_aux_loss_coef}` has no meaning for the policy: transformers has no such loss "
-            f"for {_class_of(policy, config).__name__}; leave it out."
+            f"for {class_of(policy, config).__name__}; leave it out."
         )
 
 
@@ -225,14 +226,6 @@ def check_checkpointing(policy_class: type[PreTrainedModel]) -> None:
             f"`gradient_checkpointing: true` (the default) does not work for the policy: {policy_class.__name__} has no activation "
             "checkpointing; set `gradient_checkpointing: false`."
         )
-
-
-def _class_of(source: ReferenceSource, config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that ``AutoModelForCausalLM`` makes of a config that check_config has let through."""
-    own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    if own_code and source.trust_remote_code:
-        return get_class_from_dynamic_module(own_code, source.files, revision=source.revision)
-    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def disable_dropout(model: nn.Module) -> list[tuple[PretrainedConfig, str, float]]:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, is_first_of_node, world_group
@@ -154,7 +154,13 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
         )
     own_class = own_code and "AutoModelForCausalLM" in raw["auto_map"]
     if not own_class and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
+        if config.is_encoder_decoder:
+            raise ConfigError(
+                f"{name}: model type {model_type!r} is an encoder and a decoder, whose prompt goes through the encoder; "
+                "choose a model whose text goes through a decoder alone."
+            )
     dequantizer(config, name)
     return config
 

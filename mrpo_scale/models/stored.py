@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from mrpo_scale.base.errors import ConfigError, one_line
+from mrpo_scale.models.classes import wrapper_class
 from mrpo_scale.models.on_disk import Converted, OnDisk, Stored, targets_of
 from mrpo_scale.models.quantized import OF_ACTIVATIONS, dequantizer, quantization_of
 from mrpo_scale.models.source import ReferenceSource, open_weights, some
@@ -119,13 +120,17 @@ def _zero3_unset() -> Iterator[None]:
 
 def build_on_meta(source: ReferenceSource, config: PretrainedConfig) -> PreTrainedModel:
     """The model with its parameters on meta and its buffers real, frozen and in eval mode."""
-    options: dict[str, Any] = {"dtype": source.dtype, "trust_remote_code": source.trust_remote_code}
+    options: dict[str, Any] = {"dtype": source.dtype}
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
     # Not `to_empty` after a build on meta: it leaves the rotary buffers garbage, and nothing complains.
     try:
         with _zero3_unset(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, **options)
+            wrapper = wrapper_class(config)
+            if wrapper is None:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, **options)
+            else:
+                model = wrapper._from_config(config, **options)
     except (ImportError, ValueError) as error:  # an attention that is not installed, or that the model does not have
         raise ConfigError(
             f"{source.name}: {source.path} cannot be built here ({one_line(error)}); see `attn_implementation`."

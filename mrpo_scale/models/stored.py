@@ -141,14 +141,14 @@ def build_on_meta(source: ReferenceSource, config: PretrainedConfig) -> PreTrain
 
 
 def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the parameters on meta the dtypes that ``from_pretrained(dtype=dtype)`` gives them: some models keep some of theirs in
-    float32 (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``), a router's bias for instance."""
+    """Give the parameters on meta, and the buffers, the dtypes that ``from_pretrained(dtype=dtype)`` gives them: some models keep some
+    of theirs in float32 (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``), a router's bias for instance."""
     plan = model._get_dtype_plan(dtype)
     kept, pattern_of, _ = build_glob_alternation(list(plan))
-    for name, parameter in model.named_parameters():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         match = kept.search(name) if plan else None
         if match is not None:
-            parameter.data = parameter.data.to(plan[pattern_of[str(match.lastgroup)]])
+            tensor.data = tensor.data.to(plan[pattern_of[str(match.lastgroup)]])
 
 
 def locate_tensors(

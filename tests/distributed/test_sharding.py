@@ -127,16 +127,22 @@ def test_two_ranks(pool2, folders, kind):
     assert max(shares) < 0.51 * sum(shares)
 
 
+def dtypes(model):
+    """Of parameters, and of buffers that are stored (GLM-4's router has a bias that is one)."""
+    stored = model.state_dict().keys()
+    return {name: x.dtype for name, x in [*model.named_parameters(), *model.named_buffers()] if name in stored}
+
+
 def check_kept_float32(folder, dtype):
     rank = dist.get_rank()
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    expected = {name: parameter.dtype for name, parameter in plain.named_parameters()}
+    expected = dtypes(plain)
     assert set(expected.values()) == {dtype, torch.float32}
     enable_pair_scoring(plain, "plain")
     check_pair_scoring(plain, "plain", shared_prompt=False, device=CPU)  # finds its scale
     for size in (1, 2):
         reference = ShardedReference(ReferenceSource("ref", folder, dtype=dtype), shard_group(size), CPU)
-        assert {name: parameter.dtype for name, parameter in reference.model.named_parameters()} == expected
+        assert dtypes(reference.model) == expected
         batch = reference.batch(pairs_of(rank, 0))
         with torch.no_grad():
             torch.testing.assert_close(reference.score(batch), score_pairs(plain, batch), rtol=1e-6, atol=0)
@@ -149,7 +155,7 @@ def check_kept_float32(folder, dtype):
     [("inkling_text", torch.bfloat16), ("glm4_moe", torch.bfloat16), ("gpt_oss", torch.float16)],
 )
 def test_what_stays_in_float32(pool2, tmp_path, model_type, dtype):
-    """Parameters that from_pretrained keeps in float32 (`_keep_in_fp32_modules_strict`; in float16 `_keep_in_fp32_modules` too)."""
+    """What from_pretrained keeps in float32 (`_keep_in_fp32_modules_strict`; in float16 `_keep_in_fp32_modules` too)."""
     tiny_model(model_type).save_pretrained(tmp_path)
     pool2.run(check_kept_float32, str(tmp_path), dtype)
 

@@ -141,8 +141,8 @@ def build_on_meta(source: ReferenceSource, config: PretrainedConfig) -> PreTrain
 
 
 def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the parameters on meta, and the buffers, the dtypes that ``from_pretrained(dtype=dtype)`` gives them: some models keep some
-    of theirs in float32 (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``), a router's bias for instance."""
+    """Give the parameters on meta, and the buffers, the dtypes that ``from_pretrained(dtype=dtype)`` gives them: some models keep
+    some of theirs in float32 (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``), a router's bias for instance."""
     plan = model._get_dtype_plan(dtype)
     kept, pattern_of, _ = build_glob_alternation(list(plan))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.pair_batch import collate_pairs
 from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.logps.self_check import check_pair_scoring
@@ -139,6 +140,7 @@ def check_kept_float32(folder, dtype):
     expected = dtypes(plain)
     assert set(expected.values()) == {dtype, torch.float32}
     enable_pair_scoring(plain, "plain")
+    choose_end_to_end(plain, CPU)  # the attention that the reference's batches are laid out for
     check_pair_scoring(plain, "plain", shared_prompt=False, device=CPU)  # finds its scale
     for size in (1, 2):
         reference = ShardedReference(ReferenceSource("ref", folder, dtype=dtype), shard_group(size), CPU)

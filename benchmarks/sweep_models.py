@@ -115,6 +115,10 @@ def try_type(model_type: str, ranks: int = 1, auto: Any = AutoModelForCausalLM) 
     except RuntimeError as error:
         outcome.why = f"cannot be made tiny: {one_line(error)[:90]}"
         return outcome
+    if (
+        type(model.config) not in auto._model_mapping
+    ):  # Emu3's text model: the auto class makes it and does not read it again
+        auto = type(model)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(_of_rank_0(work, ranks)) / "model"
         model.save_pretrained(folder)  # by rank 0

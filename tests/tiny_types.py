@@ -25,6 +25,7 @@ _SIZES: list[tuple[str, Any]] = [
     (r".*(token_id|token_index|_id|_idx)|qk_head_dim", None),
     (r"(.*_)?vocab_size(_.*)?|n_words|unpadded_vocab_size", VOCABULARY),
     (r"num_kv_shared_layers", 0),
+    (r"index_n_heads", 32),  # of few, all can be silent for some keys: equal scores, of which topk takes any
     (
         r"(n|num|mamba_n|mamba_num|ssm_n)_?groups?|n_group|num_group|topk_group|n_shared_experts|first_k_dense_replace",
         1,

@@ -129,5 +129,22 @@ def _hands_on(forward: Callable[..., Any]) -> bool:
 
 
 def _code_has(model: PreTrainedModel, name: str) -> bool:
-    """Whether the module that defines the model's body knows ``name`` of transformers."""
-    return hasattr(sys.modules[type(body_of(model)).__module__], name)
+    """Whether the module that defines the model of text knows ``name`` of transformers: the innermost one around the embedding of
+    tokens, which need not be of the wrapper's own family (Idefics 2 wraps Mistral's)."""
+    body, embedding = body_of(model), model.get_input_embeddings()
+    around = [
+        part
+        for part in body.modules()
+        if isinstance(part, PreTrainedModel) and any(inner is embedding for inner in part.modules())
+    ]
+    return hasattr(sys.modules[type([body, *around][-1]).__module__], name)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The number of a text's first position: 0; where positions are counted as fairseq does (Kosmos 2.5), one more than the padding
+    token's id."""
+    for module in body_of(model).modules():
+        padding = getattr(module, "padding_idx", None)
+        if hasattr(module, "create_position_ids_from_input_ids") and isinstance(padding, int):
+            return padding + 1 if "position_ids" in inspect.signature(module.forward).parameters else 0
+    return 0

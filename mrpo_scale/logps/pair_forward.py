@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.logps.layer_masks import body_of, supports_shared_prompt, why_not_shared
+from mrpo_scale.logps.layer_masks import body_of, first_position, supports_shared_prompt, why_not_shared
 from mrpo_scale.logps.logit_transform import logit_transform
 from mrpo_scale.logps.pair_batch import PairBatch, attention_inputs
 from mrpo_scale.logps.routers import RouterBalance, router_balance
@@ -98,7 +98,7 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = CpuLinear
-    plain_forward = model.forward
+    plain_forward, first = model.forward, first_position(model)
 
     def forward(
         self: PreTrainedModel,
@@ -111,7 +111,7 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
     ) -> Any:
         if pairs is None:
             return plain_forward(*args, **kwargs)
-        outputs = _run_body(self, pairs, output_router_logits=True) if with_routers else _run_body(self, pairs)
+        outputs = _run_body(self, pairs, first, **({"output_router_logits": True} if with_routers else {}))
         # Only the positions that predict a response token reach the head.
         hidden_TD = outputs.last_hidden_state.flatten(0, 1).index_select(0, pairs.logit_index_T)
         if not with_head:
@@ -123,8 +123,12 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
     model.forward = types.MethodType(forward, model)
 
 
-def _run_body(model: PreTrainedModel, pairs: PairBatch, **options: Any) -> Any:
-    inputs = {"position_ids": pairs.position_ids_BL, **attention_inputs(pairs, model), **options}
+def _run_body(model: PreTrainedModel, pairs: PairBatch, first: int, **options: Any) -> Any:
+    inputs = {
+        "position_ids": pairs.position_ids_BL + first if first else pairs.position_ids_BL,
+        **attention_inputs(pairs, model),
+        **options,
+    }
     return body_of(model)(input_ids=pairs.input_ids_BL, use_cache=False, **inputs)
 
 

@@ -1,6 +1,6 @@
 """Which of transformers' classes a model is built as: of a type that sees pictures too, its class for those; else its causal class.
 
-That class is a language model as it is, once its towers are left out: the submodels that have no part in a forward of text. They
+The former is a language model as it is, once its towers are left out: the submodels that have no part in a forward of text. They
 are neither built nor read, and the tensors of theirs in a policy's folder are kept as they are (left_out.py).
 """
 
@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from mrpo_scale.models.source import ReferenceSource
+from mrpo_scale.models.source import ReferenceSource, named_text_class
 
 
 def class_of(source: ReferenceSource, config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -26,17 +26,17 @@ def class_of(source: ReferenceSource, config: PretrainedConfig) -> type[PreTrain
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if own_code and source.trust_remote_code:
         return get_class_from_dynamic_module(own_code, source.files, revision=source.revision)
-    wrapper = wrapper_class(config)
-    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]) if wrapper is None else wrapper
+    return class_beside_auto(config) or cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
-def wrapper_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Of a type that ``AutoModelForImageTextToText`` builds: its class, without the towers."""
+def class_beside_auto(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of what ``AutoModelForCausalLM`` does not build, or builds as something else: of a type that
+    ``AutoModelForImageTextToText`` builds, its class without the towers; of a text model that has no type of its own there, the
+    class that its config names. None: what ``AutoModelForCausalLM`` builds."""
     kind = type(config)
-    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return None
-    wrapper: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
-    return _without_towers(wrapper)
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return _without_towers(cast(Any, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]))
+    return None if kind in MODEL_FOR_CAUSAL_LM_MAPPING else named_text_class(config)
 
 
 @functools.cache

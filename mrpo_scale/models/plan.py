@@ -31,7 +31,7 @@ from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.logps.routers import has_router_loss
 from mrpo_scale.models.adapter import check_adapter
-from mrpo_scale.models.classes import class_of, wrapper_class
+from mrpo_scale.models.classes import class_beside_auto, class_of
 from mrpo_scale.models.quantized import quantization_of
 from mrpo_scale.models.saving import unvalidated_generation_config
 from mrpo_scale.models.source import ReferenceSource, Server, check_config, check_source, resolve_source, snapshot
@@ -182,8 +182,7 @@ def load_policy(source: ReferenceSource, quantization: Any = None) -> PreTrained
     folder = Path(source.path) if Path(source.path).is_dir() else snapshot(source, local_files_only=is_offline_mode())
     config = check_config(source)
     check_tensors(source, folder, config)
-    wrapper = wrapper_class(config)
-    model = (AutoModelForCausalLM if wrapper is None else wrapper).from_pretrained(
+    model = (class_beside_auto(config) or AutoModelForCausalLM).from_pretrained(
         folder,
         dtype=source.dtype,
         trust_remote_code=source.trust_remote_code,

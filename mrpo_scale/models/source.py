@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -153,9 +154,12 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
             "set `attn_implementation` for this model, to sdpa or to that name if you trust it."
         )
     own_class = own_code and "AutoModelForCausalLM" in raw["auto_map"]
-    if not own_class and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not own_class and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and named_text_class(config) is None:
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
+            raise ConfigError(
+                f"{name}: transformers builds no causal language model of model type {model_type!r}, neither by its type nor by "
+                f"`architectures: {config.architectures}` in config.json; choose a model that is one."
+            )
         if config.is_encoder_decoder:
             raise ConfigError(
                 f"{name}: model type {model_type!r} is an encoder and a decoder, whose prompt goes through the encoder; "
@@ -163,6 +167,16 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
             )
     dequantizer(config, name)
     return config
+
+
+def named_text_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The causal class of transformers' own that config.json names, where it is made for this very config. Of a text model that
+    transformers knows as part of a larger one only (Mllama's, Emu3's), this is the one way to it; None: there is none."""
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None) if str(name).endswith("ForCausalLM") else None
+        if isinstance(named, type) and getattr(named, "config_class", None) is type(config):
+            return named
+    return None
 
 
 def check_weights(folder: Path, config: PretrainedConfig, name: str) -> list[Path]:

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from mrpo_scale.base.errors import ConfigError, one_line
-from mrpo_scale.models.classes import wrapper_class
+from mrpo_scale.models.classes import class_beside_auto
 from mrpo_scale.models.on_disk import Converted, OnDisk, Stored, targets_of
 from mrpo_scale.models.quantized import OF_ACTIVATIONS, dequantizer, quantization_of
 from mrpo_scale.models.source import ReferenceSource, open_weights, some
@@ -126,11 +126,11 @@ def build_on_meta(source: ReferenceSource, config: PretrainedConfig) -> PreTrain
     # Not `to_empty` after a build on meta: it leaves the rotary buffers garbage, and nothing complains.
     try:
         with _zero3_unset(), init_empty_weights(include_buffers=False):
-            wrapper = wrapper_class(config)
-            if wrapper is None:
+            kind = class_beside_auto(config)
+            if kind is None:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, **options)
             else:
-                model = wrapper._from_config(config, **options)
+                model = kind._from_config(config, **options)
     except (ImportError, ValueError) as error:  # an attention that is not installed, or that the model does not have
         raise ConfigError(
             f"{source.name}: {source.path} cannot be built here ({one_line(error)}); see `attn_implementation`."

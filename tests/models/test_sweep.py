@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.sweep_models import try_type
 
-# Dense, recurrent; experts stacked on disk, or one by one, beside dense layers, in a wrapper; converted whole; another decoder.
+# Dense, recurrent; experts stacked on disk, or one by one, beside dense layers, in a wrapper; converted whole; another decoder; an
+# indexer; the text of a model that transformers builds as a whole only.
 EXACT = {
     "llama": "as stored",
     "gemma3_text": "as stored",
@@ -23,10 +24,12 @@ EXACT = {
     "kimi_linear": "experts one by one; converted whole",
     "olmo_hybrid": "converted whole",
     "bart": "as stored",
+    "glm_moe_dsa": "experts one by one",
+    "mllama": "as stored",
 }
 REFUSED = {
     **dict.fromkeys(("bert", "electra", "rembert"), "layers of its own between its body and its output head"),
-    "doge": "it is not causal",
+    "doge": "it is not causal",  # of keys of equal tokens, which score alike, it keeps one or another by the text's length
 }
 
 

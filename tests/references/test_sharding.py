@@ -202,7 +202,7 @@ def test_missing_shard_file(tmp_path):
 
 def test_not_a_language_model(tmp_path):
     AutoConfig.for_model("vit").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="'vit' is not a causal language model"):
+    with pytest.raises(ConfigError, match="transformers builds no causal language model of model type 'vit'"):
         check_source(ReferenceSource("ref", str(tmp_path)))
 
 

@@ -118,7 +118,9 @@ def zero3_unset() -> Iterator[None]:
             hf_deepspeed.set_hf_deepspeed_config(alive)
 
 
-def build_on_meta(source: ReferenceSource, config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def build_on_meta(
+    source: ReferenceSource, config: PretrainedConfig, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """The model with its parameters on meta and its buffers real, frozen and in eval mode.
 
     Args:

@@ -1,6 +1,7 @@
 """A reward model r(x, y), a sequence classifier with one label (Eq. 3), as a scorer of responses: a whole copy on every rank.
 
-Not a :class:`~mrpo_scale.references.sharding.ShardedReference`: samples are scored by whoever drew them, so no rank waits for another.
+Not a :class:`~mrpo_scale.references.sharding.ShardedReference`: samples are scored by whoever drew them, so that no rank
+waits for another.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from mrpo_scale.base.device import send
-from mrpo_scale.base.errors import ConfigError, TrainingError, check_one_of, refuse
+from mrpo_scale.base.errors import ConfigError, TrainingError, refuse
 from mrpo_scale.base.ranks import world_group
 from mrpo_scale.config.data_keys import PLAIN_TEMPLATE
-from mrpo_scale.config.model_spec import DTYPES, parse_ref_models
+from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.dealing import cut_by_tokens
 from mrpo_scale.data.pairs import BadRow, Message, PreferencePair
 from mrpo_scale.data.tokenization import ModelText
@@ -67,7 +68,6 @@ def plan_reward(
     """
     (named,) = parse_ref_models([spec], KEY)
     refuse([f"`{KEY}.{key}` is for references alone; remove it" for key in ("url", "quantize") if getattr(named, key)])
-    check_one_of(f"{KEY}.dtype", named.dtype, DTYPES)
     name = named.name or "reward model"
     source = ReferenceSource(
         name=name,
@@ -79,11 +79,7 @@ def plan_reward(
     source = resolve_source(source)
     config = read_config(source)
     _check_classifier(source, config)
-    if dtype is None and named.dtype != "auto":
-        dtype = getattr(torch, named.dtype)
-    elif dtype is None and device.type != "cpu":
-        dtype = getattr(config, "dtype", None)
-    source = replace(source, dtype=dtype or torch.float32)
+    source = replace(source, dtype=loading_dtype(named, config, device, dtype))
     if folder_at_hand(source) is not None:
         _check_tensors(source, config)
     tokenizer = load_tokenizer(replace(named, model=source.files), name)
@@ -174,8 +170,13 @@ class RewardModel:
             ConfigError: a conversation that its template rejects, or that is longer than its context.
             TrainingError: a score that is not finite.
         """
-        ended = [False] * len(responses) if cut is None else cut
-        ids = [self.ids(*sample) for sample in zip(prompts, responses, ended, strict=True)]
+        cut = [False] * len(responses) if cut is None else cut
+        samples = [sample_tokens(self.text, *sample) for sample in zip(prompts, responses, cut, strict=True)]
+        return self.scores_of_ids([prompt + response for prompt, response in samples])
+
+    @torch.no_grad()
+    def scores_of_ids(self, ids: Sequence[list[int]]) -> Tensor:
+        """:meth:`scores` of N whole texts in the model's tokens, prompt and response together. Raises TrainingError."""
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         device = self.model.device
         scores_N = torch.zeros(len(ids), device=device)
@@ -193,22 +194,38 @@ class RewardModel:
             )
         return scores_N
 
-    def ids(self, prompt: list[Message] | str, response: str, cut: bool = False) -> list[int]:
-        """Tokens of prompt and response as the model reads them. Raises ConfigError, see :meth:`scores`."""
-        try:
-            reading = self.text.read(PreferencePair(prompt, response, response))
-            tokens = self.text.ids(reading, (len(response) if cut else None,) * 2)
-        except BadRow as error:
-            raise ConfigError(
-                f"{self.text.name}: a prompt cannot be rendered: {error}; give it a `chat_template`."
-            ) from error
-        ids = tokens.prompt_ids + tokens.chosen_ids
-        if self.text.max_context is not None and len(ids) > self.text.max_context:
-            raise ConfigError(
-                f"{self.text.name}: a prompt and its response have {len(ids)} tokens, its context is {self.text.max_context}; lower "
-                "`max_length` or `max_new_tokens`, or name a reward model with a longer context."
-            )
-        return ids
+
+def sample_tokens(
+    text: ModelText, prompt: list[Message] | str, response: str, cut: bool = False
+) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of a response to it, as one model reads them; the response's end of turn included unless it was cut.
+
+    Raises:
+        ConfigError: the template rejects the conversation, or it is longer than the model's context.
+    """
+    try:
+        reading = text.read(PreferencePair(prompt, response, response))
+        tokens = text.ids(reading, (len(response) if cut else None,) * 2)
+    except BadRow as error:
+        raise ConfigError(f"{text.name}: a prompt cannot be rendered: {error}; give it a `chat_template`.") from error
+    length = len(tokens.prompt_ids) + len(tokens.chosen_ids)
+    if text.max_context is not None and length > text.max_context:
+        raise ConfigError(
+            f"{text.name}: a prompt and its response have {length} tokens, its context is {text.max_context}; generate fewer "
+            "tokens, or name a model with a longer context."
+        )
+    return tokens.prompt_ids, tokens.chosen_ids
+
+
+def loading_dtype(
+    spec: ModelSpec, config: PretrainedConfig, device: torch.device, dtype: torch.dtype | None
+) -> torch.dtype:
+    """``dtype``, else what ``spec`` says, else float32 on a CPU and elsewhere what config.json says."""
+    if dtype is None and spec.dtype != "auto":
+        dtype = getattr(torch, spec.dtype)
+    elif dtype is None and device.type != "cpu":
+        dtype = getattr(config, "dtype", None)
+    return dtype or torch.float32
 
 
 def _check_classifier(source: ReferenceSource, config: PretrainedConfig) -> None:
@@ -248,7 +265,7 @@ def _check_tensors(source: ReferenceSource, config: PretrainedConfig) -> None:
 def _pad_token_id(source: ReferenceSource, config: PretrainedConfig, of_tokenizer: int | None) -> int:
     rows = num_embeddings(config)
     for token in (config.get_text_config().pad_token_id, of_tokenizer):
-        if token is not None and 0 <= token and (rows is None or token < rows):
+        if token is not None and token >= 0 and (rows is None or token < rows):
             return token
     raise ConfigError(
         f"{source.name}: {source.path} has no padding token, which says where a response ends; set `pad_token_id` in its "

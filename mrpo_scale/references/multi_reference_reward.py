@@ -60,8 +60,6 @@ class MultiReferenceReward:
         ConfigError: a model that cannot be used; weights or a clip that make no reward of one sample.
     """
 
-    __name__ = "multi_reference_reward"  # of an instance: libraries call their metrics by it
-
     def __init__(
         self,
         anchor: str | Mapping[str, Any],

@@ -9,12 +9,18 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from mrpo_scale.base.device import send
@@ -36,6 +42,7 @@ from mrpo_scale.models.source import (
     some,
 )
 from mrpo_scale.models.stored import build_on_meta, locate_tensors, stored_tensors, zero3_unset
+from mrpo_scale.models.tensor_check import check_model
 
 KEY = "reward_model"  #: what messages call it
 
@@ -46,8 +53,10 @@ class PlannedReward:
 
     source: ReferenceSource
     config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
     text: ModelText
     pad_token_id: int
+    has_head: bool = True  #: False: a causal language model, to start from
 
 
 def plan_reward(
@@ -57,10 +66,13 @@ def plan_reward(
     dtype: torch.dtype | None = None,
     plain_template: str = PLAIN_TEMPLATE,
     date: datetime.date | None = None,
+    to_train: bool = False,
 ) -> PlannedReward:
     """Check a reward model; of its weights only headers are read. Collective over the world where ``spec`` is a hub id.
 
-    Args: see :meth:`RewardModel.load`.
+    Args:
+        dtype, plain_template, date: see :meth:`RewardModel.load`.
+        to_train: a causal language model will do, too, and where there is no padding token the end of text stands for it.
 
     Raises:
         ConfigError: not a sequence classifier, another number of labels than one, no padding token, a tensor (the head first of
@@ -78,12 +90,22 @@ def plan_reward(
     )
     source = resolve_source(source)
     config = read_config(source)
-    _check_classifier(source, config)
+    has_head = _is_classifier(source, config)
+    if has_head or not to_train:
+        _check_labels(source, config, has_head)
+    elif type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ConfigError(
+            f"{name}: transformers has no sequence classifier of type {config.model_type!r}; choose another model."
+        )
     source = replace(source, dtype=loading_dtype(named, config, device, dtype))
-    if folder_at_hand(source) is not None:
+    if not has_head:
+        check_model(source)
+    elif folder_at_hand(source) is not None:
         _check_tensors(source, config)
     tokenizer = load_tokenizer(replace(named, model=source.files), name)
-    pad_token_id = _pad_token_id(source, config, tokenizer.pad_token_id)
+    pad_token_id = _pad_token_id(
+        source, config, [tokenizer.pad_token_id, *([tokenizer.eos_token_id] if to_train else [])]
+    )
     text = ModelText(
         tokenizer,
         name=name,
@@ -93,7 +115,7 @@ def plan_reward(
         system=named.system,
         date=date,
     )
-    return PlannedReward(source, config, text, pad_token_id)
+    return PlannedReward(source, config, tokenizer, text, pad_token_id, has_head)
 
 
 class RewardModel:
@@ -137,17 +159,7 @@ class RewardModel:
         if folder_at_hand(source) is None:  # a download, of which nothing was known
             _check_tensors(replace(source, path=str(folder)), planned.config)
         with zero3_unset():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=planned.config,
-                dtype=source.dtype,
-                trust_remote_code=source.trust_remote_code,
-                attn_implementation=source.attn_implementation,
-                use_safetensors=True,
-            )
-        text_config = model.config.get_text_config()
-        # The model reads the score off the last token that is not padding.
-        text_config.pad_token_id, text_config.use_cache = planned.pad_token_id, False
+            model = load_classifier(planned, folder)
         return cls(
             model.requires_grad_(False).eval().to(device), planned.text, planned.pad_token_id, tokens_per_forward
         )
@@ -195,6 +207,22 @@ class RewardModel:
         return scores_N
 
 
+def load_classifier(planned: PlannedReward, folder: Path) -> PreTrainedModel:
+    """The model with one label; a head that ``planned`` lacks is drawn from torch's generator."""
+    config = planned.config
+    config.num_labels = 1
+    # The model reads the score off the last token that is not padding.
+    config.get_text_config().pad_token_id, config.get_text_config().use_cache = planned.pad_token_id, False
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        config=config,
+        dtype=planned.source.dtype,
+        trust_remote_code=planned.source.trust_remote_code,
+        attn_implementation=planned.source.attn_implementation,
+        use_safetensors=True,
+    )
+
+
 def sample_tokens(
     text: ModelText, prompt: list[Message] | str, response: str, cut: bool = False
 ) -> tuple[list[int], list[int]]:
@@ -228,21 +256,31 @@ def loading_dtype(
     return dtype or torch.float32
 
 
-def _check_classifier(source: ReferenceSource, config: PretrainedConfig) -> None:
-    name, path = source.name, source.path
+def _is_classifier(source: ReferenceSource, config: PretrainedConfig) -> bool:
+    """Whether config.json speaks of a sequence classifier that can be built here."""
+    own_class = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if own_class and source.trust_remote_code:
+        return True
+    named = any(kind.endswith("ForSequenceClassification") for kind in _classes(config))
+    return named and type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
+def _check_labels(source: ReferenceSource, config: PretrainedConfig, has_head: bool) -> None:
     remedy = "`mrpo reward` trains one, from a causal language model too"
-    own_class = source.trust_remote_code and "AutoModelForSequenceClassification" in (
-        getattr(config, "auto_map", None) or {}
-    )
-    classes = getattr(config, "architectures", None) or []
-    known = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    if not own_class and not (known and any(str(kind).endswith("ForSequenceClassification") for kind in classes)):
-        kind = some([str(kind) for kind in classes]) or f"model type {config.model_type!r}"
-        raise ConfigError(f"{name}: {path} ({kind}) is not a sequence classifier, so it gives no reward; {remedy}.")
+    if not has_head:
+        kind = some(_classes(config)) or f"model type {config.model_type!r}"
+        raise ConfigError(
+            f"{source.name}: {source.path} ({kind}) is not a sequence classifier, so it gives no reward; {remedy}."
+        )
     if config.num_labels != 1:
         raise ConfigError(
-            f"{name}: {path} has {config.num_labels} labels, and a reward is one number; name a model with one label: {remedy}."
+            f"{source.name}: {source.path} has {config.num_labels} labels, and a reward is one number; name a model with one "
+            f"label: {remedy}."
         )
+
+
+def _classes(config: PretrainedConfig) -> list[str]:
+    return [str(kind) for kind in getattr(config, "architectures", None) or []]
 
 
 def _check_tensors(source: ReferenceSource, config: PretrainedConfig) -> None:
@@ -262,9 +300,9 @@ def _check_tensors(source: ReferenceSource, config: PretrainedConfig) -> None:
     locate_tensors(model, files, source.name)
 
 
-def _pad_token_id(source: ReferenceSource, config: PretrainedConfig, of_tokenizer: int | None) -> int:
+def _pad_token_id(source: ReferenceSource, config: PretrainedConfig, of_tokenizer: Sequence[int | None]) -> int:
     rows = num_embeddings(config)
-    for token in (config.get_text_config().pad_token_id, of_tokenizer):
+    for token in (config.get_text_config().pad_token_id, *of_tokenizer):
         if token is not None and token >= 0 and (rows is None or token < rows):
             return token
     raise ConfigError(

@@ -58,8 +58,8 @@ READING_ORDER = [
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
-        ". fields data_keys model_spec ds_config launcher hardware checks adapter_keys keys digest elsewhere mixtures trl_keys "
-        "recipe foreign foreign_yaml foreign_commands foreign_keys",
+        ". fields data_keys model_spec ds_config launcher hardware checks adapter_keys keys reward_keys digest elsewhere mixtures "
+        "trl_keys recipe foreign foreign_yaml foreign_commands foreign_keys",
     ),
     (
         "mrpo_scale.data",
@@ -71,7 +71,10 @@ READING_ORDER = [
         "mrpo_scale.data.layouts",
         "conversational strings hh_strings helpsteer nectar sharegpt orca gpt4_llm swift openai nemo_rl .",
     ),
-    ("mrpo_scale.data", "remarks unread loading . tokenization token_table pair_dataset inputs dealing window"),
+    (
+        "mrpo_scale.data",
+        "remarks unread loading . sft_rows tokenization token_table pair_dataset inputs dealing window",
+    ),
     (
         "mrpo_scale.logps",
         ". logit_transform varlen_layout masked_attention attention_ways span_attention layer_masks pair_batch attention_choice "
@@ -81,7 +84,10 @@ READING_ORDER = [
         "mrpo_scale.models",
         ". hub quantized source classes on_disk stored left_out saving tensor_check adapter plan same_weights",
     ),
-    ("mrpo_scale.references", ". placement mapped low_bits sharding live adapter_off loading"),
+    (
+        "mrpo_scale.references",
+        ". placement mapped low_bits sharding live adapter_off loading reward multi_reference_reward",
+    ),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
     ("mrpo_scale.references", "stores prompt_logps served precompute scores validation_weights"),
     (
@@ -93,7 +99,7 @@ READING_ORDER = [
         "mrpo_scale.training",
         ". metrics preflight arguments prepare callbacks step held_out saver before_first_step facts run_report trainer",
     ),
-    ("mrpo_scale.commands", ". train score inspect_references convert merge"),
+    ("mrpo_scale.commands", ". train score inspect_references convert merge reward"),
     (
         "mrpo_scale.planner",
         ". cluster activations model_size data zero workload job live estimate search show command",
@@ -102,7 +108,7 @@ READING_ORDER = [
     ("mrpo_scale.compare", ". plan processes results show command"),
     ("mrpo_scale.eval", ". judge config models preference records generation tasks verdicts win_rate run"),
     ("mrpo_scale", "cli"),
-    ("launch", "train score eval bench"),
+    ("launch", "train score eval bench reward"),
 ]
 
 

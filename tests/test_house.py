@@ -79,9 +79,10 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.models",
-        ". hub quantized source classes on_disk stored left_out saving tensor_check adapter plan same_weights",
+        ". hub quantized source classes on_disk stored left_out saving tensor_check weight_sample adapter_files adapter plan "
+        "same_weights",
     ),
-    ("mrpo_scale.references", ". placement mapped low_bits sharding live adapter_off loading"),
+    ("mrpo_scale.references", ". placement mapped low_bits adapters sharding live adapter_off loading"),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
     ("mrpo_scale.references", "stores prompt_logps served precompute scores validation_weights"),
     (

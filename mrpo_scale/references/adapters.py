@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -65,7 +66,12 @@ class AdapterSwitch:
         settings: Any = adapter.settings
         config = LoraConfig(target_modules=list(adapter.layers), inference_mode=True, **settings)
         # On meta: nothing is drawn, so the run's random numbers stay what they are.
-        inject_adapter_in_model(config, self._model, name, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Already found a `peft_config`", UserWarning
+            )  # several: that is what this is for
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+            inject_adapter_in_model(config, self._model, name, low_cpu_mem_usage=True)
         for layer, parts in adapter.layers.items():
             module: Any = self._model.get_submodule(layer)
             for part, stored in parts.items():

@@ -17,6 +17,7 @@ from mrpo_scale.commands.inspect_references import inspect
 from mrpo_scale.commands.merge import merge
 from mrpo_scale.config.model_spec import parse_ref_models
 from mrpo_scale.data.tokenization import PairTokens
+from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.pair_batch import collate_pairs
 from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.models.source import ReferenceSource
@@ -42,7 +43,8 @@ def write_adapter(base, folder, seed, **settings):
     torch.manual_seed(seed)
     model_type = AutoConfig.from_pretrained(base).model_type
     settings.setdefault("target_modules", TARGETS.get(model_type, ["q_proj", "v_proj"]))
-    config = peft.LoraConfig(task_type="CAUSAL_LM", alpha_pattern={settings["target_modules"][0]: 2}, **settings)
+    patterns = {} if settings["target_modules"] == "all-linear" else {settings["target_modules"][0]: 2}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", alpha_pattern=patterns, **settings)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -95,6 +97,7 @@ def score(reference):
 @torch.no_grad()
 def pefts_scores(base, adapter, reference, dtype):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    choose_end_to_end(model, CPU, name="plain", asked=None, dtype=dtype)
     enable_pair_scoring(model, "plain")
     adapted = peft.PeftModel.from_pretrained(model, adapter).eval()
     layout = {"shared_prompt": reference.shared_prompt, "end_to_end": reference.end_to_end}
@@ -172,7 +175,7 @@ def test_a_run_of_adapters_is_the_run_of_merged_models(folders, adapters, merged
     expected = losses(live)
     whole = trainer(folders, [folders["qwen2"], *merged.values()], tmp_path / "whole")
     assert expected == pytest.approx(losses(whole), rel=1e-5)
-    live.save_model()
+    live.create_model_card()
     card = (tmp_path / "live" / "README.md").read_text()
     assert "adapter everywhere" in card and "all weights finetuned" in card
 
@@ -216,7 +219,7 @@ def test_check_and_inspect_know_what_is_held_once(folders, adapters, tmp_path, c
         status = check(["--config", str(tmp_path / "recipe.yaml"), "--gpu", "cpu", "--gpus", "2"])
         found = json.loads((tmp_path / "out" / "check" / "check.json").read_text())
         assert status == 0, found["errors"]
-        return found["cost"]["estimates"][f"K={1 + len(refs)}, live"]["held"]["references"]
+        return found["cost"]["estimates"][f"K={1 + len(refs)}, live"]["device_bytes"]["held"]["references"]
 
     refs = references(folders, adapters)
     one, three = held([folders["qwen2"]]), held([folders["qwen2"], *refs])
@@ -308,7 +311,7 @@ def test_files_that_are_not_there(folders, adapters, tmp_path):
         ConfigError, match=r"is no adapter's folder: adapter_config.json.*holds adapter_config.json, which"
     ):
         trainer(folders, refs, tmp_path / "out")
-    with pytest.raises(ConfigError, match="`ref_models.adapter` is the server's to decide"):
+    with pytest.raises(ConfigError, match=r"`ref_models\.adapter` is the server's to decide"):
         parse_ref_models([{"model": "m", "adapter": "a", "url": "http://h/v1", "tokenizer": "t", "revision": "1"}])
     with pytest.raises(ConfigError, match=r"/none is no adapter's folder.*as peft and `mrpo train` write"):
         merge(["/none", "--output", str(tmp_path / "merged")])

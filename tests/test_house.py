@@ -53,8 +53,9 @@ READING_ORDER = [
         "backend cpu_linear chunked_head partials virtual_reference outer_losses finish sequence_logps fused_reference "
         "linear_preference_loss .",
     ),
+    ("mrpo_scale.base", ". hub_kernels"),
     ("mrpo_scale", "."),
-    ("mrpo_scale.base", ". errors endpoint atomic_files untrusted gpus device heartbeat ranks tables"),
+    ("mrpo_scale.base", "errors endpoint atomic_files untrusted gpus device heartbeat ranks tables"),
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",

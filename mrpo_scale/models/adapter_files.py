@@ -98,7 +98,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     Raises:
         ConfigError: the folder holds no adapter, or one that names none.
     """
-    config = _read_config(folder, str(folder))
+    config = _read_config(folder)
     try:
         return str(config["base_model_name_or_path"]), config.get("revision")
     except KeyError:
@@ -113,7 +113,7 @@ def read_adapter(source: ReferenceSource) -> Adapter:
     """
     assert source.adapter is not None
     folder, name = Path(source.adapter.files), source.name
-    config = _read_config(folder, name)
+    config = _read_config(folder, f"{name}: ")
     problem = _problem(config)
     if problem:
         raise ConfigError(
@@ -148,15 +148,15 @@ def resolve_adapter(source: ReferenceSource, config: PretrainedConfig) -> Refere
     return source
 
 
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
+def _read_config(folder: Path, whose: str = "") -> dict[str, Any]:
     try:
         config = read_json(folder / ADAPTER_CONFIG, 1 << 20)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{name}: {folder} is no adapter's folder: {ADAPTER_CONFIG}: {one_line(error)}; {_HOLDS}."
+            f"{whose}{folder} is no adapter's folder: {ADAPTER_CONFIG}: {one_line(error)}; {_HOLDS}."
         ) from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{name}: {folder}/{ADAPTER_CONFIG} is no mapping of keys to values; {_HOLDS}.")
+        raise ConfigError(f"{whose}{folder}/{ADAPTER_CONFIG} is no mapping of keys to values; {_HOLDS}.")
     return config
 
 

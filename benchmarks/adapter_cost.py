@@ -31,14 +31,18 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 1e-6},
-    "lora_qv": {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": ["q_proj", "v_proj"]},
-    "lora_all": {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": ["all-linear"]},
+    "LoRA q, v": {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": ["q_proj", "v_proj"]},
+    "LoRA all-linear": {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": ["all-linear"]},
 }
 ZERO3 = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs" / "zero3_cpu.json"),
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
 }
+ROW = (
+    "| {layout} | {arm} | {trained:,} | {peak_rss_gib:.2f} | {memory_over_full:.2f} | {seconds_per_step:.2f} "
+    "| {seconds_over_full:.2f} |"
+)
 LARGEST_DIFFERENCE = 1e-4  #: relative, of the first loss
 
 
@@ -74,7 +78,7 @@ def measure(flags: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Alternating runs of all arms; medians over ranks' steps and rounds."""
     started = time.perf_counter()
     job(flags, work, "score", 1)
-    layouts = {"one_process" if n == 1 else f"zero3_on_{n}": n for n in flags.ranks}
+    layouts = {"one process" if n == 1 else f"ZeRO-3 on {n} ranks": n for n in flags.ranks}
     runs: dict[str, dict[str, list[list[dict]]]] = {layout: {arm: [] for arm in ARMS} for layout in layouts}
     turns = [(way, a) for i in range(flags.rounds) for way in layouts for a in list(ARMS)[:: -1 if i % 2 else 1]]
     for layout, arm in tqdm(turns, desc="Runs"):
@@ -93,23 +97,31 @@ def measure(flags: argparse.Namespace, work: Path) -> dict[str, Any]:
         "steps": flags.steps - 1,
         "rounds": flags.rounds,
         "arms": ARMS,
-        "results": {layout: summary(arms) for layout, arms in runs.items()},
+        "results": [row for layout, arms in runs.items() for row in summary(layout, arms)],
         "runs": runs,
         "seconds": time.perf_counter() - started,
     }
 
 
-def summary(arms: dict[str, list[list[dict]]]) -> dict[str, Any]:
+def summary(layout: str, arms: dict[str, list[list[dict]]]) -> list[dict[str, Any]]:
     """Of each arm: the rank that holds most, the median step, and both over full finetuning's."""
-    found: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     for arm, runs in arms.items():
         memory = statistics.median(max(rank["peak_rss_gib"] for rank in ranks) for ranks in runs)
         step = statistics.median(seconds for ranks in runs for seconds in ranks[0]["seconds"][1:])
-        found[arm] = {"trained": runs[0][0]["trained"], "peak_rss_gib": memory, "seconds_per_step": step}
-    for arm in found.values():
-        arm["memory_over_full"] = arm["peak_rss_gib"] / found["full"]["peak_rss_gib"]
-        arm["seconds_over_full"] = arm["seconds_per_step"] / found["full"]["seconds_per_step"]
-    return found
+        full = rows[0] if rows else {"peak_rss_gib": memory, "seconds_per_step": step}
+        rows.append(
+            {
+                "layout": layout,
+                "arm": arm,
+                "trained": runs[0][0]["trained"],
+                "peak_rss_gib": memory,
+                "memory_over_full": memory / full["peak_rss_gib"],
+                "seconds_per_step": step,
+                "seconds_over_full": step / full["seconds_per_step"],
+            }
+        )
+    return rows
 
 
 def job(flags: argparse.Namespace, work: Path, arm: str, ranks: int) -> list[dict[str, Any]]:
@@ -174,7 +186,7 @@ def one_run(flags: argparse.Namespace) -> None:
 
     rows = datasets.Dataset.from_list(json.loads(Path(flags.pairs).read_text()))
     args = MRPOConfig(
-        output_dir=str(flags.work / f"run-{flags.one_run}-{ranks}"),
+        output_dir=str(flags.work / f"run-{list(ARMS).index(flags.one_run) if not scores else flags.one_run}-{ranks}"),
         ref_cache_dir=str(flags.work / "cache"),
         ref_scoring="precompute",
         per_device_train_batch_size=1,
@@ -213,12 +225,9 @@ def peak_rss() -> int:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    for layout, arms in result["results"].items():
-        for arm, of in arms.items():
-            print(
-                f"{layout:12} {arm:9} {of['trained']:>12,} trained  {of['peak_rss_gib']:.2f} GiB ({of['memory_over_full']:.2f})  "
-                f"{of['seconds_per_step']:.2f} s ({of['seconds_over_full']:.2f})"
-            )
+    """As docs/adapters.md has it."""
+    for of in result["results"]:
+        print(ROW.format(**of))
     print(f"{result['seconds']:.0f} s in all")
 
 

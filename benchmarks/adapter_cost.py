@@ -1,7 +1,7 @@
 """What LoRA saves and costs beside full finetuning: peak memory of a rank and seconds of a step, the same pairs, references cached.
 
     python benchmarks/adapter_cost.py --model models/smollm2 --references models/gemma3 --pairs pairs.json \
-        --output benchmarks/results/adapter-cost-cpu.json
+        --output adapter-cost.json
 
 Every run is a process of its own, or two with ZeRO-3 between them, so that its peak resident memory (VmHWM, from its start to the
 end of the last step) is its own; the arms take turns, so that a busy machine slows all. A step's seconds go from its window to the

@@ -23,6 +23,7 @@ from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.models.source import ReferenceSource
 from mrpo_scale.planner.command import check
 from mrpo_scale.references.sharding import ShardedReference
+from mrpo_scale.training.preflight import preflight_problems
 from tests.tiny import pair_dataset, pair_rows, tokenizer, write_models
 from tests.tools import require_module
 
@@ -315,6 +316,13 @@ def test_files_that_are_not_there(folders, adapters, tmp_path):
         parse_ref_models([{"model": "m", "adapter": "a", "url": "http://h/v1", "tokenizer": "t", "revision": "1"}])
     with pytest.raises(ConfigError, match=r"/none is no adapter's folder.*as peft and `mrpo train` write"):
         merge(["/none", "--output", str(tmp_path / "merged")])
+
+
+def test_without_peft(tmp_path, monkeypatch):
+    monkeypatch.setattr("mrpo_scale.models.adapter.importlib.util.find_spec", lambda name: None)
+    config = MRPOConfig(str(tmp_path), use_cpu=True, report_to="none")
+    (problem,) = preflight_problems(config, [{"model": "base", "adapter": "a"}, {"model": "base", "adapter": "b"}])
+    assert "`ref_models.adapter`" in problem and "pip install 'mrpo-scale[peft]'" in problem
 
 
 def test_a_copy_of_its_base_is_its_base(folders, adapters, tmp_path):

@@ -6,9 +6,12 @@ from mrpo_scale import MRPOConfig, MRPOTrainer
 import os
 from typing import Any
 
+from mrpo_scale.base import hub_kernels
+
 # Large CPU tensors on huge pages: fresh memory cost a third of a step's processor time in page faults of 4 KiB
 # (docs/performance.md). torch reads it at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+hub_kernels.ask_for_none()
 
 __all__ = [
     "MRPOConfig",

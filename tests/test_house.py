@@ -53,8 +53,9 @@ READING_ORDER = [
         "backend cpu_linear chunked_head partials virtual_reference outer_losses finish sequence_logps fused_reference "
         "linear_preference_loss .",
     ),
+    ("mrpo_scale.base", ". hub_kernels"),
     ("mrpo_scale", "."),
-    ("mrpo_scale.base", ". errors endpoint atomic_files untrusted gpus device heartbeat ranks tables"),
+    ("mrpo_scale.base", "errors endpoint atomic_files untrusted gpus device heartbeat ranks tables"),
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
@@ -82,11 +83,12 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.models",
-        ". hub quantized source classes on_disk stored left_out saving tensor_check adapter plan same_weights",
+        ". hub quantized source classes on_disk stored left_out saving tensor_check weight_sample adapter_files adapter plan "
+        "same_weights",
     ),
     (
         "mrpo_scale.references",
-        ". placement mapped low_bits sharding live adapter_off loading reward multi_reference_reward",
+        ". placement mapped low_bits adapters sharding live adapter_off loading reward multi_reference_reward",
     ),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
     ("mrpo_scale.references", "stores prompt_logps served precompute scores validation_weights"),

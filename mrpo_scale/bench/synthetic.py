@@ -53,6 +53,10 @@ def random_models(specs: Sequence[ModelSpec], sizes: Mapping[str, Any], args: MR
     Raises:
         ConfigError: no model has one of the keys, or a config that cannot be read.
     """
+    if adapted := next((spec for spec in specs if spec.adapter), None):
+        raise ConfigError(
+            f"`--random_weights` with `adapter: {adapted.adapter}`: an adapter is of trained weights; remove one of them."
+        )
     configs = [_config(spec) for spec in specs]
     for key in sizes:
         if not any(hasattr(config, key) for config in configs):

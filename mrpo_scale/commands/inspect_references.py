@@ -113,6 +113,10 @@ def inspect(argv: Sequence[str]) -> None:
     quantized = {r.name: r.source.quantize for r in recipe.plan.references if r.source.quantize}
     for name, quantize in quantized.items():
         print(f"{name}: its linear layers were quantized to {quantize}.\n")
+    adapters = {r.name: r.source.adapter.path for r in recipe.plan.references if r.source.adapter}
+    for reference in recipe.plan.references:
+        if reference.name in adapters:
+            print(f"{reference.name}: the adapter {adapters[reference.name]} on {reference.source.path}.\n")
     folder.mkdir(parents=True, exist_ok=True)
     summary = {
         "pairs": pairs,
@@ -120,6 +124,7 @@ def inspect(argv: Sequence[str]) -> None:
         "references_disagree": disagree,
         "served_precision": precision,
         "quantized": quantized,
+        "adapters": adapters,
     }
     (folder / "inspect.json").write_text(
         json.dumps({**summary, "references": [asdict(worth) for worth in found]}, indent=2) + "\n"

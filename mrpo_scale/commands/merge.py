@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.models.adapter import base_of, needs_peft
 from mrpo_scale.models.adapter import merge as merge_adapter
+from mrpo_scale.models.adapter import needs_peft
+from mrpo_scale.models.adapter_files import base_of
 from mrpo_scale.models.plan import load_policy
 from mrpo_scale.models.saving import cast_as_stored, read_source_files, share_weights, unvalidated_generation_config
 from mrpo_scale.models.source import ReferenceSource, resolve_source

@@ -165,6 +165,11 @@ def take_deepspeed(rest: Keys, done: Conversion) -> None:
         done.lose("deepspeed", value, f"name your copy of that file, or one of {', '.join(sorted(known))}")
 
 
+#: Keys of data that two trainers have under the same names, and what to do instead.
+OF_DATA = {
+    "eval_dataset": "name a split of the data with `dataset_test_split`",
+    "max_samples": "write it as `subset` of each set of `dataset_name`",
+}
 #: Keys of an adapter, and their names elsewhere.
 _ADAPTER = {
     "lora_r": ("lora_rank",),

@@ -10,6 +10,7 @@ from mrpo_scale.config.foreign import (
     COLUMNS,
     FAST,
     NO_REFERENCE,
+    OF_DATA,
     OWN_SERVICE,
     PACKED,
     TEMPLATE,
@@ -228,8 +229,7 @@ OPENRLHF = Trainer(
         **dict.fromkeys(
             ("ring_attn_size", "ring_head_stride", "ds_tensor_parallel_size"), "sequences are not split over GPUs"
         ),
-        "eval_dataset": "name a split of the data with `dataset_test_split`",
-        "max_samples": "write it as `subset` of each set of `dataset_name`",
+        **OF_DATA,
         "kl_loss_coef": "no such term is added",
     },
 )

@@ -12,6 +12,7 @@ from mrpo_scale.config.foreign import (
     CURVES,
     FAST,
     NO_REFERENCE,
+    OF_DATA,
     PACKED,
     TEMPLATE,
     TOKENIZER,
@@ -202,8 +203,7 @@ LLAMA_FACTORY = Trainer(
         **dict.fromkeys(
             ("freeze_vision_tower", "freeze_multi_modal_projector", "image_max_pixels"), "text alone is trained"
         ),
-        "eval_dataset": "name a split of the data with `dataset_test_split`",
-        "max_samples": "write it as `subset` of each set of `dataset_name`",
+        **OF_DATA,
         "adapter_name_or_path": "make a whole model of it first: `mrpo merge`",
     },
 )

@@ -293,6 +293,8 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
             check_build_locks()
         if self.deepspeed and not is_launched():
             launch_alone(str(self.deepspeed))
+        if not is_launched():
+            self.ddp_backend = None  # of a process alone, which transformers would look for other ranks with
         self._fill_in()
         check_world_size(self.world_size)
         if self.deepspeed_plugin is not None:

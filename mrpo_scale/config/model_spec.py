@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from mrpo_scale.base.endpoint import check_url, is_variable, read_key
@@ -22,6 +23,7 @@ class ModelSpec:
     """One model as a recipe names it. A reference is written as its path or as a mapping of these keys.
 
     Args:
+        adapter: a folder or hub id of a LoRA adapter of ``model``, whose weights are shared with other references on it.
         quantize: nf4 or int8: a reference's linear layers are quantized as they load, by bitsandbytes.
         url: of a server that scores with the model, which then is not loaded here; ``model`` is what the server calls it.
         tokenizer: of a served model, whose folder may not be here: a folder or hub id.
@@ -40,6 +42,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     quantize: str | None = None
+    adapter: str | None = None
     url: str | None = None
     tokenizer: str | None = None
     server: str = "auto"
@@ -51,6 +54,11 @@ class ModelSpec:
         """The folder or hub id of the tokenizer."""
         return self.tokenizer or self.model
 
+    @property
+    def short_name(self) -> str:
+        """Its own name, or the last part of the path of what sets it apart."""
+        return self.name or Path(self.adapter or self.model).name
+
 
 #: What is wrong with a served reference (its name) that would have to score the window of a step.
 LIVE_SERVED = (
@@ -58,7 +66,7 @@ LIVE_SERVED = (
     "beside `mrpo score`"
 )
 #: What makes no sense for a model that is served elsewhere, and what for one that is loaded here.
-_OF_WEIGHTS = ("dtype", "trust_remote_code", "attn_implementation", "quantize")
+_OF_WEIGHTS = ("dtype", "trust_remote_code", "attn_implementation", "quantize", "adapter")
 _OF_SERVERS = ("tokenizer", "server", "api_key_env", "concurrency")
 _TYPES = {
     "trust_remote_code": (bool, "true or false, without quotes"),

@@ -71,11 +71,13 @@ def plan_models(args: EvalConfig, device: torch.device) -> tuple[list[EvalModel]
     reference = parse_ref_models([args.reference], "reference") if args.reference else []
     served = [spec for spec in [*specs, *reference] if spec.url]
     refuse([f"`{spec.model}` at {spec.url}: a served model is not evaluated; name its folder" for spec in served])
-    quantized = [spec for spec in [*specs, *reference] if spec.quantize]
+    parts = [(spec, key, getattr(spec, key)) for spec in [*specs, *reference] for key in ("quantize", "adapter")]
+    remedies = {"quantize": "remove it", "adapter": "make one of it with `mrpo merge`"}
     refuse(
         [
-            f"`{spec.model}` with `quantize: {spec.quantize}`: whole models are evaluated; remove it"
-            for spec in quantized
+            f"`{spec.model}` with `{key}: {value}`: whole models are evaluated; {remedies[key]}"
+            for spec, key, value in parts
+            if value
         ]
     )
     texts: list[ModelText] = []
@@ -116,7 +118,7 @@ def _plan(spec: ModelSpec, name: str, args: EvalConfig, device: torch.device, te
 
 def _names(specs: Sequence[ModelSpec]) -> list[str]:
     """Each model's own name or its path's last part; where two are alike the whole path, and a number at the last."""
-    short = [spec.name or Path(spec.model).name for spec in specs]
+    short = [spec.short_name for spec in specs]
     names: list[str] = []
     for spec, name in zip(specs, short, strict=True):
         base = name if short.count(name) == 1 else spec.name or spec.model

@@ -34,7 +34,8 @@ def check_output_folder(args: MRPOConfig, model: Any, ref_models: Sequence[str |
             f"`output_dir: {folder}` cannot be made ({error.strerror}); name another folder, or make room for this one."
         ) from error
     references = parse_ref_models([*ref_models, *([args.anchor] if args.anchor else [])])
-    for name in (*([model] if isinstance(model, str) else []), *(spec.model for spec in references)):
+    named = [path for spec in references for path in (spec.model, spec.adapter) if path]
+    for name in (*([model] if isinstance(model, str) else []), *named):
         if not Path(name).is_dir():
             continue
         if Path(name).samefile(folder):

@@ -13,15 +13,12 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError, one_line
-from mrpo_scale.base.untrusted import parse_json, read_text
 from mrpo_scale.config.adapter_keys import AdapterKeys
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.models.source import ReferenceSource
 from mrpo_scale.models.stored import build_on_meta
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_CONFIG = "adapter_config.json"  #: the file by which a folder is known to hold an adapter and not a model
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -33,7 +30,7 @@ def needs_peft() -> None:
     """Raises ConfigError where peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
-            "adapters (`use_peft`, `mrpo merge`) need the package peft; `pip install 'mrpo-scale[peft]'`."
+            "adapters (`use_peft`, `ref_models.adapter`, `mrpo merge`) need the package peft; `pip install 'mrpo-scale[peft]'`."
         )
 
 
@@ -125,20 +122,6 @@ def add_adapter(policy: PreTrainedModel, source: ReferenceSource, args: MRPOConf
         100 * counts[1] / sum(counts),
     )
     return adapted
-
-
-def base_of(folder: Path) -> tuple[str, str | None]:
-    """The model that an adapter's folder says it belongs to, and its revision.
-
-    Raises:
-        ConfigError: the folder holds no adapter, or one that names none.
-    """
-    file = folder / ADAPTER_CONFIG
-    try:
-        config = parse_json(read_text(file, 1 << 20))
-        return str(config["base_model_name_or_path"]), config.get("revision")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{folder} is no adapter's folder: {file.name}: {one_line(error)}.") from error
 
 
 def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

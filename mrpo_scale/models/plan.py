@@ -31,6 +31,7 @@ from mrpo_scale.config.model_spec import ModelSpec, parse_ref_models
 from mrpo_scale.data.tokenization import ModelText, TextReader
 from mrpo_scale.logps.routers import has_router_loss
 from mrpo_scale.models.adapter import check_adapter
+from mrpo_scale.models.adapter_files import resolve_adapter
 from mrpo_scale.models.classes import class_beside_auto, class_of
 from mrpo_scale.models.quantized import quantization_of
 from mrpo_scale.models.saving import unvalidated_generation_config
@@ -136,7 +137,9 @@ def plan_models(
             references.append(PlannedReference(source, 0, pad_token_id(tokenizer, rows), rows))
         else:
             source = resolve_source(source)
-            references.append(_planned(ref_spec, source, args, texts, None if source.server else check(source)))
+            config = None if source.server else check(source)
+            source = source if source.adapter is None or config is None else resolve_adapter(source, config)
+            references.append(_planned(ref_spec, source, args, texts, config))
     args.build_objective().check_references(len(references))
     return RunPlan(policy, tokenizer, texts, references, rows)
 
@@ -293,6 +296,7 @@ def _source(spec: ModelSpec, args: MRPOConfig, dtype: torch.dtype, name: str = "
         attn_implementation=spec.attn_implementation or args.attn_implementation,
         quantize=spec.quantize,
         server=Server(spec.url, spec.server, spec.api_key_env, spec.concurrency) if spec.url else None,
+        adapter=ReferenceSource(name, spec.adapter) if spec.adapter else None,
     )
 
 
@@ -310,7 +314,7 @@ def _names(specs: Sequence[ModelSpec]) -> list[str]:
     """``anchor``, then each reference's own name or its path's last part; numbered where two are alike."""
     names = [ANCHOR]
     for spec in specs:
-        name = base = spec.name or Path(spec.model).name
+        name = base = spec.short_name
         n = 1
         while name in names:
             n += 1

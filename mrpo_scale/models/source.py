@@ -55,11 +55,17 @@ class ReferenceSource:
         None  #: of a hub id, what ``revision`` stood for when the run began; see :func:`resolve_source`
     )
     folder: Path | None = None  #: the snapshot of that commit on this machine, without the weights perhaps
+    adapter: ReferenceSource | None = None  #: beside those weights; see models/adapter_files.py
 
     @property
     def files(self) -> str:
         """What transformers reads the small files from."""
         return str(self.folder or self.path)
+
+    @property
+    def weights(self) -> ReferenceSource:
+        """Equal for models that can share their weights: what is left without name and adapter."""
+        return replace(self, name="", adapter=None)
 
 
 def resolve_source(source: ReferenceSource) -> ReferenceSource:
@@ -251,7 +257,7 @@ def refuse_adapter(folder: Path, name: str) -> None:
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(
             f"{name}: {folder} holds a PEFT adapter (adapter_config.json), not a whole model alone; make one of it with "
-            f"`mrpo merge {folder} --output FOLDER`."
+            f"`mrpo merge {folder} --output FOLDER`; a reference may be {{model: ITS BASE, adapter: {folder}}}."
         )
 
 

@@ -23,6 +23,7 @@ from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date
+from mrpo_scale.models.adapter_files import read_adapter
 from mrpo_scale.models.plan import RunPlan, plan_models
 from mrpo_scale.models.same_weights import repeated_references
 from mrpo_scale.models.source import check_weight_files
@@ -53,6 +54,7 @@ from mrpo_scale.planner.show import (
 )
 from mrpo_scale.planner.workload import Workload
 from mrpo_scale.planner.zero import Zero, read_zero
+from mrpo_scale.references.adapters import lenders, loaded_apart
 from mrpo_scale.training.preflight import check_best_metric, check_evaluation, preflight_problems
 
 HELP = """usage: mrpo check --config RECIPE [--key value ...] [--gpus N] [--gpu NAME] [--gpus_per_node N] [--network RATE]
@@ -206,6 +208,9 @@ class _Check:
 
     def _look_for_weights(self, plan: RunPlan) -> None:
         self.warnings += repeated_references(plan, self.config)
+        self.warnings += loaded_apart(
+            {k: r.source for k, r in enumerate(plan.references) if not (k == 0 and self.config.anchor_is_policy)}
+        )
         self.warnings += [
             f"{r.name} is served at {r.source.server.url}: nothing was asked of that server, and scoring there is in no figure"
             for r in plan.references
@@ -325,6 +330,8 @@ class _Check:
         options: Any = {"shared_prompt": config.shared_prompt, "device_type": device_type}
         references = plan.references[:1] if config.objective == "dpo" else plan.references
         here = [reference for reference in references if reference.source.server is None]
+        loaded = {k: r.source for k, r in enumerate(here) if not (k == 0 and config.anchor_is_policy)}
+        lender = lenders(loaded)
         return Job(
             policy=model_size(
                 plan.policy,
@@ -337,7 +344,9 @@ class _Check:
                 PlannedModel(
                     model_size(r.source, itemsize=r.source.dtype.itemsize, **options),
                     r.tokenization,
-                    is_policy=k == 0 and config.anchor_is_policy,
+                    is_policy=k not in loaded,
+                    shares_with=None if lender.get(k, k) == k else lender[k],
+                    adapter_bytes=4 * read_adapter(r.source).num_parameters if r.source.adapter else 0,
                 )
                 for k, r in enumerate(here)
             ),

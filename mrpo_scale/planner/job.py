@@ -16,12 +16,25 @@ MOVED_FORWARD, MOVED_BACKWARD = 3, 6
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A reference on its way into an estimate. ``tokenization``: which of the tokenizations it reads. ``is_policy``: it is the
-    policy with its adapter off, which no rank holds twice."""
+    """A reference on its way into an estimate.
+
+    Args:
+        tokenization: which of the tokenizations it reads.
+        is_policy: it is the policy with its adapter off, which no rank holds twice.
+        shares_with: the number of the reference whose weights it uses.
+        adapter_bytes: of its adapter, whole on every rank.
+    """
 
     size: ModelSize
     tokenization: int
     is_policy: bool = False
+    shares_with: int | None = None
+    adapter_bytes: int = 0
+
+    def held_bytes(self, ranks: int) -> int:
+        """On the rank of a shard group that holds most, for this reference and no other."""
+        shared = self.is_policy or self.shares_with is not None
+        return self.adapter_bytes + (0 if shared else self.size.held_bytes(ranks))
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,17 @@ from mrpo_scale.references.placement import partition, spread
 
 @functools.lru_cache(maxsize=1024)
 def _lay_out(
-    kind: str, costs: tuple[tuple[int, float], ...], cluster: Cluster, shard_size: int | None
+    kind: str,
+    costs: tuple[tuple[int, float], ...],
+    cluster: Cluster,
+    shard_size: int | None,
+    together: tuple[tuple[int, int], ...],
 ) -> tuple[set[tuple[int, ...]], dict[int, int], dict[int, int]]:
     """(which references lie on one rank together, ranks of the largest group of each, ranks of each)."""
     if kind == "spread":
         placement = spread([k for k, _ in costs], cluster.nodes, shard_size)
     else:
-        placement = partition(dict(costs), cluster.nodes, shard_size)
+        placement = partition(dict(costs), cluster.nodes, shard_size, dict(together))
     of_rank: dict[int, list[int]] = {}
     for k, _ in costs:
         for rank in placement.ranks(k):
@@ -39,7 +43,8 @@ class ScoredLive:
         pairs = setting.micro_batch * accumulation
         mean = job.workload.lengths_NV3.sum(-1).mean(0)
         costs = {k: m.size.active * float(mean[m.tokenization]) for k, m in self.models.items()}
-        layout = _lay_out(setting.placement, tuple(costs.items()), cluster, setting.shard_size)
+        together = {k: k if m.shares_with is None else m.shares_with for k, m in self.models.items()}
+        layout = _lay_out(setting.placement, tuple(costs.items()), cluster, setting.shard_size, tuple(together.items()))
         self.held_together, self.group, self.num_ranks = layout
         for k, m in self.models.items():
             if m.size.quantize is not None:
@@ -68,11 +73,7 @@ class ScoredLive:
 
     @property
     def held(self) -> int:
-        return int(
-            self.on_one_rank(
-                {k: 0 if m.is_policy else m.size.held_bytes(self.group[k]) for k, m in self.models.items()}
-            )
-        )
+        return int(self.on_one_rank({k: m.held_bytes(self.group[k]) for k, m in self.models.items()}))
 
     def moment(self) -> dict[str, int]:
         """Gathered weights, and what a forward without gradient holds for a moment."""
@@ -87,8 +88,9 @@ class ScoredLive:
             # Of a layer that computes and the next one, which is on its way; a tied head is whole with the root.
             own = 2 * size.layer + (size.head if size.tied else max(size.embedding, size.head))
             gathered[k] = b * own * sharded + size.dequantized_bytes + earlier
-            earlier += b * size.head * (sharded and size.tied and self.setting.placement == "spread")
-            heads[k] = b * (size.head * sharded + window.response_tokens * size.hidden)
+            own_head = sharded and m.shares_with is None
+            earlier += b * size.head * (own_head and size.tied and self.setting.placement == "spread")
+            heads[k] = b * (size.head * own_head + window.response_tokens * size.hidden)
             activations[k] = b * (largest.positions * (3 * size.hidden + 3 * size.widest_mlp) + 2 * largest.scores)
         while_heads = self.on_one_rank(heads)
         while_layers = self.on_one_rank(gathered, max) + self.on_one_rank(activations, max)

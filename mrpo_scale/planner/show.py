@@ -11,7 +11,7 @@ from mrpo_scale.base.gpus import GIB
 from mrpo_scale.base.tables import aligned_table
 from mrpo_scale.planner.cluster import Cluster
 from mrpo_scale.planner.estimate import Estimate
-from mrpo_scale.planner.job import Job, Setting
+from mrpo_scale.planner.job import Job, PlannedModel, Setting
 from mrpo_scale.reports.pictures import PALETTE
 
 KINDS = {
@@ -65,18 +65,26 @@ def models_table(job: Job) -> str:
     """The models of the run, the policy first."""
     header = ("model", "type", "parameters", "bytes each", "forward")
     rows = []
-    for name, size in [("policy", job.policy), *((m.size.name, m.size) for m in job.references)]:
+    references = [(m.size.name, m.size, _beside(m, job)) for m in job.references]
+    for name, size, beside in [("policy", job.policy, ""), *references]:
         way = "shared prompt" if size.shared_prompt else "two sequences per pair"
         rows.append(
             (
                 name,
                 size.model_type,
                 f"{size.parameters:,}",
-                str(size.itemsize) + (f", linear layers {size.quantize}" if size.quantize else ""),
+                str(size.itemsize) + (f", linear layers {size.quantize}" if size.quantize else "") + beside,
                 f"{way}, {size.costs.attn_implementation}",
             )
         )
     return aligned_table(header, rows)
+
+
+def _beside(model: PlannedModel, job: Job) -> str:
+    adapter = ", with an adapter" if model.adapter_bytes else ""
+    return adapter + (
+        "" if model.shares_with is None else f", weights of {job.references[model.shares_with].size.name}"
+    )
 
 
 def memory_table(estimates: Mapping[str, Estimate]) -> str:

@@ -9,7 +9,7 @@ pairs; row numbers go out and scores come back, nothing else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ from mrpo_scale.logps.pair_batch import PairBatch, segment_length
 from mrpo_scale.logps.pair_forward import FusedHead
 from mrpo_scale.models.plan import PlannedReference
 from mrpo_scale.objective import Objective, combine
+from mrpo_scale.references.adapters import can_share
 from mrpo_scale.references.placement import Placement
 from mrpo_scale.references.sharding import ShardedReference
 
@@ -57,11 +58,24 @@ class Reference:
         return cut_by_tokens(padded_lengths(pairs, shared), tokens_per_forward, padded=not shared)
 
 
-def load_reference(planned: PlannedReference, group: dist.ProcessGroup | None, args: MRPOConfig) -> Reference:
-    """A reference on this rank's shard group. Collective over the group. Raises as :class:`ShardedReference` does."""
-    model = ShardedReference(
-        planned.source, group, args.device, shared_prompt=args.shared_prompt, offload=args.ref_offload
-    )
+def load_reference(
+    planned: PlannedReference,
+    group: dist.ProcessGroup | None,
+    args: MRPOConfig,
+    beside: Iterable[Reference] = (),
+) -> Reference:
+    """A reference on this rank's shard group. Collective over the group. Raises as :class:`ShardedReference` does.
+
+    Args:
+        beside: what is in memory on that group: one of the same weights lends them.
+    """
+    lender = next((r.model for r in beside if can_share(r.model.source, planned.source)), None)
+    if lender is not None:
+        model = lender.sharing(planned.source)
+    else:
+        model = ShardedReference(
+            planned.source, group, args.device, shared_prompt=args.shared_prompt, offload=args.ref_offload
+        )
     return Reference(planned.name, model, planned.tokenization, planned.pad_token_id)
 
 

@@ -21,6 +21,7 @@ from mrpo_scale.logps.flops import active_parameters
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.models.source import check_config
 from mrpo_scale.models.stored import build_on_meta
+from mrpo_scale.references.adapters import lenders, loaded_apart
 from mrpo_scale.references.live import PartitionScorer, Reference, SpreadScorer, load_reference
 from mrpo_scale.references.mapped import ranks_that_share
 from mrpo_scale.references.placement import (
@@ -72,13 +73,16 @@ def load_references(
     pool = {} if pool is None else pool
     lengths = {k: _mean_length(pair_sets, plan.references[k].tokenization) for k in which}
     placement = _place(plan, args, which, lengths)
+    for sentence in loaded_apart({k: plan.references[k].source for k in which}):
+        logger.info("%s", sentence)
     groups = process_groups(placement, timedelta(seconds=args.ddp_timeout), of_one=args.ref_offload)
     for k in tqdm(which, desc="Loading references", disable=args.disable_tqdm or args.local_process_index != 0):
         set_activity(f"loading reference {plan.names[k]}")
         ranks = placement.group_of(k, args.process_index)
         if ranks is not None:
             if (k, ranks) not in pool:
-                pool[k, ranks] = load_reference(plan.references[k], groups.get(ranks), args)
+                beside = [reference for (_, others), reference in pool.items() if others == ranks]
+                pool[k, ranks] = load_reference(plan.references[k], groups.get(ranks), args, beside)
             references[k] = pool[k, ranks]
     _report(plan.names, args, references, placement, lengths)
     if args.ref_placement == "partition":
@@ -97,7 +101,8 @@ def _place(plan: RunPlan, args: MRPOConfig, live: Sequence[int], lengths: Mappin
         with fail_together(world_group()):
             model = build_on_meta(source, check_config(source))
         costs[k] = active_parameters(model) * lengths[k]  # of a mixture, those that a token meets
-    return partition(costs, nodes, args.ref_shard_size)
+    together = lenders({k: plan.references[k].source for k in live})
+    return partition(costs, nodes, args.ref_shard_size, together)
 
 
 def _mean_length(pair_sets: Mapping[str, PairDataset], tokenization: int) -> float:
@@ -131,11 +136,13 @@ def _shares(references: Mapping[int, Reference]) -> dict[int, Share]:
         k: Share(
             model_type=r.model.config.model_type,
             bytes_per_rank=r.model.bytes_per_rank,
+            gathered_bytes=r.model.weight_bytes,
             group_size=r.model.group_size,
             shared_prompt=r.model.shared_prompt,
             offload=r.model.offload,
             mapped=r.model.mapped,
             quantize=r.model.source.quantize,
+            shares_with=r.model.shares_with,
         )
         for k, r in references.items()
     }

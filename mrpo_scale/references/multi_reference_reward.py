@@ -132,7 +132,7 @@ class MultiReferenceReward:
         cut = (
             [False] * len(texts)
             if completion_ids is None
-            else [not ids or ids[-1] not in self._ends for ids in completion_ids]
+            else [not len(ids) or ids[-1] not in self._ends for ids in completion_ids]
         )
         term_N = multi_reference_term(
             self.ref_logps(prompts, texts, completion_ids, cut), self.weights, self.clip, self.epsilon_max

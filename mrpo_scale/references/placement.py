@@ -49,18 +49,32 @@ def spread(which: Sequence[int], nodes: Sequence[Sequence[int]], shard_size: int
     return Placement(dict.fromkeys(which, groups))
 
 
-def partition(costs: Mapping[int, float], nodes: Sequence[Sequence[int]], shard_size: int | None) -> Placement:
+def partition(
+    costs: Mapping[int, float],
+    nodes: Sequence[Sequence[int]],
+    shard_size: int | None,
+    together: Mapping[int, int] | None = None,
+) -> Placement:
     """Divide the ranks among the references in proportion to ``costs`` (FLOPs of a pair, in any unit).
 
     Where there are nodes enough, whole nodes are divided, else ranks; each reference gets at least one. Its ranks form groups of
     at most ``shard_size``; None lets a group fill its node but never cross it. With fewer ranks than references, a rank holds
     several, the costliest dealt first.
 
+    Args:
+        together: {reference: the one that it lies with, itself where it is the first}, of those that share their weights.
+
     Raises:
         ConfigError: as :func:`spread`.
     """
     world = [rank for node in nodes for rank in node]
     _check_shard_size(shard_size, len(world))
+    if together is not None:
+        sums: dict[int, float] = {}
+        for k, cost in costs.items():
+            sums[together[k]] = sums.get(together[k], 0.0) + cost
+        placed = partition(sums, nodes, shard_size)
+        return Placement({k: placed.groups[together[k]] for k in costs})
     if len(world) < len(costs):
         return Placement({k: ((rank,),) for k, rank in _deal(costs, world).items()})
     groups: dict[int, tuple[Ranks, ...]] = {}
@@ -120,12 +134,14 @@ class Share:
     """What one rank holds of a reference, for the table."""
 
     model_type: str
-    bytes_per_rank: int
+    bytes_per_rank: int  #: of its own
+    gathered_bytes: int  #: of what a forward gathers, another reference's perhaps
     group_size: int
     shared_prompt: bool
     offload: bool
     mapped: bool
     quantize: str | None = None
+    shares_with: str = ""  #: the reference whose weights it uses
 
 
 def placement_table(
@@ -155,11 +171,12 @@ def placement_table(
                 share.model_type,
                 _in_words(placement.groups[k]),
                 f"{share.bytes_per_rank / 2**30:.3f}"
+                + (f" (weights of {share.shares_with})" if share.shares_with else "")
                 + (f" ({share.quantize})" if share.quantize else "")
                 + " (host memory)" * share.offload
                 + " (its files, shared by a host)" * share.mapped,
                 str(gathers),
-                f"{gathers * share.bytes_per_rank * (share.group_size - 1) / 2**20:.1f}",
+                f"{gathers * share.gathered_bytes * (share.group_size - 1) / 2**20:.1f}",
                 "shared prompt" if share.shared_prompt else "separate",
             )
         )

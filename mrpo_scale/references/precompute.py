@@ -26,6 +26,7 @@ from mrpo_scale.data.dealing import deal_to_ranks
 from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.models.plan import RunPlan
+from mrpo_scale.references.adapters import lenders
 from mrpo_scale.references.live import Reference, load_reference, score_in_step
 from mrpo_scale.references.mapped import ranks_that_share
 from mrpo_scale.references.placement import process_groups, spread
@@ -104,19 +105,29 @@ def score_ahead(
     nodes = ranks_that_share([plan.references[k].source for k in loaded], args)
     placement = spread(loaded, nodes, args.ref_shard_size)
     groups = process_groups(placement, timedelta(seconds=args.ddp_timeout), of_one=args.ref_offload)
-    for k in which:
+    lender = lenders({k: plan.references[k].source for k in loaded})
+    reference: Reference | None = None
+    # Those that share weights one after the other, so that these load once.
+    for k in [*served, *sorted(loaded, key=lambda k: lender[k])]:
         set_activity(f"scoring all pairs with {plan.names[k]}")
         if k in served:
             _fill_from_server(served[k], stores[k], pair_sets, args)
             continue
         ranks = placement.group_of(k, args.process_index)
         assert ranks is not None
-        reference = load_reference(plan.references[k], groups.get(ranks), args)
+        beside = [] if reference is None or lender[k] == k else [reference]
+        reference = None  # what lends nothing goes before the next one comes
+        _release(args)
+        reference = load_reference(plan.references[k], groups.get(ranks), args, beside)
         fill(reference, stores[k], pair_sets, args)
-        del reference
-        gc.collect()
-        if args.device.type == "cuda":
-            torch.cuda.empty_cache()
+    reference = None
+    _release(args)
+
+
+def _release(args: MRPOConfig) -> None:
+    gc.collect()
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, PairDataset], args: MRPOConfig) -> None:

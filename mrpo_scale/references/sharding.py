@@ -7,6 +7,7 @@ layer at a time; afterwards every weight is a shard again, the embedding and the
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from mrpo_scale.logps.pair_forward import (
     score_pairs,
 )
 from mrpo_scale.logps.self_check import check_pair_scoring
+from mrpo_scale.models.adapter import needs_peft
+from mrpo_scale.models.adapter_files import read_adapter
 from mrpo_scale.models.on_disk import Stored
 from mrpo_scale.models.source import (
     ReferenceSource,
@@ -46,6 +49,7 @@ from mrpo_scale.models.source import (
     some,
 )
 from mrpo_scale.models.stored import build_on_meta, locate_tensors
+from mrpo_scale.references.adapters import AdapterSwitch
 from mrpo_scale.references.low_bits import check_low_bits, choose_layers, quantize_loaded, quantized_tensors
 from mrpo_scale.references.mapped import MappedFiles, can_be_mapped
 
@@ -65,8 +69,10 @@ class ShardedReference:
 
     Attributes:
         shared_prompt, end_to_end: the layout that :meth:`batch` makes.
-        num_parameters: of the model, wherever and in however many bits they lie.
-        bytes_per_rank: of this rank's shard, parameters only.
+        num_parameters: of the model, wherever and in however many bits they lie, its adapter left out.
+        weight_bytes: of this rank's shard, parameters only.
+        adapter_bytes: of its adapter, whole on every rank.
+        shares_with: the name of the reference that holds the weights, where they are another's; see :meth:`sharing`.
         mapped: whether weights are used in their files, shared with whoever else does so on this host.
         gathers: forwards so far, each of which gathers the whole model once.
 
@@ -95,7 +101,9 @@ class ShardedReference:
         self.group = group if group is not None and (group.size() > 1 or offload) else None
         # accelerate says cpu:0 on ranks, and a move from cpu to cpu:0 copies.
         self.device = torch.device("cpu") if device.type == "cpu" else device
-        self.gathers = 0
+        if source.adapter is not None:
+            needs_peft()
+        self.gathers, self.adapter_bytes, self.shares_with = 0, 0, ""
         folder = local_folder(source, self.group)
         with fail_together(self.group):
             config = check_source(source)
@@ -110,13 +118,50 @@ class ShardedReference:
             self._mapped_files = MappedFiles(files if self.mapped else [], source.name)
             self._load(files)
         held = [*map(_local, self.model.parameters()), *quantized_tensors(self.model)]
-        self.bytes_per_rank = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        self.weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
         smallest = PairTokens(prompt_ids=[0], chosen_ids=[0], rejected_ids=[0])
         self._smallest = self.batch([smallest])
-        with fail_together(self.group), _gathers_off_the_heap(self.group, device):
+        self._adapters = AdapterSwitch(self.model)
+        self._adapter: str | None = None
+        self._check()
+        self._add_adapter()
+
+    def sharing(self, source: ReferenceSource) -> ShardedReference:
+        """A reference of these same weights with the adapter of ``source``, or with none. Collective over the group.
+
+        Args:
+            source: whose ``weights`` are this one's.
+
+        Raises:
+            ConfigError: as the constructor, of the adapter.
+        """
+        other = copy.copy(self)
+        other.source, other.name, other.shares_with = source, source.name, self.shares_with or self.name
+        other.gathers, other.adapter_bytes, other._adapter = 0, 0, None
+        other._add_adapter()
+        return other
+
+    def _add_adapter(self) -> None:
+        if self.source.adapter is None:
+            return
+        needs_peft()
+        with fail_together(self.group):
+            adapter = read_adapter(self.source)
+            self._adapter = self._adapters.add(adapter, self.device)
+        self.adapter_bytes = 4 * adapter.num_parameters
+        self._check()
+
+    def _check(self) -> None:
+        self._adapters.use(self._adapter)
+        with fail_together(self.group), _gathers_off_the_heap(self.group, self.device):
             check_pair_scoring(
-                self.model, self.name, shared_prompt=self.shared_prompt, end_to_end=self.end_to_end, device=device
+                self.model, self.name, shared_prompt=self.shared_prompt, end_to_end=self.end_to_end, device=self.device
             )
+
+    @property
+    def bytes_per_rank(self) -> int:
+        """What this rank holds for this reference and no other."""
+        return self.adapter_bytes + (0 if self.shares_with else self.weight_bytes)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -134,8 +179,7 @@ class ShardedReference:
     @torch.no_grad()
     def score(self, pairs: PairBatch | None) -> Tensor:
         """Log-probs [P, 2] float32 of this rank's pairs; None, from a rank that has none left, keeps step and returns [0, 2]."""
-        self.gathers += 1
-        self._mapped_files.check()
+        self._start_forward()
         with _gathers_off_the_heap(self.group, self.device):
             logps_P2 = score_pairs(self.model, self._smallest if pairs is None else pairs.to(self.device))
         return logps_P2[:0] if pairs is None else logps_P2
@@ -147,11 +191,15 @@ class ShardedReference:
         With the head's weight from :meth:`gathered_head` they give the same log-probs as :meth:`score`. A head that is tied to the
         embedding was gathered with it, and stays whole until :meth:`gathered_head` ends, instead of being gathered again.
         """
-        self.gathers += 1
-        self._mapped_files.check()
+        self._start_forward()
         with _gathers_off_the_heap(self.group, self.device), self._root_stays_gathered():
             hidden_TD = response_hidden(self.model, self._smallest if pairs is None else pairs.to(self.device))
         return hidden_TD[:0] if pairs is None else hidden_TD
+
+    def _start_forward(self) -> None:
+        self.gathers += 1
+        self._mapped_files.check()
+        self._adapters.use(self._adapter)
 
     @contextmanager
     def gathered_head(self) -> Iterator[FusedHead]:

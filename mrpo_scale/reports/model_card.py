@@ -73,8 +73,13 @@ class ModelCard:
     def _datasets(self) -> Sequence[str]:
         return [name for name in ([self.dataset] if isinstance(self.dataset, str) else self.dataset) if name]
 
+    @property
+    def _is_adapter(self) -> bool:
+        return bool(self.recipe.get("use_peft"))
+
     def _front_matter(self) -> str:
-        values: dict[str, Any] = {"library_name": "transformers", "tags": ["mrpo", "preference-optimization"]}
+        library = "peft" if self._is_adapter else "transformers"
+        values: dict[str, Any] = {"library_name": library, "tags": ["mrpo", "preference-optimization"]}
         if is_hub_id(self.base_model):
             values["base_model"] = self.base_model
         if on_hub := [name for name in self._datasets if is_hub_id(name)]:
@@ -95,10 +100,11 @@ class ModelCard:
             (name, _source(source), revision or "-", self.reference_keys.get(name, "-"))
             for name, source, revision in self.references
         ]
+        trained = "a LoRA adapter of it trained" if self._is_adapter else "all weights finetuned"
         recipe = yaml.safe_dump(public(self.recipe), sort_keys=False, allow_unicode=True)
         return [
             f"# {Path(self.base_model).name}, preference-optimized",
-            f"{_source(self.base_model)}, all weights finetuned on preference pairs against {against} with mrpo_scale "
+            f"{_source(self.base_model)}, {trained} on preference pairs against {against} with mrpo_scale "
             "(Multi-Reference Preference Optimization).",
             "## Method",
             _table(("setting", "value"), [(f"`{key}`", _value(value)) for key, value in self.settings.items()]),

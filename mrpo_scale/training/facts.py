@@ -11,6 +11,7 @@ from transformers import TrainerState
 from mrpo_scale.config.digest import command_digest, recipe_of
 from mrpo_scale.config.keys import ScriptArguments
 from mrpo_scale.models.source import ReferenceSource
+from mrpo_scale.reports.model_card import public
 from mrpo_scale.reports.pictures import RunSummary
 from mrpo_scale.reports.run_facts import RunFacts, run_name
 from mrpo_scale.training.prepare import PreparedRun
@@ -60,8 +61,9 @@ def facts_of(
 
 
 def _version(source: ReferenceSource) -> str | None:
-    """The revision, and in how many bits the model was scored where it was quantized."""
-    return ", ".join(filter(None, (source.revision, source.quantize))) or None
+    """The revision, in how many bits the model was scored where it was quantized, and with which adapter."""
+    adapter = f"adapter {public(source.adapter.path)}" if source.adapter else None
+    return ", ".join(filter(None, (source.revision, source.quantize, adapter))) or None
 
 
 def _settings(run: PreparedRun, state: TrainerState, best_step: int | None) -> dict[str, Any]:

@@ -100,7 +100,8 @@ class HeldOut:
         of such among the run's ``known`` sets, as they are. Collective over the world.
 
         Raises:
-            ConfigError: no set of that name; rows that are of no use, or that a reference which was not loaded would have to score.
+            ConfigError: no set of that name, or none at all; rows that are of no use, or that a reference which was not loaded
+                would have to score.
         """
         if isinstance(rows, dict):
             return {name: self.as_pairs(some, known) for name, some in rows.items()}
@@ -108,6 +109,11 @@ class HeldOut:
         if isinstance(rows, str) and rows not in names:
             raise ConfigError(
                 f"`eval_dataset: {rows}`: the run has no set of this name; it has {', '.join(names) or 'none'}."
+            )
+        if rows is None and not known:
+            raise ConfigError(
+                "there are no held-out pairs to evaluate on; pass rows to this call, or `eval_dataset` to the trainer (in a recipe "
+                "`dataset_test_split` or `held_out`)."
             )
         if rows is None or isinstance(rows, str | WeightedPairs):
             return rows

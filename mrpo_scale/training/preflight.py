@@ -24,6 +24,7 @@ from mrpo_scale.config.ds_config import read_ds_config
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.model_spec import LIVE_SERVED, ModelSpec, parse_ref_models, server_key
 from mrpo_scale.logps.attention_ways import WAYS
+from mrpo_scale.models.adapter import needs_peft
 from mrpo_scale.references.low_bits import check_low_bits
 from mrpo_scale.training.metrics import metric_names
 
@@ -65,6 +66,7 @@ def preflight_problems(
         *_attention(config, ref_models),
         *_served(config, ref_models, trains),
         *_quantized(config, ref_models, trains),
+        *_adapters(config, ref_models, trains),
     ]
     if trains:
         problems += [*_reporting(config), *_compilation(config), *_zero(config)]
@@ -221,6 +223,15 @@ def _quantized(config: MRPOConfig, ref_models: RefModels, trains: bool) -> Itera
                 check_low_bits(spec.quantize, spec.name or spec.model, group_size=group, offload=config.ref_offload)
             except ConfigError as error:
                 yield str(error)
+
+
+def _adapters(config: MRPOConfig, ref_models: RefModels, trains: bool) -> Iterator[str]:
+    if (trains and config.ref_scoring == "follow") or not any(spec.adapter for spec in _specs(config, ref_models)):
+        return
+    try:
+        needs_peft()
+    except ConfigError as error:
+        yield str(error)
 
 
 def _attention(config: MRPOConfig, ref_models: RefModels) -> Iterator[str]:

@@ -139,3 +139,8 @@ def test_weights_that_are_split_otherwise_are_refused():
     plugin = SimpleNamespace(deepspeed_config={"tensor_parallel": {"autotp_size": 2}})
     with pytest.raises(ConfigError, match=r"`tensor_parallel.autotp_size: 2` of the DeepSpeed file"):
         launched.let_weights_be_saved(plugin)
+
+
+def test_a_process_alone_has_no_backend(tmp_path):
+    """A recipe for ranks on CPUs also runs without a launcher."""
+    assert MRPOConfig(str(tmp_path), ddp_backend="gloo", use_cpu=True, report_to="none").world_size == 1

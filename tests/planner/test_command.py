@@ -22,6 +22,8 @@ def test_dpo_with_several_references_is_planned_with_the_anchor_alone(tmp_path, 
         "1",
         "--use_cpu",
         "true",
+        "--ddp_backend",  # of the ranks that will train, which are not here
+        "gloo",
     ]
     run_command("check", words)
     cost = capsys.readouterr().out.partition("COST on")[2]

@@ -103,7 +103,7 @@ def test_without_processes_there_is_no_group():
 def test_placement_table():
     """Two references on 64 ranks, one on eight nodes and one whose scores are all cached."""
     nodes = [list(range(n, n + 8)) for n in range(0, 64, 8)]
-    shares = {0: Share("llama", 2**30, 8, shared_prompt=True, offload=False, mapped=False)}
+    shares = {0: Share("llama", 2**30, 2**30, 8, shared_prompt=True, offload=False, mapped=False)}
     lines = placement_table(["anchor", "other"], spread([0], nodes, None), shares, {0: 2}).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
         "reference model type on ranks GiB per rank gathers/step MiB received/step attention",

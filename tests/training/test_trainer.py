@@ -516,6 +516,8 @@ def test_other_rows_are_evaluated_and_predicted(folders, tmp_path):
     assert other.evaluate()["eval_logps/chosen"] != metrics["eval_logps/chosen"], "that one is not trained"
     with pytest.raises(ConfigError, match="no set of this name"):
         trainer.evaluate("two")
+    with pytest.raises(ConfigError, match=r"there are no held-out pairs to evaluate on; pass rows"):
+        MRPOTrainer(folders["llama"], [], config(tmp_path / "none"), pair_dataset(12)).evaluate()
 
 
 def test_other_rows_are_read_from_the_cache_or_refused(folders, tmp_path):

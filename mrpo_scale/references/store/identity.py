@@ -64,12 +64,15 @@ def identify(source: ReferenceSource, folder: Path, text: ModelText, memo_dir: P
     Raises:
         ConfigError: a file that is missing, cannot be read or changes meanwhile; see also :func:`weight_files`.
     """
-    from mrpo_scale.models.source import weight_files  # brings transformers, which reading a cache does not need
+    from mrpo_scale.models.adapter_files import read_adapter  # bring transformers, which reading a cache does not need
+    from mrpo_scale.models.source import weight_files
 
     files = weight_files(folder, source.name)
+    adapter = None if source.adapter is None else read_adapter(source)
     try:
         config = (folder / "config.json").read_bytes()
         hashes = hash_files(files, memo_dir)
+        of_adapter = [] if adapter is None else hash_files([adapter.file], memo_dir)
         code = _code_hashes(folder, config) if source.trust_remote_code else {}
     except OSError as error:
         raise ConfigError(
@@ -85,8 +88,9 @@ def identify(source: ReferenceSource, folder: Path, text: ModelText, memo_dir: P
         "attn_implementation": source.attn_implementation,
         "scoring": SCORING,
         **({} if source.quantize is None else {"quantize": source.quantize}),  # others keep the keys that they had
+        **({} if adapter is None else {"adapter": {**adapter.settings, "weights": of_adapter[0]}}),
     }
-    return ReferenceIdentity(source.name, parts, source.path)
+    return ReferenceIdentity(source.name, parts, source.path + (f" with adapter {adapter.path}" if adapter else ""))
 
 
 def identify_served(source: ReferenceSource, text: ModelText) -> ReferenceIdentity:

@@ -130,8 +130,8 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
     if not own_class and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and named_text_class(config) is None:
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise ConfigError(
-                f"{source.name}: transformers builds no causal language model of model type {config.model_type!r}, neither by its type "
-                f"nor by `architectures: {config.architectures}` in config.json; choose a model that is one."
+                f"{source.name}: transformers builds no causal language model of model type {config.model_type!r}, neither by its "
+                f"type nor by `architectures: {config.architectures}` in config.json; choose a model that is one."
             )
         if config.is_encoder_decoder:
             raise ConfigError(

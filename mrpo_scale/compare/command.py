@@ -28,6 +28,7 @@ from mrpo_scale.training.preflight import preflight
 
 logger = logging.getLogger(__name__)
 
+
 class _Flags(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"mrpo compare: {message}.")

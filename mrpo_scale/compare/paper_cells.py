@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mrpo_scale.base.tables import number
 from mrpo_scale.base.untrusted import read_json
 from mrpo_scale.compare.paper_plan import Slot, TablePlan
 from mrpo_scale.compare.paper_results import Cell, Column, Measured, mark, untrained
@@ -87,5 +86,6 @@ def _facts(plan: TablePlan, finished: Sequence[Slot]) -> list[str]:
     lengths = " or ".join(map(str, steps))
     return [
         f"Every run: {lengths} optimizer steps of {config.window_size} pairs, learning rate {config.learning_rate:g}, beta "
-        f"{number(config.beta, 'g')}, epsilon_max {config.epsilon_max:g}; seeds {', '.join(map(str, plan.seeds))} (order of the pairs)."
+        f"{config.beta:g}, epsilon_max {config.epsilon_max:g} unless the table says otherwise; order of the pairs by seed: "
+        f"{', '.join(map(str, plan.seeds))}."
     ]

@@ -74,7 +74,9 @@ class TablePlan:
 
     def slots(self, method: Method, side: Side, weight: float | None, seeds: Iterable[int]) -> list[Slot]:
         shared = Shared(dict(side.values), side.argv, self._paths(side), self.launch)
-        runs = plan_runs([method.arm(weight)], shared, list(seeds), side.folder, of=f"{side.set_name}, {side.direction}")
+        runs = plan_runs(
+            [method.arm(weight)], shared, list(seeds), side.folder, of=f"{side.set_name}, {side.direction}"
+        )
         return [Slot(method, side, weight, run) for run in runs]
 
     def first(self) -> list[Slot]:
@@ -175,7 +177,9 @@ def plan_table(flags: argparse.Namespace, argv: Sequence[str]) -> TablePlan:
     table = TABLES[flags.table]
     for weight in flags.fixed_weights:
         if not 0 <= weight <= 1:
-            raise ConfigError(f"`--fixed_weights {weight:g}` must lie between 0 and 1; it is the first reference's share.")
+            raise ConfigError(
+                f"`--fixed_weights {weight:g}` must lie between 0 and 1; it is the first reference's share."
+            )
     if not 0 < flags.choose_on < 1:
         raise ConfigError(f"`--choose_on {flags.choose_on:g}` must be a fraction between 0 and 1.")
     values, script, config = read_words(flags.config, argv)

@@ -45,8 +45,12 @@ def measure(scores: HeldOutScores, objective: Objective, *, virtual: bool) -> Me
         rewards_N2 = objective.beta * (policy_N2 - ref_KN2[0])
         margins_N = rewards_N2[:, 0] - rewards_N2[:, 1]
     right_N = policy_N2[:, 0] > policy_N2[:, 1]
-    shares = [float(x.double().mean()) for x in ((margins_N > 0), margins_N, right_N)]
-    return Measured(*shares, pairs=len(policy_N2))
+    return Measured(
+        reward_accuracy=float((margins_N > 0).double().mean()),
+        reward_margin=float(margins_N.double().mean()),
+        accuracy=float(right_N.double().mean()),
+        pairs=len(policy_N2),
+    )
 
 
 def untrained(scores: HeldOutScores) -> HeldOutScores:
@@ -90,8 +94,8 @@ class Column:
 
 
 def mark(cells: Mapping[str, Cell]) -> Column:
-    """Bold and italic as the captions of Tables 1 and 2 have them: bold is the best, where it differs from **every** other method by
-    Cohen's d (difference of the means over the pooled standard deviation of the values per seed) of at least 0.5; italic is the
+    """Bold and italic as the captions of Tables 1 and 2 have them: bold is the best, where it differs from **every** other method
+    by Cohen's d (difference of the means over the pooled standard deviation of the values per seed) of at least 0.5; italic is the
     second best mean. Where several share the highest mean, none is marked.
 
     Methods without a finished run are holes and compared with nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -60,7 +61,8 @@ def as_text(filled: Filled, *, styled: bool) -> str:
     parts = [filled.title]
     for block in filled.table.blocks:
         parts += [block.title, _aligned(_grid(filled, block), styled)]
-    return "\n\n".join([*parts, "\n".join(notes(filled))])
+    wrapped = [textwrap.fill(line, 120, subsequent_indent="  ", break_long_words=False) for line in notes(filled)]
+    return "\n\n".join([*parts, "\n".join(wrapped)])
 
 
 def as_markdown(filled: Filled) -> str:
@@ -121,18 +123,19 @@ def notes(filled: Filled) -> list[str]:
     lines = [
         "A cell: mean ± standard deviation over seeds (number of finished seeds).",
         f"Held-out pairs that are reported: {counts}.",
-        "As the paper measures it: rewards are beta * log(policy / virtual reference) for MRPO, beta * log(policy / first reference)"
-        " for all others. MRPO's hold what the references know before any training, and do not compare with the others'.",
+        "As the paper measures it: rewards are beta * log(policy / virtual reference) for MRPO, beta * log(policy / first "
+        "reference) for all others. MRPO's hold what the references know before any training, and do not compare with the others'.",
         "Reference-free: share of pairs to whose chosen response the policy gives the higher log-prob. It compares.",
     ]
     for block, rows in filled.before.items():
         for what, values in rows.items():
             shown = "; ".join(f"{name}: {_value(v, block)}" for name, v in zip(names, values, strict=True))
-            lines.append(f"Before any training, {what}, {block.short}: {shown}.")
+            lines.append(f"{block.short.capitalize()} of {what} before any training: {shown}.")
     if filled.table.marked:
         lines.append(
-            f"Bold: the best of its column, where Cohen's d to every other method is at least {EFFECT_SIZE} (difference of the means"
-            " over the pooled standard deviation of the values per seed), as in the paper's caption. Italic: the second best mean."
+            f"Bold: the best of its column, where Cohen's d to every other method is at least {EFFECT_SIZE} (difference of the "
+            "means over the pooled standard deviation of the values per seed), as in the paper's caption. Italic: the second "
+            "best mean."
         )
         lines += _distances(filled, names)
     for choice in filled.choices:
@@ -147,13 +150,15 @@ def _distances(filled: Filled, names: Sequence[str]) -> list[str]:
     for block in filled.table.blocks:
         for name, column in zip(names, filled.columns[block], strict=True):
             if column.best is None:
-                lines.append(f"{block.short}, {name}: several share the highest mean, or nothing finished.")
+                lines.append(
+                    f"{block.short.capitalize()}, {name}: several share the highest mean, or nothing finished."
+                )
                 continue
             sizes = ", ".join(
                 f"{other} {d:+.2f}" if d is not None else f"{other} none (one seed, or no value varies)"
                 for other, d in column.distances.items()
             )
-            lines.append(f"{block.short}, {name}: best is {column.best}; d to {sizes or 'nobody'}.")
+            lines.append(f"{block.short.capitalize()}, {name}: best is {column.best}; d to {sizes or 'nobody'}.")
     return lines
 
 
@@ -228,7 +233,9 @@ def _plot_column(axis: Any, filled: Filled, block: Block, i: int) -> None:
             place = len(filled.methods) - 1 - filled.methods.index(what)
             axis.scatter([scale * start], [place], s=30, marker="x", color="#555555", label="before any training")
         elif start is not None:
-            axis.axvline(scale * start, label=f"{what}, before any training", color="#777777", linestyle="--", linewidth=1.2)
+            axis.axvline(
+                scale * start, label=f"{what}, before any training", color="#777777", linestyle="--", linewidth=1.2
+            )
     axis.set_yticks(range(len(filled.methods)), list(reversed(filled.methods)), fontsize=8.5)
     axis.set_ylim(-0.6, len(filled.methods) - 0.4)
     axis.set_title(f"{', '.join(filled.sides[i])}\n{block.title}", fontsize=8.5)
@@ -279,7 +286,9 @@ def _aligned(grid: _Grid, styled: bool) -> str:
     def plain(text: str, mark: str) -> str:
         return text if styled else f"{_MARKDOWN[mark]}{text}{_MARKDOWN[mark]}"
 
-    first = [["", *(name if i == 0 or name != row[i - 1] else "" for i, name in enumerate(row))] for row in grid.heads[:1]]
+    first = [
+        ["", *(name if i == 0 or name != row[i - 1] else "" for i, name in enumerate(row))] for row in grid.heads[:1]
+    ]
     lines = [*first, ["", *grid.heads[1]], *([name, *(plain(*cell) for cell in cells)] for name, cells in grid.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     marks = [[""] * len(widths)] * 2 + [["", *(mark for _, mark in cells)] for _, cells in grid.rows]

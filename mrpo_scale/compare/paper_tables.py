@@ -45,7 +45,12 @@ class Method:
         if weight is not None:
             settings["ref_weights"] = f"{weight:g} {1 - weight:g}"
         return make_arm(
-            self.objective, self.objective, settings, {}, reference=ANCHOR if self.objective == "dpo" else None, more=more
+            self.objective,
+            self.objective,
+            settings,
+            {},
+            reference=ANCHOR if self.objective == "dpo" else None,
+            more=more,
         )
 
 
@@ -133,5 +138,7 @@ def methods_of(table: PaperTable, wanted: Sequence[str]) -> list[Method]:
     known = {method.name: method for method in table.methods}
     for name in wanted:
         if name not in known:
-            raise ConfigError(f"`--methods {name}` is not in the paper's Table {table.number}; it has {', '.join(known)}.")
+            raise ConfigError(
+                f"`--methods {name}` is not in the paper's Table {table.number}; it has {', '.join(known)}."
+            )
     return [method for method in table.methods if not wanted or method.name in wanted]

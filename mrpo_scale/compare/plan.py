@@ -116,9 +116,7 @@ def plan_arms(
     return list({arm.name: arm for arm in arms}.values())
 
 
-def plan_runs(
-    arms: Sequence[Arm], shared: Shared, seeds: Sequence[int], root: Path, of: str = ""
-) -> list[Run]:
+def plan_runs(arms: Sequence[Arm], shared: Shared, seeds: Sequence[int], root: Path, of: str = "") -> list[Run]:
     """All arms with the first seed, then all with the second: a comparison that is cut short compares something."""
     runs = []
     for seed in seeds:

@@ -20,6 +20,7 @@ from typing import Any
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.untrusted import read_json, refuse_links
+from mrpo_scale.compare.forks import Forked, can_fork
 from mrpo_scale.compare.plan import Run
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def mark(run: Run, argv: Sequence[str]) -> None:
 class _Process:
     number: int
     run: Run
-    process: subprocess.Popen
+    process: subprocess.Popen | Forked
     started: float = field(default_factory=time.monotonic)
 
 
@@ -112,11 +113,12 @@ def run_alone(argv: Sequence[str], log: Path) -> int:
         running.append(_Process(0, None, process))  # type: ignore[arg-type]
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
-    return process.returncode
+    return int(process.returncode or 0)
 
 
-def start(argv: Sequence[str], log: Path) -> subprocess.Popen:
-    """Start a process in a session of its own. Its log is locked as long as it or a child of it lives, also if we are killed."""
+def start(argv: Sequence[str], log: Path) -> subprocess.Popen | Forked:
+    """Start a process in a session of its own, forked where it is a command of this project. Its log is locked as long as it or a
+    child of it lives, also if we are killed."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as stream:
         try:
@@ -128,6 +130,8 @@ def start(argv: Sequence[str], log: Path) -> subprocess.Popen:
         stream.truncate(0)
         stream.write(f"$ {shlex.join(argv)}\n".encode())
         stream.flush()
+        if can_fork(argv):
+            return Forked(argv, log)
         return subprocess.Popen(argv, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
@@ -176,7 +180,7 @@ def _ended_together(running: list[_Process]) -> Iterator[None]:
                 _end(one.process, signal.SIGKILL)
 
 
-def _end(process: subprocess.Popen, how: signal.Signals) -> None:
+def _end(process: subprocess.Popen | Forked, how: signal.Signals) -> None:
     if process.poll() is None:
         os.killpg(process.pid, how)
 

@@ -29,7 +29,16 @@ _OF_MODEL = {
     "attn_implementation": "attn_implementation",
 }
 #: What no set may say: it would not be a set any more, or belongs to the comparison.
-_NOT_OF_SETS = {*_OF_MODEL.values(), "ref_models", "anchor", "baselines", "objective", "output_dir", "seed", "data_seed"}
+_NOT_OF_SETS = {
+    *_OF_MODEL.values(),
+    "ref_models",
+    "anchor",
+    "baselines",
+    "objective",
+    "output_dir",
+    "seed",
+    "data_seed",
+}
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,9 @@ def _read_sets(words: Sequence[str], script: ScriptArguments) -> list[_Set]:
             )
         name = str(given.pop("name", None) or _last(str(given["dataset_name"])))
         if wrong := sorted(_NOT_OF_SETS & set(given)):
-            raise ConfigError(f"`--sets {word}`: `{wrong[0]}` is not a set's to say; set it for all of them as --{wrong[0]}.")
+            raise ConfigError(
+                f"`--sets {word}`: `{wrong[0]}` is not a set's to say; set it for all of them as --{wrong[0]}."
+            )
         sets.append(_Set(name, given))
     return sets
 

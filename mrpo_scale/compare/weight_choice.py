@@ -12,7 +12,12 @@ from mrpo_scale.compare.paper_results import Measured
 
 @dataclass(frozen=True)
 class Choice:
-    """What was tried for a method in a direction: {weight of the first reference: what its run measured}, without runs that failed."""
+    """What was tried for a method in a direction.
+
+    Args:
+        tried: {weight of the first reference: what its run measured}.
+        failed: weights of which no run finished.
+    """
 
     method: str
     set_name: str
@@ -27,7 +32,7 @@ class Choice:
 
     def sentence(self) -> str:
         figures = [
-            f"{weight:g}: {100 * one.reward_accuracy:.1f}% (margin {one.reward_margin:+.3f})"
+            f"{weight:g}: {100 * one.reward_accuracy:.1f}% (margin {one.reward_margin:+.4f})"
             for weight, one in self.tried.items()
         ]
         figures += [f"{weight:g}: failed" for weight in self.failed]

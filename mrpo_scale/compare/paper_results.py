@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mrpo_scale.compare.results import cohens_d
-from mrpo_scale.objective import Objective, preference_loss
+from mrpo_scale.objective import Objective, combine, loss_against
 from mrpo_scale.training.held_out import HeldOutScores
 
 #: Of Cohen's d, from which the paper calls the best method of a column different from the others.
@@ -40,7 +40,7 @@ def measure(scores: HeldOutScores, objective: Objective, *, virtual: bool) -> Me
     ref_KN2 = torch.from_numpy(np.ascontiguousarray(scores.ref_logps_KN2))
     if virtual:
         plain = replace(objective, loss_type="sigmoid", loss_weights=None, label_smoothing=0.0)
-        margins_N = preference_loss(policy_N2, ref_KN2, plain).margins_P
+        margins_N = loss_against(policy_N2, combine(ref_KN2, plain, impl="torch"), plain).margins_P
     else:
         rewards_N2 = objective.beta * (policy_N2 - ref_KN2[0])
         margins_N = rewards_N2[:, 0] - rewards_N2[:, 1]

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,11 @@ def _ended_together(running: list[_Process]) -> Iterator[None]:
 
 def _end(process: subprocess.Popen | Forked, how: signal.Signals) -> None:
     if process.poll() is None:
-        os.killpg(process.pid, how)
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:  # forked this moment: it has no session of its own yet
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, how)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ def fill(plan: TablePlan, choices: Sequence[Choice]) -> Filled:
             holes += _holes(plan, side, name, cell)
         finished += [slot for cell in done.values() for slot in cell]
     return Filled(
-        title=f"The layout of the paper's Table {plan.table.number}",
+        title=f"In the layout of the paper's Table {plan.table.number}",
         table=plan.table,
         methods=[method.name for method in plan.methods],
         sides=[(side.set_name, side.direction) for side in plan.sides],
@@ -82,7 +82,7 @@ def _facts(plan: TablePlan, finished: Sequence[Slot]) -> list[str]:
     if not finished:
         return []
     steps = sorted({int(read_json(slot.run.folder / "trainer_state.json")["max_steps"]) for slot in finished})
-    config = plan.config(finished[0])
+    config = plan.recipes[finished[0].side.folder].config
     lengths = " or ".join(map(str, steps))
     return [
         f"Every run: {lengths} optimizer steps of {config.window_size} pairs, learning rate {config.learning_rate:g}, beta "

@@ -6,13 +6,14 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 
 from mrpo_scale.compare.paper_cells import fill
 from mrpo_scale.compare.paper_plan import Slot, TablePlan, plan_table
 from mrpo_scale.compare.paper_show import Filled, as_html, as_json, as_markdown, as_text, plot
 from mrpo_scale.compare.plan import Run
-from mrpo_scale.compare.processes import LOG, command, is_complete, run_all
+from mrpo_scale.compare.processes import LOG, command, is_complete, minutes, run_all
 from mrpo_scale.compare.scoring import fill_cache
 
 
@@ -23,6 +24,7 @@ def paper_table(flags: argparse.Namespace, argv: Sequence[str]) -> int:
         ConfigError: before anything runs, if any of the runs could not be what it is called.
         TrainingError: the scoring failed.
     """
+    started = time.monotonic()
     plan = plan_table(flags, argv)
     first = plan.first()
     total = len(first) + plan.after_choice
@@ -44,6 +46,7 @@ def paper_table(flags: argparse.Namespace, argv: Sequence[str]) -> int:
         print("no run has finished: there is no table")
         return int(bool(failed))
     _write(plan, fill(plan, choices))
+    print(f"this call took {minutes(time.monotonic() - started)}")
     return int(bool(failed))
 
 

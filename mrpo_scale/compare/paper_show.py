@@ -122,6 +122,7 @@ def notes(filled: Filled) -> list[str]:
     )
     lines = [
         "A cell: mean ± standard deviation over seeds (number of finished seeds).",
+        *_settings(filled),
         f"Held-out pairs that are reported: {counts}.",
         "As the paper measures it: rewards are beta * log(policy / virtual reference) for MRPO, beta * log(policy / first "
         "reference) for all others. MRPO's hold what the references know before any training, and do not compare with the others'.",
@@ -141,8 +142,22 @@ def notes(filled: Filled) -> list[str]:
     for choice in filled.choices:
         lines.append(f"Weight of the first reference, chosen on {choice.set_name}: {choice.sentence()}.")
     if len(filled.seeds) < 3:
-        lines.append(f"{len(filled.seeds)} seed(s): deviations and effect sizes are rough; run three or more.")
+        count = "2 seeds" if len(filled.seeds) == 2 else "1 seed"
+        lines.append(f"{count}: deviations and effect sizes are rough; run three or more.")
     return [*lines, *filled.facts, *(f"HOLE: {hole}" for hole in filled.holes)]
+
+
+def _settings(filled: Filled) -> list[str]:
+    """What the numbers over the columns mean, where methods are across."""
+    if not filled.table.methods_across:
+        return []
+    directions = dict.fromkeys(direction for _, direction in filled.sides)
+    return ["; ".join(f"({_roman(i)}) {direction}" for i, direction in enumerate(directions)) + "."]
+
+
+def _roman(i: int) -> str:
+    """Of the i-th column, from 0: i, ii, iii, iv, ... as the paper counts its settings."""
+    return "x" * ((i + 1) // 10) + ("", "i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix")[(i + 1) % 10]
 
 
 def _distances(filled: Filled, names: Sequence[str]) -> list[str]:
@@ -246,7 +261,9 @@ def _plot_column(axis: Any, filled: Filled, block: Block, i: int) -> None:
     handles, labels = axis.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     if once:
-        axis.legend(once.values(), once.keys(), fontsize=7, frameon=False, loc="best")
+        axis.legend(
+            once.values(), once.keys(), fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1)
+        )
 
 
 def _grid(filled: Filled, block: Block) -> _Grid:
@@ -258,7 +275,8 @@ def _grid(filled: Filled, block: Block) -> _Grid:
             grid.rows.append((name, [_shown(column.cells[name], block) for column in columns]))
         return grid
     directions = list(dict.fromkeys(direction for _, direction in filled.sides))
-    grid = _Grid([[name for name in filled.methods for _ in directions], directions * len(filled.methods)])
+    numbers = [f"({_roman(i)})" for i in range(len(directions))]
+    grid = _Grid([[name for name in filled.methods for _ in directions], numbers * len(filled.methods)])
     of = dict(zip(filled.sides, columns, strict=True))
     for set_name in sets:
         cells = [of[set_name, direction].cells[name] for name in filled.methods for direction in directions]

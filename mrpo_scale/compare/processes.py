@@ -145,8 +145,8 @@ def tail(log: Path) -> str:
 def _report(one: _Process, total: int, seconds: float, left: float | None) -> bool:
     """Print how a run ended; returns whether it did as planned."""
     done = one.process.returncode == 0 and is_complete(one.run)
-    took = f"in {_minutes(seconds)}"
-    rest = "" if left is None else f", about {_minutes(left)} left"
+    took = f"in {minutes(seconds)}"
+    rest = "" if left is None else f", about {minutes(left)} left"
     if done:
         print(f"[{one.number}/{total}] {one.run.name}: done {took}{rest}", flush=True)
     else:
@@ -215,7 +215,8 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return f"`{shlex.join(theirs['words'])}` there, `{shlex.join(ours['words'])}` now"
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """A duration as people say it."""
     return (
         f"{seconds:.0f} s"
         if seconds < 90

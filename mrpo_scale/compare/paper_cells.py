@@ -82,7 +82,7 @@ def _facts(plan: TablePlan, finished: Sequence[Slot]) -> list[str]:
     if not finished:
         return []
     steps = sorted({int(read_json(slot.run.folder / "trainer_state.json")["max_steps"]) for slot in finished})
-    config = plan.recipes[finished[0].side.folder].config
+    config = plan.config
     lengths = " or ".join(map(str, steps))
     return [
         f"Every run: {lengths} optimizer steps of {config.window_size} pairs, learning rate {config.learning_rate:g}, beta "

@@ -45,6 +45,7 @@ class TablePlan:
     """A table before anything ran.
 
     Args:
+        config: of the recipe, before any method.
         weights: of the first reference, that are tried for the methods with fixed ones; a single one is taken unseen.
         cache: words that name the score cache.
         recipes, validation: by a side's folder; the latter are keys of pairs that weights are chosen on and no table reports.
@@ -55,6 +56,7 @@ class TablePlan:
     table: PaperTable
     methods: list[Method]
     sides: list[Side]
+    config: MRPOConfig
     seeds: range
     weights: list[float]
     folder: Path
@@ -63,7 +65,7 @@ class TablePlan:
     left_out: list[str]
     recipes: dict[Path, Recipe] = field(default_factory=dict)
     validation: dict[Path, np.ndarray] = field(default_factory=dict)
-    _configs: dict[Path, MRPOConfig] = field(default_factory=dict)
+    _objectives: dict[Path, Objective] = field(default_factory=dict)  #: by an arm's folder
 
     @property
     def chooses(self) -> bool:
@@ -117,18 +119,11 @@ class TablePlan:
         weighed = sum(method.weighed for method in self.methods) if self.chooses else 0
         return weighed * (len(self.sides) * len(self.seeds) - len(self.validation))
 
-    def config(self, slot: Slot) -> MRPOConfig:
-        """Of its arm, whatever the seed."""
-        arm = slot.run.folder.parent
-        if arm not in self._configs:
-            self._configs[arm] = parse(slot.run.argv)[1]
-        return self._configs[arm]
-
-    def objective(self, slot: Slot) -> Objective:
-        return self.config(slot).build_objective()
-
     def measure(self, slot: Slot, scores: HeldOutScores) -> Measured:
-        return measure(scores, self.objective(slot), virtual=slot.method.virtual)
+        arm = slot.run.folder.parent
+        if arm not in self._objectives:
+            self._objectives[arm] = parse(slot.run.argv)[1].build_objective()
+        return measure(scores, self._objectives[arm], virtual=slot.method.virtual)
 
     def reported(self, slot: Slot) -> HeldOutScores:
         """The pairs that the table speaks of: all that no weight was chosen on, in this set or another."""
@@ -195,6 +190,7 @@ def plan_table(flags: argparse.Namespace, argv: Sequence[str]) -> TablePlan:
         table=table,
         methods=methods_of(table, flags.methods),
         sides=plan_sides(values, argv, script, config, sets=flags.sets, both_ways=table.both_ways, root=folder),
+        config=config,
         seeds=range(config.seed, config.seed + flags.seeds),
         weights=list(dict.fromkeys(flags.fixed_weights)),
         folder=folder,

@@ -1,7 +1,6 @@
 """The paper's tables: marks, measures and layout by hand; directions swapped; weights that never see what is reported."""
 
 import json
-from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from mrpo_scale.compare.paper_results import Cell, mark, measure, untrained
 from mrpo_scale.compare.paper_show import Filled, as_html, as_json, as_markdown, as_text, plot
 from mrpo_scale.compare.paper_tables import ACCURACY, MARGIN, REWARD_ACCURACY, TABLES, PaperTable, methods_of
 from mrpo_scale.compare.plan import read_words
-from mrpo_scale.compare.sides import Side, plan_sides, without
+from mrpo_scale.compare.sides import plan_sides, without
 from mrpo_scale.compare.weight_choice import validation_keys
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.objective import Objective
@@ -257,6 +256,7 @@ def hand_plan(root, methods):
         table=table,
         methods=methods_of(table, methods),
         sides=sides(root),
+        config=read_words(recipe(root), [])[2],
         seeds=range(7, 9),
         weights=[0.1, 0.5, 0.9],
         folder=root / "out",
@@ -349,4 +349,3 @@ def test_every_arm_of_every_table_parses(tmp_path):
             for weight in (0.1, 0.9) if method.weighed else (None,):
                 _, config = parse([f"--config={side.recipe_file}", *method.arm(weight).argv])
                 assert config.objective == method.objective
-    assert isinstance(side, Side) and Namespace

@@ -10,12 +10,22 @@ from typing import Any
 # (docs/performance.md). torch reads it at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-__all__ = ["MRPOConfig", "MRPOTrainer", "Objective", "preference_loss", "prepare_launch"]
+__all__ = [
+    "MRPOConfig",
+    "MRPOTrainer",
+    "MultiReferenceReward",
+    "Objective",
+    "RewardModel",
+    "preference_loss",
+    "prepare_launch",
+]
 
 _WHERE = {
     "MRPOConfig": "mrpo_scale.config.keys",
     "MRPOTrainer": "mrpo_scale.training.trainer",
+    "MultiReferenceReward": "mrpo_scale.references.multi_reference_reward",
     "Objective": "mrpo_scale.objective",
+    "RewardModel": "mrpo_scale.references.reward",
     "preference_loss": "mrpo_scale.objective",
     "prepare_launch": "mrpo_scale.config.launcher",
 }

@@ -17,6 +17,7 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
   convert  FILE [--from axolotl|llama_factory|open_instruct|openrlhf|ms_swift] [--gpus N] [--output FILE]: another trainer's DPO
            recipe, YAML or command line, in this project's keys, and what could not be carried; takes no recipe
   merge    ADAPTER [--base MODEL] --output FOLDER: the whole model of a LoRA run's folder, as its source was; takes no recipe
+  reward   a reward model (Bradley-Terry) of a recipe's pairs, with TRL: --model_name_or_path MODEL --output_dir FOLDER
   score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...]; --list says what is there, --verify checks it
   inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
   eval     measure saved models: --model FOLDER ... [--dataset_name SET] [--tasks NAME,NAME] [--judge_model NAME --judge_url URL]
@@ -40,6 +41,7 @@ COMMANDS = {
     "check": "mrpo_scale.planner.command:check",
     "convert": "mrpo_scale.commands.convert:convert",
     "merge": "mrpo_scale.commands.merge:merge",
+    "reward": "mrpo_scale.commands.reward:reward",
     "score": "mrpo_scale.commands.score:score",
     "inspect": "mrpo_scale.commands.inspect_references:inspect",
     "eval": "mrpo_scale.eval.run:run",

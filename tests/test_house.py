@@ -58,8 +58,8 @@ READING_ORDER = [
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
-        ". fields data_keys model_spec ds_config launcher hardware checks adapter_keys keys digest elsewhere mixtures trl_keys "
-        "recipe foreign foreign_yaml foreign_commands foreign_keys",
+        ". fields data_keys model_spec ds_config launcher hardware checks adapter_keys keys reward_keys digest elsewhere mixtures "
+        "trl_keys recipe foreign foreign_yaml foreign_commands foreign_keys",
     ),
     (
         "mrpo_scale.data",
@@ -81,7 +81,10 @@ READING_ORDER = [
         "mrpo_scale.models",
         ". hub quantized source classes on_disk stored left_out saving tensor_check adapter plan same_weights",
     ),
-    ("mrpo_scale.references", ". placement mapped low_bits sharding live adapter_off loading"),
+    (
+        "mrpo_scale.references",
+        ". placement mapped low_bits sharding live adapter_off loading reward multi_reference_reward",
+    ),
     ("mrpo_scale.references.store", ". identity part_files listing cache"),
     ("mrpo_scale.references", "stores prompt_logps served precompute scores validation_weights"),
     (
@@ -93,7 +96,7 @@ READING_ORDER = [
         "mrpo_scale.training",
         ". metrics preflight arguments prepare callbacks step held_out saver before_first_step facts run_report trainer",
     ),
-    ("mrpo_scale.commands", ". train score inspect_references convert merge"),
+    ("mrpo_scale.commands", ". train score inspect_references convert merge reward"),
     (
         "mrpo_scale.planner",
         ". cluster activations model_size data zero workload job live estimate search show command",
@@ -106,7 +109,7 @@ READING_ORDER = [
     ),
     ("mrpo_scale.eval", ". judge config models preference records generation tasks verdicts win_rate run"),
     ("mrpo_scale", "cli"),
-    ("launch", "train score eval bench"),
+    ("launch", "train score eval bench reward"),
 ]
 
 

@@ -104,14 +104,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse(argv: Sequence[str], config: type[MRPOConfig] = MRPOConfig) -> tuple[ScriptArguments, MRPOConfig]:
+def parse(
+    argv: Sequence[str], config: type[MRPOConfig] = MRPOConfig, prog: str = "mrpo train", suffix: str = ""
+) -> tuple[ScriptArguments, MRPOConfig]:
     """Words of the command line, ``--config RECIPE`` among them, to checked arguments.
+
+    Args:
+        prog, suffix: of another command than `mrpo train`: its name, and what it adds to a recipe's name for an ``output_dir`` of
+            its own.
 
     Raises:
         ConfigError: unknown keys, values of another type, contradictions: of the keys all, each with its remedy.
     """
     # MRPOConfig has __post_init__ checks that need every value, so it is built once, by the parser.
-    parser = _Parser([ScriptArguments, config], allow_abbrev=False, prog="mrpo train")  # type: ignore[list-item]
+    parser = _Parser([ScriptArguments, config], allow_abbrev=False, prog=prog)  # type: ignore[list-item]
     argv = list(argv)
     recipe: Path | None = None
     for i, word in enumerate(argv):
@@ -133,7 +139,7 @@ def parse(argv: Sequence[str], config: type[MRPOConfig] = MRPOConfig) -> tuple[S
     refuse(problems)
     argv = [*from_recipe, *argv]
     if recipe and "--output_dir" not in argv and not any(w.startswith("--output_dir=") for w in argv):
-        argv += ["--output_dir", str(Path("runs") / recipe.stem)]
+        argv += ["--output_dir", str(Path("runs") / (recipe.stem + suffix))]
     parsed = parser.parse_args_into_dataclasses(argv)
     return parsed[0], parsed[1]
 

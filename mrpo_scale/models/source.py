@@ -113,11 +113,31 @@ _NOT_HERE = (
 
 
 def check_config(source: ReferenceSource) -> PretrainedConfig:
-    """The model's config, if it is one that can be used here; only config.json is read.
+    """The config of a causal language model, if it is one that can be used here; only config.json is read.
 
     Raises:
-        ConfigError: no config, code outside transformers without consent, not a causal language model, or quantized in a way that
-            cannot be undone here.
+        ConfigError: see :func:`read_config`; or not a causal language model.
+    """
+    config = read_config(source)
+    own_class = source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not own_class and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ConfigError(
+                f"{source.name}: model type {config.model_type!r} is not a causal language model; choose one that is."
+            )
+        if config.is_encoder_decoder:
+            raise ConfigError(
+                f"{source.name}: model type {config.model_type!r} is an encoder and a decoder, whose prompt goes through the "
+                "encoder; choose a model whose text goes through a decoder alone."
+            )
+    return config
+
+
+def read_config(source: ReferenceSource) -> PretrainedConfig:
+    """A model's config, whatever its task; only config.json is read.
+
+    Raises:
+        ConfigError: no config, code outside transformers without consent, or quantized in a way that cannot be undone here.
     """
     name = source.name
     try:
@@ -152,15 +172,6 @@ def check_config(source: ReferenceSource) -> PretrainedConfig:
             f"{name}: config.json of `{source.path}` asks for attention code from the hub ({own_kernel}), which would run here; "
             "set `attn_implementation` for this model, to sdpa or to that name if you trust it."
         )
-    own_class = own_code and "AutoModelForCausalLM" in raw["auto_map"]
-    if not own_class and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise ConfigError(f"{name}: model type {model_type!r} is not a causal language model; choose one that is.")
-        if config.is_encoder_decoder:
-            raise ConfigError(
-                f"{name}: model type {model_type!r} is an encoder and a decoder, whose prompt goes through the encoder; "
-                "choose a model whose text goes through a decoder alone."
-            )
     dequantizer(config, name)
     return config
 

@@ -96,8 +96,8 @@ def match_names(model: PreTrainedModel, stored: Mapping[str, Stored], name: str)
         remedy = (
             "Get the model again, or name the language model that it was made from."
             if missing
-            else "A head or adapter of another task must go first: load it as a causal language model and write it again with "
-            "`save_pretrained`."
+            else "A head or adapter of another task must go first: load it as a "
+            f"{type(model).__name__} and write it again with `save_pretrained`."
         )
         raise ConfigError(
             f"{name}: the checkpoint {' and '.join(problems)}, so it is not a whole {type(model).__name__}. {remedy}"
@@ -106,7 +106,7 @@ def match_names(model: PreTrainedModel, stored: Mapping[str, Stored], name: str)
 
 
 @contextmanager
-def _zero3_unset() -> Iterator[None]:
+def zero3_unset() -> Iterator[None]:
     """Hide transformers' ZeRO-3 config object: alive, it partitions every model that is built over the whole world."""
     weak = hf_deepspeed._hf_deepspeed_config_weak_ref
     alive = None if weak is None else weak()
@@ -118,17 +118,23 @@ def _zero3_unset() -> Iterator[None]:
             hf_deepspeed.set_hf_deepspeed_config(alive)
 
 
-def build_on_meta(source: ReferenceSource, config: PretrainedConfig) -> PreTrainedModel:
-    """The model with its parameters on meta and its buffers real, frozen and in eval mode."""
+def build_on_meta(
+    source: ReferenceSource, config: PretrainedConfig, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """The model with its parameters on meta and its buffers real, frozen and in eval mode.
+
+    Args:
+        auto: transformers' class that knows how models of this task are built.
+    """
     options: dict[str, Any] = {"dtype": source.dtype}
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
     # Not `to_empty` after a build on meta: it leaves the rotary buffers garbage, and nothing complains.
     try:
-        with _zero3_unset(), init_empty_weights(include_buffers=False):
-            wrapper = wrapper_class(config)
+        with zero3_unset(), init_empty_weights(include_buffers=False):
+            wrapper = wrapper_class(config) if auto is AutoModelForCausalLM else None
             if wrapper is None:
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, **options)
+                model = auto.from_config(config, trust_remote_code=source.trust_remote_code, **options)
             else:
                 model = wrapper._from_config(config, **options)
     except (ImportError, ValueError) as error:  # an attention that is not installed, or that the model does not have

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from mrpo_scale.base.untrusted import read_json
-from mrpo_scale.compare.paper_plan import Slot, TablePlan
+from mrpo_scale.compare.paper_plan import Slot, TablePlan, reward_folder
 from mrpo_scale.compare.paper_results import Cell, Column, Measured, mark, untrained
 from mrpo_scale.compare.paper_show import Filled
-from mrpo_scale.compare.paper_tables import ACCURACY, Block
+from mrpo_scale.compare.paper_tables import ACCURACY, Block, Method
+from mrpo_scale.compare.plan import Run
 from mrpo_scale.compare.processes import LOG, is_complete, tail
 from mrpo_scale.compare.sides import Side
 from mrpo_scale.compare.weight_choice import Choice
@@ -28,8 +30,8 @@ def fill(plan: TablePlan, choices: Sequence[Choice]) -> Filled:
             for what, value in _before(plan, block, done).items():
                 before[block].setdefault(what, []).append(value)
         pairs.append(next((cell[0].pairs for cell in found.values() if cell), 0))
-        for name, cell in slots.items():
-            holes += _holes(plan, side, name, cell)
+        for method in plan.methods:
+            holes += _holes(plan, side, method, slots[method.name])
         finished += [slot for cell in done.values() for slot in cell]
     return Filled(
         title=f"In the layout of the paper's Table {plan.table.number}",
@@ -66,15 +68,28 @@ def _untrained(plan: TablePlan, cell: Sequence[Slot], block: Block) -> float | N
     return getattr(plan.measure(cell[0], untrained(plan.reported(cell[0]))), block.name) if cell else None
 
 
-def _holes(plan: TablePlan, side: Side, method: str, cell: Sequence[Slot]) -> list[str]:
+def _holes(plan: TablePlan, side: Side, method: Method, cell: Sequence[Slot]) -> list[str]:
+    """A line for each run that is missing, and why."""
+    missing = [slot.run.name for slot in cell if not is_complete(slot.run)]
     if not cell:
-        return [f"{side.set_name}, {side.direction}, {method}: no weight could be chosen, all its runs failed"]
-    return [f"{slot.run.name}: {_why(slot)}" for slot in cell if not is_complete(slot.run)]
+        missing = [f"{side.set_name}, {side.direction}, {method.name}"]
+    reward = next((run for run in plan.reward_runs() if run.folder == reward_folder(side)), None)
+    if method.needs_reward_model and reward is not None and not is_complete(reward):
+        return [f"{name}: its reward model is missing: {_why(reward.folder)}" for name in missing]
+    if not cell:
+        return [f"{name}: no weight could be chosen, all its runs failed" for name in missing]
+    return [f"{slot.run.name}: {_why(slot.run.folder)}" for slot in cell if slot.run.name in missing]
 
 
-def _why(slot: Slot) -> str:
-    last = tail(slot.run.folder / LOG).splitlines()
+def _why(folder: Path) -> str:
+    last = tail(folder / LOG).splitlines()
     return f"not finished; its log ends: {last[-1]}" if last else "not started"
+
+
+def _reward_fact(run: Run) -> str:
+    held_out = read_json(run.folder / run.result)["held_out"]
+    shares = [f"{one['accuracy']:.1%} of {one['pairs']:.0f} held-out pairs" for one in held_out.values()]
+    return f"Reward model, {run.of}: ranks {', '.join(shares)} right."
 
 
 def _facts(plan: TablePlan, finished: Sequence[Slot]) -> list[str]:
@@ -85,7 +100,8 @@ def _facts(plan: TablePlan, finished: Sequence[Slot]) -> list[str]:
     config = plan.config
     lengths = " or ".join(map(str, steps))
     return [
+        *(_reward_fact(run) for run in plan.reward_runs() if is_complete(run)),
         f"Every run: {lengths} optimizer steps of {config.window_size} pairs, learning rate {config.learning_rate:g}, beta "
         f"{config.beta:g}, epsilon_max {config.epsilon_max:g} unless the table says otherwise; order of the pairs by seed: "
-        f"{', '.join(map(str, plan.seeds))}."
+        f"{', '.join(map(str, plan.seeds))}.",
     ]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from mrpo_scale.compare.paper_cells import fill
-from mrpo_scale.compare.paper_plan import Slot, TablePlan, plan_table
+from mrpo_scale.compare.paper_plan import Slot, TablePlan, check_arms, plan_table
 from mrpo_scale.compare.paper_show import Filled, as_html, as_json, as_markdown, as_text, plot
 from mrpo_scale.compare.plan import Run
 from mrpo_scale.compare.processes import LOG, command, is_complete, minutes, run_all
@@ -34,7 +34,10 @@ def paper_table(flags: argparse.Namespace, argv: Sequence[str]) -> int:
     if flags.dry_run:
         _print_plan(plan, first)
         return 0
-    failed = [] if flags.report else _work(plan, first, flags.jobs, 0, total)
+    failed = [] if flags.report else _rewards(plan, flags.jobs)
+    if not flags.report:
+        check_arms(slot for slot in plan.ready(first) if slot.method.needs_reward_model)
+        failed += _work(plan, first, flags.jobs, 0, total)
     choices = plan.choose() if plan.chooses else []
     for choice in choices:
         print(f"weight of the first reference, chosen on {choice.set_name}: {choice.sentence()}", flush=True)
@@ -50,13 +53,21 @@ def paper_table(flags: argparse.Namespace, argv: Sequence[str]) -> int:
     return int(bool(failed))
 
 
+def _rewards(plan: TablePlan, jobs: int) -> list[Run]:
+    """Train the reward models that are not there; returns what failed."""
+    runs = plan.reward_runs()
+    todo = [run for run in runs if not is_complete(run)]
+    commands = [command("reward", run.argv, plan.launch) for run in todo]
+    return run_all(todo, commands, jobs=jobs, first=len(runs) - len(todo) + 1, total=len(runs))
+
+
 def _work(plan: TablePlan, slots: Sequence[Slot], jobs: int, before: int, total: int) -> list[Run]:
     """Run what has not finished, after one scoring; returns what failed.
 
     Args:
         before: runs that are numbered before these, of ``total``.
     """
-    todo = [slot for slot in slots if not is_complete(slot.run)]
+    todo = [slot for slot in plan.ready(slots) if not is_complete(slot.run)]
     for side in plan.sides:
         if any(slot.side is side for slot in todo):
             words = command("score", plan.score_words(side), plan.launch)
@@ -69,6 +80,9 @@ def _work(plan: TablePlan, slots: Sequence[Slot], jobs: int, before: int, total:
 def _print_plan(plan: TablePlan, first: Sequence[Slot]) -> None:
     for side in plan.sides:
         print(f"once, where scores are missing:\n  {shlex.join(command('score', plan.score_words(side), plan.launch))}")
+    for run in plan.reward_runs():
+        state = "complete" if is_complete(run) else "to run"
+        print(f"{run.name}: {state}\n  {shlex.join(command('reward', run.argv, plan.launch))}")
     for slot in first:
         state = "complete" if is_complete(slot.run) else "to run"
         print(f"{slot.run.name}: {state}\n  {shlex.join(command('train', slot.run.argv, plan.launch))}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,19 +13,27 @@ import numpy as np
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.untrusted import refuse_links
+from mrpo_scale.commands.reward import RESULTS
 from mrpo_scale.commands.score import Recipe
 from mrpo_scale.compare.paper_results import Measured, measure, select
 from mrpo_scale.compare.paper_tables import TABLES, Method, PaperTable, methods_of
-from mrpo_scale.compare.plan import Run, Shared, plan_runs, read_words
-from mrpo_scale.compare.processes import HELD_OUT, is_complete
+from mrpo_scale.compare.plan import HELD_OUT, Arm, Run, Shared, plan_runs, read_words
+from mrpo_scale.compare.processes import is_complete
 from mrpo_scale.compare.sides import Side, left_out, plan_sides
 from mrpo_scale.compare.weight_choice import Choice, validation_keys
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.recipe import parse
+from mrpo_scale.config.reward_keys import RewardConfig
 from mrpo_scale.data.inputs import EVAL_SET
 from mrpo_scale.objective import Objective
 from mrpo_scale.training.held_out import HeldOutScores
 from mrpo_scale.training.preflight import preflight
+
+REWARD = Arm("reward model", "reward", ())
+
+
+def reward_folder(side: Side) -> Path:
+    return side.folder / "reward_model"
 
 
 @dataclass(frozen=True)
@@ -75,11 +85,30 @@ class TablePlan:
         return [*self._paths(side), *side.argv, f"--output_dir={side.folder}"]
 
     def slots(self, method: Method, side: Side, weight: float | None, seeds: Iterable[int]) -> list[Slot]:
-        shared = Shared(dict(side.values), side.argv, self._paths(side), self.launch)
+        paths = [*self._paths(side), *([f"--reward_model={reward_folder(side)}"] if method.needs_reward_model else [])]
+        shared = Shared(dict(side.values), side.argv, tuple(paths), self.launch)
         runs = plan_runs(
             [method.arm(weight)], shared, list(seeds), side.folder, of=f"{side.set_name}, {side.direction}"
         )
         return [Slot(method, side, weight, run) for run in runs]
+
+    def reward_runs(self) -> list[Run]:
+        """The reward models that methods need, one for each column: of its policy, on its training pairs."""
+        if not any(method.needs_reward_model for method in self.methods):
+            return []
+        runs = []
+        for side in self.sides:
+            folder = reward_folder(side)
+            words = (f"--config={side.recipe_file}", *side.argv, f"--output_dir={folder}")
+            settings = {"recipe": dict(side.values), "launch": self.launch, "words": list(side.argv)}
+            of = f"{side.set_name}, {side.direction}"
+            runs.append(Run(REWARD, self.config.seed, folder, words, settings, of, RESULTS))
+        return runs
+
+    def ready(self, slots: Iterable[Slot]) -> list[Slot]:
+        """Those whose reward model is there, where they need one."""
+        there = {run.folder for run in self.reward_runs() if is_complete(run)}
+        return [slot for slot in slots if not slot.method.needs_reward_model or reward_folder(slot.side) in there]
 
     def first(self) -> list[Slot]:
         """Seed by seed: what no choice decides; and of the first set with the first seed, every weight that is tried."""
@@ -200,11 +229,9 @@ def plan_table(flags: argparse.Namespace, argv: Sequence[str]) -> TablePlan:
     )
     for side in plan.sides:
         _open(plan, side, flags.choose_on)
-    checked: set[Path] = set()
-    for slot in plan.first():
-        if slot.run.folder.parent not in checked and not flags.report:
-            _check(slot)
-        checked.add(slot.run.folder.parent)
+    if not flags.report:
+        _check_reward(plan)
+        check_arms(plan.ready(plan.first()))
     return plan
 
 
@@ -221,9 +248,25 @@ def _open(plan: TablePlan, side: Side, choose_on: float) -> None:
         plan.validation[side.folder] = validation_keys(pairs.row_keys, pairs.prompt_keys, choose_on)
 
 
-def _check(slot: Slot) -> None:
-    try:
-        script, config = parse(slot.run.argv)
-        preflight(config, script.ref_models)
-    except ConfigError as error:
-        raise ConfigError(f"{slot.method.name}, {slot.side.set_name}, {slot.side.direction}: {error}") from None
+def check_arms(slots: Iterable[Slot]) -> None:
+    """Refuse what any of the runs could not do; of runs that differ in their seed, the first is looked at."""
+    for slot in {slot.run.folder.parent: slot for slot in slots}.values():
+        try:
+            script, config = parse(slot.run.argv)
+            preflight(config, script.ref_models)
+        except ConfigError as error:
+            raise ConfigError(f"{slot.method.name}, {slot.side.set_name}, {slot.side.direction}: {error}") from None
+
+
+def _check_reward(plan: TablePlan) -> None:
+    missing = [run for run in plan.reward_runs() if not is_complete(run)]
+    if missing and importlib.util.find_spec("trl") is None:
+        others = " ".join(shlex.quote(method.name) for method in plan.table.methods if not method.needs_reward_model)
+        raise ConfigError(
+            f"RLHF needs a reward model, which is trained with TRL: `pip install 'mrpo-scale[rlhf]'`, or `--methods {others}`."
+        )
+    for run in missing:
+        try:
+            parse(run.argv, RewardConfig, prog="mrpo reward")
+        except ConfigError as error:
+            raise ConfigError(f"{run.name}: {error}") from None

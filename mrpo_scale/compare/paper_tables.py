@@ -39,19 +39,13 @@ class Method:
     def needs_reward_model(self) -> bool:
         return self.objective == "rlhf"
 
-    def arm(self, weight: float | None = None, more: Sequence[str] = ()) -> Arm:
-        """Its runs; ``weight``: of the first of two references, ``more``: words for all of them alike."""
+    def arm(self, weight: float | None = None) -> Arm:
+        """Its runs; ``weight``: of the first of two references."""
         settings = dict(self.settings)
         if weight is not None:
             settings["ref_weights"] = f"{weight:g} {1 - weight:g}"
-        return make_arm(
-            self.objective,
-            self.objective,
-            settings,
-            {},
-            reference=ANCHOR if self.objective == "dpo" else None,
-            more=more,
-        )
+        reference = ANCHOR if self.objective == "dpo" else None
+        return make_arm(self.objective, self.objective, settings, {}, reference=reference)
 
 
 DPO = Method("DPO", "dpo")

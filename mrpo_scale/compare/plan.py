@@ -21,6 +21,7 @@ from mrpo_scale.config.recipe import find_recipe, parse, read_recipe
 
 #: Keys of which a comparison plans the values itself, with what to say instead.
 _OURS = {"output_dir": "--output", "baselines": "--objectives", "objective": "--objectives", "data_seed": "--seeds"}
+HELD_OUT = "eval_logps.npz"
 OBJECTIVES = ("dpo", "mrpo", "multi_dpo")
 #: Keys that would give the runs other models, rows or scores, or that a comparison sets itself.
 FIXED = {f.name for f in fields(ScriptArguments)} | set(keys_with(MRPOConfig, COMMON))
@@ -81,6 +82,7 @@ class Run:
     argv: tuple[str, ...]
     settings: dict[str, Any]  #: what its result depends on; a finished run with others is not this one
     of: str = ""  #: set and direction, in a paper's table
+    result: str = HELD_OUT  #: the last file that it writes
 
     @property
     def name(self) -> str:
@@ -135,9 +137,7 @@ def make_arm(
     point: dict[str, str],
     reference: str | None = None,
     anchor: str | None = None,
-    more: Sequence[str] = (),
 ) -> Arm:
-    """``settings`` and ``point`` are keys that stand in its name; ``more`` are words that do not."""
     both = {**settings, **point}
     argv = [f"--objective={objective}"]
     if objective == "multi_dpo":
@@ -147,7 +147,6 @@ def make_arm(
     for key, value in both.items():
         parts = value.split()
         argv += [f"--{key}={value}"] if len(parts) == 1 else [f"--{key}", *parts]
-    argv += more
     label = " ".join([name, *(f"{key}={value}" for key, value in both.items())])
     return Arm(label, objective, tuple(argv), both, reference)
 

@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 MARKER = "compare.json"
 LOG = "log.txt"
-HELD_OUT = "eval_logps.npz"
 _TAIL = 12  #: lines of a failed run's log that are shown
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
@@ -46,7 +45,7 @@ def is_complete(run: Run) -> bool:
     """
     state = _read_json(run.folder / "trainer_state.json")
     marker = _read_json(run.folder / MARKER)
-    if state is None or marker is None or not (run.folder / HELD_OUT).is_file():
+    if state is None or marker is None or not (run.folder / run.result).is_file():
         return False
     if state["global_step"] < state["max_steps"]:
         return False

@@ -297,6 +297,24 @@ def test_weights_are_chosen_on_pairs_that_no_table_reports(tmp_path):
         policy = np.where(ASIDE[:, None], scores.policy_logps_N2, -scores.policy_logps_N2[:, ::-1])
         replace(scores, policy_logps_N2=policy).save(slot.run.folder / "eval_logps.npz")
     assert plan.choose()[0] == mine
+    # A method whose reward model is missing is not started, and its hole says so.
+    plan.methods = methods_of(TABLES["paper1"], ["DPO", "RLHF"])
+    reward, _ = plan.reward_runs()
+    rlhf = [slot for slot in plan.first() if slot.method.name == "RLHF"]
+    assert len(rlhf) == 6 and not plan.ready(rlhf) and plan.ready(plan.first()), "DPO needs none"
+    holes = fill(plan, plan.choose()).holes
+    assert "pairs.json, A <- B, RLHF: its reward model is missing: not started" in holes
+    (reward.folder).mkdir(parents=True)
+    (reward.folder / "log.txt").write_text("$ mrpo reward\nerror: no memory\n")
+    assert "pairs.json, A <- B, RLHF: its reward model is missing: error: no memory" in [
+        hole.replace("not finished; its log ends: ", "") for hole in fill(plan, plan.choose()).holes
+    ]
+    state = {"global_step": 1, "max_steps": 1}
+    for name, values in (("trainer_state", state), ("compare", {"settings": reward.settings}), ("reward", {})):
+        (reward.folder / f"{name}.json").write_text(json.dumps(values))
+    assert [slot.side for slot in plan.ready(rlhf)] == [side] * 3
+    assert f"--reward_model={reward.folder}" in rlhf[0].run.argv
+    plan.methods = methods_of(TABLES["paper1"], ["DPO", "Multi-DPO"])
     # One weight is taken unseen, and then all pairs are reported.
     plan.weights, plan.validation = [0.1], {}
     assert not plan.chooses and fill(plan, []).pairs[0] == N

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 _CLI = "mrpo_scale.cli"
 _PRELOAD = [
     "mrpo_scale.commands.train",
@@ -50,8 +52,9 @@ class Forked:
 
 
 def can_fork(argv: Sequence[str]) -> bool:
-    """Whether ``argv`` is a command of this project under this Python, without a launcher."""
-    return list(argv[:3]) == [sys.executable, "-m", _CLI]
+    """Whether ``argv`` is a command of this project under this Python, without a launcher, and there is no accelerator: libraries
+    look for one as they are imported, and what they find does not survive a fork. Seconds do not matter there."""
+    return list(argv[:3]) == [sys.executable, "-m", _CLI] and not torch.accelerator.is_available()
 
 
 def _run(argv: list[str], log: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.cli import run_command
@@ -159,6 +160,7 @@ def test_a_process_that_outlived_its_comparison_keeps_its_folder(tmp_path):
     start(["true"], tmp_path / "log.txt").wait()
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="nothing is forked where there is a GPU")
 @pytest.mark.processes
 def test_a_forked_command_is_that_command(tmp_path):
     """Its words, its log with nothing else in it, its exit status, a session of its own; and the log is locked until it ends."""

@@ -1,5 +1,5 @@
-"""`mrpo reward`: a Bradley-Terry reward model (Eq. 3) of a recipe's pairs. TRL's RewardTrainer is the engine; rows, tokens and cuts are
-those of `mrpo train`."""
+"""`mrpo reward`: a Bradley-Terry reward model (Eq. 3) of a recipe's pairs. TRL's RewardTrainer is the engine; rows, tokens and
+cuts are those of `mrpo train`."""
 
 from __future__ import annotations
 

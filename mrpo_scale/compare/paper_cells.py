@@ -53,7 +53,7 @@ def _column(plan: TablePlan, block: Block, found: dict[str, list[Measured]]) -> 
     cells = {
         name: Cell([getattr(one, block.name) for one in measured], len(plan.seeds)) for name, measured in found.items()
     }
-    return mark(cells) if plan.table.marked else Column(cells, None, {})
+    return mark(cells) if plan.table.marked else Column(cells)
 
 
 def _before(plan: TablePlan, block: Block, done: dict[str, list[Slot]]) -> dict[str, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -85,12 +85,19 @@ class Cell:
 class Column:
     """The cells of a column, marked, and how far its best method is from the others.
 
-    ``distances``: Cohen's d of the best to every other finished method; None where a method has one seed or no value varies.
+    Args:
+        first: of the highest mean.
+        distances: Cohen's d of the best to every other finished method; None where a method has one seed or no value varies.
     """
 
     cells: Mapping[str, Cell]
-    best: str | None  #: highest mean; None where several have it, or nothing finished
-    distances: Mapping[str, float | None]
+    first: Sequence[str] = ()
+    distances: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def best(self) -> str | None:
+        """None where several share the highest mean, or nothing finished."""
+        return self.first[0] if len(self.first) == 1 else None
 
 
 def mark(cells: Mapping[str, Cell]) -> Column:
@@ -116,4 +123,4 @@ def mark(cells: Mapping[str, Cell]) -> Column:
             return "best" if bold else ""
         return "second" if second is not None and means.get(name) == second else ""
 
-    return Column({name: replace(cell, mark=of(name)) for name, cell in cells.items()}, best, distances)
+    return Column({name: replace(cell, mark=of(name)) for name, cell in cells.items()}, first, distances)

@@ -165,9 +165,8 @@ def _distances(filled: Filled, names: Sequence[str]) -> list[str]:
     for block in filled.table.blocks:
         for name, column in zip(names, filled.columns[block], strict=True):
             if column.best is None:
-                lines.append(
-                    f"{block.short.capitalize()}, {name}: several share the highest mean, or nothing finished."
-                )
+                tied = f"{', '.join(column.first)} share the highest mean" if column.first else "nothing finished"
+                lines.append(f"{block.short.capitalize()}, {name}: {tied}.")
                 continue
             sizes = ", ".join(
                 f"{other} {d:+.2f}" if d is not None else f"{other} none (one seed, or no value varies)"

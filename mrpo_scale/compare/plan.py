@@ -18,11 +18,11 @@ from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.fields import COMMON, keys_unused_by, keys_with
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import find_recipe, parse, read_recipe
+from mrpo_scale.objective import OBJECTIVES
 
 #: Keys of which a comparison plans the values itself, with what to say instead.
 _OURS = {"output_dir": "--output", "baselines": "--objectives", "objective": "--objectives", "data_seed": "--seeds"}
 HELD_OUT = "eval_logps.npz"
-OBJECTIVES = ("dpo", "mrpo", "multi_dpo")
 #: Keys that would give the runs other models, rows or scores, or that a comparison sets itself.
 FIXED = {f.name for f in fields(ScriptArguments)} | set(keys_with(MRPOConfig, COMMON))
 
@@ -169,7 +169,8 @@ def _read_vary(word: str) -> tuple[str, list[str]]:
 def _read_objective(word: str) -> tuple[str, dict[str, str]]:
     objective, _, listed = word.partition(":")
     if objective not in OBJECTIVES:
-        raise ConfigError(f"`--objectives {word}` is not known; choose from dpo:each, mrpo and multi_dpo.")
+        others = ", ".join(name for name in OBJECTIVES if name != "dpo")
+        raise ConfigError(f"`--objectives {word}` is not known; choose from dpo:each, {others}.")
     if objective == "dpo":
         if listed not in ("", "each"):
             raise ConfigError(

@@ -25,6 +25,7 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
   compare  objectives, settings and seeds against each other and against DPO on every single reference:
            [--objectives mrpo multi_dpo mrpo:KEY=VALUE,...] [--vary KEY=VALUE,VALUE ...] [--seeds 3] [--output FOLDER]
            [--launch "accelerate launch --config_file X"] [--jobs 1] [--dry_run | --slurm | --report]
+           [--table paper1|paper2|paper5 [--sets SET ...] [--methods NAME ...] [--fixed_weights 0.1 0.5 0.9] [--choose_on 0.5]]
   bench    what a training step costs with K references, over DPO's: [--references 1 2 3] [--scoring live cached]
            [--placement spread partition] [--steps 80] [--repeat_references] [--output FOLDER]
            [--random_weights [KEY=NUMBER ...]] [--random_pairs PROMPT_TOKENS RESPONSE_TOKENS]

@@ -107,7 +107,11 @@ READING_ORDER = [
         ". cluster activations model_size data zero workload job live estimate search show command",
     ),
     ("mrpo_scale.bench", ". arms clock communication synthetic trainer results show command"),
-    ("mrpo_scale.compare", ". plan processes results show command"),
+    (
+        "mrpo_scale.compare",
+        ". plan forks processes scoring results show paper_tables sides paper_results weight_choice paper_plan paper_show "
+        "paper_cells paper_command command",
+    ),
     ("mrpo_scale.eval", ". judge config models preference records generation tasks verdicts win_rate run"),
     ("mrpo_scale", "cli"),
     ("launch", "train score eval bench reward"),

@@ -13,21 +13,20 @@ from typing import Any, NoReturn
 
 import yaml
 
-from mrpo_scale.base.errors import ConfigError, TrainingError
+from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.untrusted import refuse_links
 from mrpo_scale.commands.score import Recipe
-from mrpo_scale.compare.plan import Run, Shared, plan_arms, plan_runs
-from mrpo_scale.compare.processes import LOG, command, is_complete, mark, run_all, run_alone, tail
+from mrpo_scale.compare.paper_command import paper_table
+from mrpo_scale.compare.paper_tables import FIXED_WEIGHTS, TABLES
+from mrpo_scale.compare.plan import Run, Shared, plan_arms, plan_runs, read_words
+from mrpo_scale.compare.processes import LOG, command, is_complete, mark, run_all
 from mrpo_scale.compare.results import compare_runs, read_run
+from mrpo_scale.compare.scoring import fill_cache
 from mrpo_scale.compare.show import as_json, plot, table, verdict
-from mrpo_scale.config.recipe import find_recipe, parse, read_recipe
-from mrpo_scale.references.stores import count_missing, distinct_rows, open_stores
+from mrpo_scale.config.recipe import parse
 from mrpo_scale.training.preflight import preflight
 
 logger = logging.getLogger(__name__)
-
-#: Keys of which a comparison plans the values itself, with what to say instead.
-_OURS = {"output_dir": "--output", "baselines": "--objectives", "objective": "--objectives", "data_seed": "--seeds"}
 
 
 class _Flags(argparse.ArgumentParser):
@@ -62,6 +61,9 @@ def compare(argv: Sequence[str]) -> int:
         TrainingError: the scoring failed.
     """
     flags, rest = _flags().parse_known_args(list(argv))
+    _check(flags)
+    if flags.table:
+        return paper_table(flags, rest)
     plan = _plan(flags, rest)
     todo = [(run, argv) for run, argv in zip(plan.runs, plan.commands, strict=True) if not is_complete(run)]
     print(f"{len(plan.runs)} runs in {plan.folder}, {len(plan.runs) - len(todo)} of them complete", flush=True)
@@ -73,7 +75,7 @@ def compare(argv: Sequence[str]) -> int:
         return 0
     failed: list[Run] = []
     if todo and not flags.report:
-        _score(plan)
+        fill_cache(plan.recipe, plan.score_command, plan.folder / f"score_{LOG}")
         first = len(plan.runs) - len(todo) + 1
         pending, commands = zip(*todo, strict=True)
         failed = run_all(pending, commands, jobs=flags.jobs, first=first, total=len(plan.runs))
@@ -93,24 +95,28 @@ def _flags() -> argparse.ArgumentParser:
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--slurm", action="store_true")
+    parser.add_argument("--table", choices=tuple(TABLES))
+    parser.add_argument("--sets", nargs="+", default=[])
+    parser.add_argument("--methods", nargs="+", default=[])
+    parser.add_argument("--fixed_weights", nargs="+", type=float, default=list(FIXED_WEIGHTS))
+    parser.add_argument("--choose_on", type=float, default=0.5)
     return parser
 
 
-def _plan(flags: argparse.Namespace, argv: list[str]) -> _Plan:
+def _check(flags: argparse.Namespace) -> None:
     for key in ("seeds", "jobs"):
         if getattr(flags, key) < 1:
             raise ConfigError(f"`--{key} {getattr(flags, key)}` must be at least 1.")
-    for key, remedy in _OURS.items():
-        if any(word == f"--{key}" or word.startswith(f"--{key}=") for word in argv):
-            raise ConfigError(f"`--{key}`: a comparison decides it for each run; use `{remedy}`.")
-    values = read_recipe(find_recipe(flags.config)) if flags.config else {}
-    values.pop("baselines", None)
-    script, config = parse([*(["--config", flags.config] if flags.config else []), *argv])
-    if config.hub_token:
-        raise ConfigError(
-            "`hub_token`: a comparison keeps the words of its runs in files, and the token with them; leave it out, and "
-            "set HF_TOKEN."
-        )
+    ours, others = ("objectives", "vary", "slurm"), ("sets", "methods", "fixed_weights", "choose_on")
+    plain = vars(_flags().parse_args([]))
+    for key in ours if flags.table else others:
+        if getattr(flags, key) != plain[key]:
+            why = f"has no meaning with `--table {flags.table}`" if flags.table else "needs `--table`"
+            raise ConfigError(f"`--{key}` {why}; leave it out.")
+
+
+def _plan(flags: argparse.Namespace, argv: list[str]) -> _Plan:
+    values, script, config = read_words(flags.config, argv)
     folder = flags.output or config.folder / "compare"
     refuse_links(folder, "--output")
     if config.weights_fraction is None and any("validation" in word for word in (*flags.objectives, *flags.vary)):
@@ -138,21 +144,6 @@ def _plan(flags: argparse.Namespace, argv: list[str]) -> _Plan:
         except ConfigError as error:
             raise ConfigError(f"{run.arm.name}: {error}") from None
     return _Plan(folder, runs, score_words, recipe, flags.launch)
-
-
-def _score(plan: _Plan) -> None:
-    """Fill the cache where it lacks a score, in one process group, before the first run."""
-    recipe = plan.recipe
-    stores = open_stores(recipe.plan, recipe.config, recipe.pair_sets)
-    missing = count_missing(stores, distinct_rows(recipe.pair_sets))
-    if not any(missing):
-        print(f"scores: complete in {recipe.config.ref_cache_folder}", flush=True)
-        return
-    log = plan.folder / f"score_{LOG}"
-    print(f"scores: {sum(missing)} to compute with {len(stores)} references, once for all runs; log: {log}", flush=True)
-    status = run_alone(plan.score_command, log)
-    if status:
-        raise TrainingError(f"scoring failed with status {status}; {log} ends:\n{tail(log)}")
 
 
 def _print_plan(plan: _Plan, todo: set[Path]) -> None:

@@ -17,10 +17,34 @@ from typing import Any
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.fields import COMMON, keys_unused_by, keys_with
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
+from mrpo_scale.config.recipe import find_recipe, parse, read_recipe
+from mrpo_scale.objective import OBJECTIVES
 
-OBJECTIVES = ("dpo", "mrpo", "multi_dpo")
+#: Keys of which a comparison plans the values itself, with what to say instead.
+_OURS = {"output_dir": "--output", "baselines": "--objectives", "objective": "--objectives", "data_seed": "--seeds"}
+HELD_OUT = "eval_logps.npz"
 #: Keys that would give the runs other models, rows or scores, or that a comparison sets itself.
 FIXED = {f.name for f in fields(ScriptArguments)} | set(keys_with(MRPOConfig, COMMON))
+
+
+def read_words(recipe: str | None, argv: Sequence[str]) -> tuple[dict[str, Any], ScriptArguments, MRPOConfig]:
+    """What the recipe's file says, without ``baselines``, and the whole command line parsed.
+
+    Raises:
+        ConfigError: a key that a comparison decides itself, or one that may not stand in its files.
+    """
+    for key, remedy in _OURS.items():
+        if any(word == f"--{key}" or word.startswith(f"--{key}=") for word in argv):
+            raise ConfigError(f"`--{key}`: a comparison decides it for each run; use `{remedy}`.")
+    values = read_recipe(find_recipe(recipe)) if recipe else {}
+    values.pop("baselines", None)
+    script, config = parse([*(["--config", recipe] if recipe else []), *argv])
+    if config.hub_token:
+        raise ConfigError(
+            "`hub_token`: a comparison keeps the words of its runs in files, and the token with them; leave it out, and "
+            "set HF_TOKEN."
+        )
+    return values, script, config
 
 
 @dataclass(frozen=True)
@@ -57,10 +81,12 @@ class Run:
     folder: Path
     argv: tuple[str, ...]
     settings: dict[str, Any]  #: what its result depends on; a finished run with others is not this one
+    of: str = ""  #: set and direction, in a paper's table
+    result: str = HELD_OUT  #: the last file that it writes
 
     @property
     def name(self) -> str:
-        return f"{self.arm.name}, seed {self.seed}"
+        return ", ".join(filter(None, [self.of, self.arm.name, f"seed {self.seed}"]))
 
 
 def plan_arms(
@@ -81,18 +107,18 @@ def plan_arms(
     if len(values) < len(vary):
         raise ConfigError("`--vary`: a key is given twice; give all its values at once, as in epsilon_max=0.01,0.1.")
     arms = [
-        _arm(f"dpo on {name}", "dpo", {}, point, reference=name, anchor=anchor)
+        make_arm(f"dpo on {name}", "dpo", {}, point, reference=name, anchor=anchor)
         for name, anchor in references
         for point in _points(values, "dpo", {})
     ]
     for word in objectives:
         objective, settings = _read_objective(word)
         if objective != "dpo":
-            arms += [_arm(objective, objective, settings, point) for point in _points(values, objective, settings)]
+            arms += [make_arm(objective, objective, settings, point) for point in _points(values, objective, settings)]
     return list({arm.name: arm for arm in arms}.values())
 
 
-def plan_runs(arms: Sequence[Arm], shared: Shared, seeds: Sequence[int], root: Path) -> list[Run]:
+def plan_runs(arms: Sequence[Arm], shared: Shared, seeds: Sequence[int], root: Path, of: str = "") -> list[Run]:
     """All arms with the first seed, then all with the second: a comparison that is cut short compares something."""
     runs = []
     for seed in seeds:
@@ -100,11 +126,11 @@ def plan_runs(arms: Sequence[Arm], shared: Shared, seeds: Sequence[int], root: P
             own = [*shared.argv, *arm.argv, f"--data_seed={seed}"]
             folder = root / arm.folder / f"seed-{seed}"
             settings = {"recipe": shared.recipe, "launch": shared.launch, "words": own}
-            runs.append(Run(arm, seed, folder, (*shared.paths, *own, f"--output_dir={folder}"), settings))
+            runs.append(Run(arm, seed, folder, (*shared.paths, *own, f"--output_dir={folder}"), settings, of))
     return runs
 
 
-def _arm(
+def make_arm(
     name: str,
     objective: str,
     settings: dict[str, str],
@@ -143,7 +169,8 @@ def _read_vary(word: str) -> tuple[str, list[str]]:
 def _read_objective(word: str) -> tuple[str, dict[str, str]]:
     objective, _, listed = word.partition(":")
     if objective not in OBJECTIVES:
-        raise ConfigError(f"`--objectives {word}` is not known; choose from dpo:each, mrpo and multi_dpo.")
+        others = ", ".join(name for name in OBJECTIVES if name != "dpo")
+        raise ConfigError(f"`--objectives {word}` is not known; choose from dpo:each, {others}.")
     if objective == "dpo":
         if listed not in ("", "each"):
             raise ConfigError(

@@ -13,20 +13,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.untrusted import read_json, refuse_links
+from mrpo_scale.compare.forks import Forked, can_fork
 from mrpo_scale.compare.plan import Run
 
 logger = logging.getLogger(__name__)
 
 MARKER = "compare.json"
 LOG = "log.txt"
-HELD_OUT = "eval_logps.npz"
 _TAIL = 12  #: lines of a failed run's log that are shown
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
@@ -45,7 +45,7 @@ def is_complete(run: Run) -> bool:
     """
     state = _read_json(run.folder / "trainer_state.json")
     marker = _read_json(run.folder / MARKER)
-    if state is None or marker is None or not (run.folder / HELD_OUT).is_file():
+    if state is None or marker is None or not (run.folder / run.result).is_file():
         return False
     if state["global_step"] < state["max_steps"]:
         return False
@@ -69,7 +69,7 @@ def mark(run: Run, argv: Sequence[str]) -> None:
 class _Process:
     number: int
     run: Run
-    process: subprocess.Popen
+    process: subprocess.Popen | Forked
     started: float = field(default_factory=time.monotonic)
 
 
@@ -112,11 +112,12 @@ def run_alone(argv: Sequence[str], log: Path) -> int:
         running.append(_Process(0, None, process))  # type: ignore[arg-type]
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
-    return process.returncode
+    return int(process.returncode or 0)
 
 
-def start(argv: Sequence[str], log: Path) -> subprocess.Popen:
-    """Start a process in a session of its own. Its log is locked as long as it or a child of it lives, also if we are killed."""
+def start(argv: Sequence[str], log: Path) -> subprocess.Popen | Forked:
+    """Start a process in a session of its own, forked where it is a command of this project. Its log is locked as long as it or a
+    child of it lives, also if we are killed."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as stream:
         try:
@@ -128,6 +129,8 @@ def start(argv: Sequence[str], log: Path) -> subprocess.Popen:
         stream.truncate(0)
         stream.write(f"$ {shlex.join(argv)}\n".encode())
         stream.flush()
+        if can_fork(argv):
+            return Forked(argv, log)
         return subprocess.Popen(argv, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
@@ -141,8 +144,8 @@ def tail(log: Path) -> str:
 def _report(one: _Process, total: int, seconds: float, left: float | None) -> bool:
     """Print how a run ended; returns whether it did as planned."""
     done = one.process.returncode == 0 and is_complete(one.run)
-    took = f"in {_minutes(seconds)}"
-    rest = "" if left is None else f", about {_minutes(left)} left"
+    took = f"in {minutes(seconds)}"
+    rest = "" if left is None else f", about {minutes(left)} left"
     if done:
         print(f"[{one.number}/{total}] {one.run.name}: done {took}{rest}", flush=True)
     else:
@@ -176,9 +179,13 @@ def _ended_together(running: list[_Process]) -> Iterator[None]:
                 _end(one.process, signal.SIGKILL)
 
 
-def _end(process: subprocess.Popen, how: signal.Signals) -> None:
+def _end(process: subprocess.Popen | Forked, how: signal.Signals) -> None:
     if process.poll() is None:
-        os.killpg(process.pid, how)
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:  # forked this moment: it has no session of its own yet
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, how)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -207,7 +214,8 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return f"`{shlex.join(theirs['words'])}` there, `{shlex.join(ours['words'])}` now"
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """A duration as people say it."""
     return (
         f"{seconds:.0f} s"
         if seconds < 90

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.compare.plan import Arm, Run
-from mrpo_scale.compare.processes import HELD_OUT
+from mrpo_scale.compare.plan import HELD_OUT, Arm, Run
 from mrpo_scale.models.plan import ANCHOR
 from mrpo_scale.reports.html_report import RUN_FACTS
 from mrpo_scale.training.held_out import HeldOutScores

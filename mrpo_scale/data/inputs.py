@@ -22,7 +22,7 @@ from mrpo_scale.data import find_layout, load_rows
 from mrpo_scale.data.pair_dataset import BadRowsError, PairDataset, check_prompts, check_token_ids, prepare_pairs
 from mrpo_scale.data.remarks import Remark, log_remarks
 from mrpo_scale.data.tokenization import ModelText, TextReader
-from mrpo_scale.data.toy_world import resolve
+from mrpo_scale.data.toy_world import resolve, world_at
 from mrpo_scale.data.unread import unread_columns
 
 TRAIN_SET, EVAL_SET = "train", "eval"
@@ -252,10 +252,10 @@ def _set_aside(held_out: Any, fraction: float, args: MRPOConfig) -> dict[str, da
 
 
 def _make_toy_world(script: ScriptArguments) -> None:
-    """Make the quickstart's world where a recipe names it, in a process of its own: in this one a live ZeRO-3 configuration
-    would partition the little models over ranks that are not making any."""
+    """Make the quickstart's world where a recipe names it and it is not there, in a process of its own: in this one a live ZeRO-3
+    configuration would partition the little models over ranks that are not making any."""
     names = [script.model_name_or_path, *(spec.name for spec in script.datasets), *script.ref_models]
-    if any(str(name).startswith("toy:") for name in names):
+    if any(str(name).startswith("toy:") for name in names) and not world_at().is_made:
         subprocess.run(
             [sys.executable, "-c", "from mrpo_scale.data.toy_world import make_world; make_world()"],
             env=without_ranks(),

@@ -112,6 +112,11 @@ class ToyWorld:
         return {name: self.root / name for name in MODELS}
 
     @property
+    def is_made(self) -> bool:
+        """Whether it is there, and then whole: it got its name by a rename."""
+        return self.root.is_dir()
+
+    @property
     def data_dir(self) -> Path:
         return self.root / "pairs"
 
@@ -140,6 +145,18 @@ def resolve(name: str) -> str:
     return str(world.data_dir if part == "pairs" else world.models[part])
 
 
+def world_at(cache_root: Path | None = None, settings: ToySettings | None = None) -> ToyWorld:
+    """Where :func:`make_world` puts a world with these settings."""
+    made_with = {
+        "version": WORLD_VERSION,
+        "settings": asdict(settings or ToySettings()),
+        "models": {name: asdict(model) for name, model in MODELS.items()},
+    }
+    key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
+    cache_root = cache_root or Path(os.environ.get("MRPO_CACHE") or Path.home() / ".cache" / "mrpo_scale")
+    return ToyWorld(cache_root / f"toyworld-{key}")
+
+
 def make_world(cache_root: Path | None = None, settings: ToySettings | None = None) -> ToyWorld:
     """The toy world from the cache, made first if it is not there (about a minute on two cores).
 
@@ -153,21 +170,14 @@ def make_world(cache_root: Path | None = None, settings: ToySettings | None = No
         ConfigError: more pairs than a skill has prompts.
     """
     settings = settings or ToySettings()
-    cache_root = cache_root or Path(os.environ.get("MRPO_CACHE") or Path.home() / ".cache" / "mrpo_scale")
-    made_with = {
-        "version": WORLD_VERSION,
-        "settings": asdict(settings),
-        "models": {name: asdict(model) for name, model in MODELS.items()},
-    }
-    key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
-    world = ToyWorld(cache_root / f"toyworld-{key}")
-    if world.root.is_dir():  # a whole one: it got its name by a rename
+    world = world_at(cache_root, settings)
+    if world.is_made:
         return world
-    cache_root.mkdir(parents=True, exist_ok=True)
-    with open(cache_root / f"toyworld-{key}.lock", "w") as lock:
+    world.root.parent.mkdir(parents=True, exist_ok=True)
+    with open(world.root.with_name(f"{world.root.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not world.root.is_dir():
-            making = ToyWorld(cache_root / f"toyworld-{key}.making")
+        if not world.is_made:
+            making = ToyWorld(world.root.with_name(f"{world.root.name}.making"))
             shutil.rmtree(making.root, ignore_errors=True)  # what a killed process left; we hold the lock
             _make(making, settings)
             making.root.rename(world.root)

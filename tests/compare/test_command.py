@@ -9,11 +9,13 @@ import sys
 import time
 
 import pytest
+import torch
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.cli import run_command
 from mrpo_scale.compare.command import compare
-from mrpo_scale.compare.processes import start
+from mrpo_scale.compare.forks import Forked
+from mrpo_scale.compare.processes import command, start, tail
 from tests.tiny import pair_rows, write_models
 
 
@@ -156,6 +158,20 @@ def test_a_process_that_outlived_its_comparison_keeps_its_folder(tmp_path):
         os.killpg(sleeper.pid, signal.SIGKILL)
         sleeper.wait()
     start(["true"], tmp_path / "log.txt").wait()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="nothing is forked where there is a GPU")
+@pytest.mark.processes
+def test_a_forked_command_is_that_command(tmp_path):
+    """Its words, its log with nothing else in it, its exit status, a session of its own; and the log is locked until it ends."""
+    argv = command("report", [f"{tmp_path}/nowhere"], "")
+    forked = start(argv, tmp_path / "log.txt")
+    assert isinstance(forked, Forked) and forked.pid != os.getpid()
+    assert forked.wait(60) == forked.poll() == 2
+    assert (tmp_path / "log.txt").read_text().startswith(f"$ {shlex.join(argv)}\n")
+    assert "nowhere holds no trainer_state.json" in tail(tmp_path / "log.txt")
+    start(["true"], tmp_path / "log.txt").wait()
+    assert isinstance(start(["true"], tmp_path / "other.txt"), subprocess.Popen), "a launcher is started"
 
 
 @pytest.mark.processes

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mrpo_scale.base.errors import ConfigError, check_one_of
 
-OBJECTIVES = ("mrpo", "dpo", "multi_dpo")
+OBJECTIVES = ("mrpo", "dpo", "multi_dpo", "kd", "rlhf")
+SAMPLED = ("kd", "rlhf")  #: those that train on responses that the policy samples; see training/sampled_loss.py
 LOSS_TYPES = tuple(LOSSES)
 REF_WEIGHTS = (*WEIGHTINGS, "validation")
 REFERENCE_MARGINS = ("signed", "nonnegative")
@@ -44,7 +45,8 @@ class Objective:
     """What is optimised, checked on construction.
 
     Args:
-        name: ``mrpo`` (Eq. 7), ``dpo`` (the anchor alone) or ``multi_dpo`` (Eq. 11).
+        name: ``mrpo`` (Eq. 7), ``dpo`` (the anchor alone), ``multi_dpo`` (Eq. 11), ``kd`` (DPO on the anchor and KL to the others)
+            or ``rlhf`` (Eq. 6).
         beta: strength of the tie to the (virtual) reference, > 0. For ``ipo`` it is that paper's tau.
         epsilon_max: trust region around the anchor (Eq. 8-9), >= 0. Zero makes MRPO plain DPO on the anchor.
         clip: one of ``CLIPS``: ``adaptive`` (Eq. 9), ``fixed`` (epsilon_max everywhere) or ``none``.
@@ -65,7 +67,7 @@ class Objective:
         ConfigError: an unknown name, a value out of range, or a combination without meaning.
     """
 
-    name: Literal["mrpo", "dpo", "multi_dpo"] = "mrpo"
+    name: Literal["mrpo", "dpo", "multi_dpo", "kd", "rlhf"] = "mrpo"
     beta: float = 0.1
     epsilon_max: float = 0.1
     clip: str = "adaptive"
@@ -154,6 +156,11 @@ class Objective:
     def _check_weights(self) -> None:
         if isinstance(self.ref_weights, str):
             check_one_of("ref_weights", self.ref_weights, REF_WEIGHTS)
+            if self.name in SAMPLED and self.ref_weights == "confidence":
+                raise ConfigError(
+                    f"`ref_weights: confidence` has no meaning with `objective: {self.name}`: Eq. 10 needs a labelled pair, and "
+                    "samples are none; give one number for each reference, the anchor first, or use `uniform`."
+                )
             return
         weights = tuple(float(w) for w in self.ref_weights)
         if not weights or any(not math.isfinite(w) or w < 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
@@ -164,7 +171,12 @@ class Objective:
         object.__setattr__(self, "ref_weights", weights)
 
     def check_references(self, num_references: int) -> None:
-        """Raise ConfigError when a fixed weight list does not have one entry per reference (the anchor included)."""
+        """Raise ConfigError when a fixed weight list does not have one entry per reference (the anchor included), or KD has nobody
+        to learn from."""
+        if self.name == "kd" and num_references == 1:
+            raise ConfigError(
+                "`objective: kd` learns from the references beside the anchor; name some in `ref_models`."
+            )
         if not isinstance(self.ref_weights, str) and len(self.ref_weights) != num_references:
             raise ConfigError(
                 f"`ref_weights: {list(self.ref_weights)}` has {len(self.ref_weights)} entries but there are "
@@ -176,14 +188,19 @@ class Objective:
         """How the references are combined: keyword arguments of ``virtual_reference`` and ``combine_logps``.
 
         ``dpo`` is given the anchor alone. Under ``multi_dpo`` the virtual reference only serves the rewards: Eq. 11's K margins
-        average around the geometric mean.
+        average around the geometric mean. So do the K log-ratios of Eq. 6, ``rlhf``, which clips none.
         """
         return {
             "epsilon_max": self.epsilon_max,
-            "clip": self.clip,
+            "clip": "none" if self.name == "rlhf" else self.clip,
             "ref_weights": "confidence" if self.name == "dpo" else self.ref_weights,
-            "aggregate": "geometric" if self.name == "multi_dpo" else self.aggregate,
+            "aggregate": "geometric" if self.name in ("multi_dpo", *SAMPLED) else self.aggregate,
         }
+
+    @property
+    def of_pairs(self) -> Objective:
+        """What labelled pairs are held to: of ``kd`` and ``rlhf``, plain DPO on the anchor."""
+        return self.on_anchor() if self.name in SAMPLED else self
 
     def on_anchor(self) -> Objective:
         """Plain DPO on the anchor with the same outer loss: what the comparison metrics are computed with."""

@@ -59,8 +59,8 @@ READING_ORDER = [
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
-        ". fields data_keys model_spec ds_config launcher hardware checks adapter_keys keys reward_keys digest elsewhere mixtures "
-        "trl_keys recipe foreign foreign_yaml foreign_commands foreign_keys",
+        ". fields data_keys model_spec ds_config launcher hardware checks adapter_keys sampling_keys keys reward_keys digest "
+        "elsewhere mixtures trl_keys recipe foreign foreign_yaml foreign_commands foreign_keys",
     ),
     (
         "mrpo_scale.data",
@@ -79,7 +79,7 @@ READING_ORDER = [
     (
         "mrpo_scale.logps",
         ". logit_transform varlen_layout masked_attention attention_ways span_attention layer_masks pair_batch attention_choice "
-        "micro_batches routers pair_forward self_check flops",
+        "micro_batches routers pair_forward generation self_check flops",
     ),
     (
         "mrpo_scale.models",
@@ -99,7 +99,8 @@ READING_ORDER = [
     ("mrpo_scale.reports", ". pictures html_curves html_report model_card run_facts artifacts"),
     (
         "mrpo_scale.training",
-        ". metrics preflight arguments prepare callbacks step held_out saver before_first_step facts run_report trainer",
+        ". sampled_loss metrics preflight arguments whole_policy sampling prepare callbacks step held_out saver before_first_step "
+        "facts run_report trainer",
     ),
     ("mrpo_scale.commands", ". train score inspect_references convert merge reward"),
     (

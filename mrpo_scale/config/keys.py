@@ -60,7 +60,8 @@ from mrpo_scale.config.launcher import (
     let_weights_be_saved,
 )
 from mrpo_scale.config.model_spec import DTYPES
-from mrpo_scale.objective import AGGREGATES, CLIPS, LOSS_TYPES, REF_WEIGHTS, Objective
+from mrpo_scale.config.sampling_keys import SamplingKeys
+from mrpo_scale.objective import AGGREGATES, CLIPS, LOSS_TYPES, REF_WEIGHTS, SAMPLED, Objective
 
 
 @dataclass
@@ -106,7 +107,7 @@ class ScriptArguments:
 
 
 @dataclass
-class MRPOConfig(AdapterKeys, TrainingArguments):
+class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
     """Everything else: TrainingArguments, the objective, text, references.
 
     Raises:
@@ -141,17 +142,19 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
     )
 
     # Objective (objective.py)
-    objective: Common[Decides[Literal["mrpo", "dpo", "multi_dpo"]]] = key(
-        "mrpo", "mrpo (Eq. 7), dpo (anchor alone) or multi_dpo (Eq. 11)."
+    objective: Common[Decides[Literal["mrpo", "dpo", "multi_dpo", "kd", "rlhf"]]] = key(
+        "mrpo",
+        "mrpo (Eq. 7), dpo (anchor alone), multi_dpo (Eq. 11); on responses that the policy samples, kd (DPO and KL to the other "
+        "references) or rlhf (Eq. 6).",
     )
     beta: Decides[float] = key(0.1, "Strength of the tie to the reference; higher stays closer.")
-    epsilon_max: Annotated[Decides[float], UsedBy(("mrpo", "multi_dpo"))] = key(
+    epsilon_max: Annotated[Decides[float], UsedBy(("mrpo", "multi_dpo", "kd"))] = key(
         0.1, "Trust region around the anchor, relative (Eq. 8-9)."
     )
-    clip: Annotated[Decides[str], UsedBy(("mrpo", "multi_dpo"))] = key(
+    clip: Annotated[Decides[str], UsedBy(("mrpo", "multi_dpo", "kd"))] = key(
         "adaptive", f"Trust region, per response (Eq. 9), constant, or none: {', '.join(CLIPS)}."
     )
-    ref_weights: Annotated[Decides[list[str]], UsedBy(("mrpo", "multi_dpo"))] = key(
+    ref_weights: Annotated[Decides[list[str]], UsedBy(("mrpo", "multi_dpo", *SAMPLED))] = key(
         ["confidence"],
         f"{', '.join(REF_WEIGHTS)} (by how often each ranks pairs of `weights_split` right), or K numbers that sum to 1, anchor "
         "first.",
@@ -383,6 +386,7 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
         yield from value_mistakes(self)
         yield from training_mistakes(self)
         yield from self.adapter_mistakes()
+        yield from self.sampling_mistakes(self.objective, self.ref_scoring, self.ref_placement)
         if self.ref_scoring == "follow" and not self.ref_cache_dir:
             yield "`ref_scoring: follow` needs `ref_cache_dir`, the folder that `mrpo score` fills"
         if self.weights_split is not None and not 0 < self.weights_split < 1:
@@ -397,10 +401,15 @@ class MRPOConfig(AdapterKeys, TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
     @property
+    def samples(self) -> bool:
+        """Whether the policy samples responses while it trains."""
+        return self.objective in SAMPLED
+
+    @property
     def anchor_is_policy(self) -> bool:
         """Whether reference 0 is the policy with its adapter off. Scores that go into a cache are a whole reference's, made before
         there is a policy; so are those that `ref_weights: validation` comes from."""
-        live = self.ref_cache_folder is None and not self.weights_from_validation
+        live = (self.ref_cache_folder is None or self.samples) and not self.weights_from_validation
         return self.use_peft and live and not self.anchor
 
     @property

@@ -69,7 +69,6 @@ _BOTH = "`max_length` bounds prompt and response together"
 #: Keys of earlier versions that are left out, with a word: TRL and transformers have dropped them, or it is done anyway.
 DROPPED_KEYS = {
     "max_prompt_length": _BOTH,
-    "max_completion_length": _BOTH,
     "max_target_length": _BOTH,
     "overwrite_output_dir": "a run that is in the folder goes on, `resume_from_checkpoint: never` starts anew",
     "group_by_length": "pairs of a step are grouped by length already",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
@@ -20,6 +19,7 @@ from mrpo_scale.data.pairs import PreferencePair
 from mrpo_scale.eval.config import EvalConfig
 from mrpo_scale.eval.models import EvalModel
 from mrpo_scale.eval.records import RecordFile, read_records
+from mrpo_scale.logps.generation import pad_left, until
 from mrpo_scale.models.plan import load_policy
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class _Generator:
         text = self.model.text
         tokenizer: Any = self.model.tokenizer
         ids = [text.prompt_ids(prompt) for prompt in prompts]
-        input_ids_BL, mask_BL = _pad_left(ids, self.model.pad_token_id)
+        input_ids_BL, mask_BL = pad_left(ids, self.model.pad_token_id)
         # The last token that ends a turn; a generation config does not always know the template's.
         ends = {text.response_ids("a", raw=isinstance(prompt.prompt, str), cut=False)[-1] for prompt in prompts}
         known = self.loaded.generation_config.eos_token_id
@@ -97,7 +97,7 @@ class _Generator:
                 pad_token_id=self.model.pad_token_id,
             ),
         )[:, input_ids_BL.shape[1] :]
-        return [tokenizer.decode(_until(row, ends), skip_special_tokens=True) for row in generated_BL.tolist()]
+        return [tokenizer.decode(until(row, ends), skip_special_tokens=True) for row in generated_BL.tolist()]
 
     def _room(self, prompt_length: int) -> int:
         context = self.model.text.max_context
@@ -106,18 +106,6 @@ class _Generator:
         if room < self.max_new_tokens:
             logger.info("%s: %d new tokens at most after a prompt of %d", self.model.name, room, prompt_length)
         return room
-
-
-def _pad_left(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """[B, L] of token ids and of their mask: a model continues from the last column."""
-    width = max(map(len, ids))
-    input_ids_BL = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids])
-    mask_BL = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-    return input_ids_BL, mask_BL
-
-
-def _until(row: list[int], ends: set[int]) -> list[int]:
-    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
 
 
 def _key(fingerprint: str, prompt_ids: Sequence[int], max_new_tokens: int) -> str:

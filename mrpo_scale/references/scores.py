@@ -96,7 +96,7 @@ def open_scores(
         ConfigError: a cache that cannot be read or, where something is missing, written; `follow` that waited in vain; a reference
             that cannot be loaded.
     """
-    if args.ref_cache_folder is None:
+    if args.ref_cache_folder is None or args.samples:  # what is sampled is in no cache, so every reference must be here
         loaded = load_references(plan, args, pair_sets, range(int(args.anchor_is_policy), len(plan.names)), pool)
         return LiveScores(plan.names, loaded, args)
     stores = open_stores(plan, args, pair_sets)
@@ -127,13 +127,23 @@ class LiveScores(ReferenceScores):
         self.anchor: AdapterOffAnchor | None = None
 
     def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, objective: Objective) -> CombinedReferences:
-        if len(self.live) < len(self.names):
-            return combine(self.logps(examples, pairs), objective, self.impl)
-        return self.scorer.combined(examples, pairs, self.live, objective)
+        live = self._live(
+            1 if objective.name == "dpo" else len(self.names)
+        )  # KD's labelled pairs need the anchor alone
+        if 0 not in live:
+            return combine(self._logps(examples, pairs, live), objective, self.impl)
+        return self.scorer.combined(examples, pairs, live, objective)
 
     def logps(self, examples: Sequence[PairExample], pairs: TokenizedPairs) -> Tensor:
-        others_KP2 = self.scorer.score(examples, pairs, self.live) if self.live else None
-        if others_KP2 is not None and len(self.live) == len(self.names):
+        return self._logps(examples, pairs, self._live(len(self.names)))
+
+    def _live(self, count: int) -> list[int]:
+        """Of the first ``count`` references, those that are not the policy."""
+        return [k for k in self.live if k < count]
+
+    def _logps(self, examples: Sequence[PairExample], pairs: TokenizedPairs, live: Sequence[int]) -> Tensor:
+        others_KP2 = self.scorer.score(examples, pairs, live) if live else None
+        if others_KP2 is not None and 0 in live:
             return others_KP2
         assert self.anchor is not None
         anchor_P2 = self.anchor.score(examples)

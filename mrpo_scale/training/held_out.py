@@ -163,7 +163,8 @@ class HeldOut:
         real = np.array(batch.weights) > 0
         policy_logps_P2, *ref_logps_KP2 = copy.numpy()
         keys = self._set.pairs.row_keys[list(batch.rows)]
-        return HeldOutScores(self.run.plan.names, keys[real], policy_logps_P2[real], np.stack(ref_logps_KP2)[:, real])
+        names = self.run.plan.names[: len(ref_logps_KP2)]  # KD's and RLHF's pairs are scored by the anchor alone
+        return HeldOutScores(names, keys[real], policy_logps_P2[real], np.stack(ref_logps_KP2)[:, real])
 
     def finish(self, file: Path | None) -> tuple[dict[str, float], HeldOutScores]:
         """Means of the metrics over all pairs, and what every model says of every pair, in the set's order. Collective.

@@ -26,11 +26,13 @@ def pair_metrics(
     objective: Objective,
     names: Sequence[str],
 ) -> dict[str, Tensor]:
-    """Metric name -> value of each pair, [P] float32. ``names`` are the K references', the anchor's first.
+    """Metric name -> value of each pair, [P] float32. ``names`` are the references', the anchor's first; at least those of
+    ``references``.
 
     ``references/<name>/decides`` is the share of a pair's two texts for which the reference decides (see CombinedReferences),
     ``clipped`` the share of the two that Eq. 8 moved.
     """
+    names = names[: len(references.ref_logps_KP2)]  # DPO's is the anchor alone
     metrics = {
         "logps/chosen": policy_logps_P2[:, 0],
         "logps/rejected": policy_logps_P2[:, 1],
@@ -56,10 +58,10 @@ def pair_metrics(
 
 def metric_names(objective: Objective, names: Sequence[str]) -> list[str]:
     """What :func:`pair_metrics` calls the metrics of a run. ``names`` are the K references', the anchor's first."""
+    objective = objective.of_pairs
     if objective.ref_weights == "validation":  # weights found later; they rename nothing
         objective = replace(objective, ref_weights="uniform")
     policy_logps_P2, references = -torch.ones(1, 2), combine(-torch.ones(len(names), 1, 2), objective)
-    names = names[: len(references.ref_logps_KP2)]  # DPO's is the anchor alone
     loss = loss_against(policy_logps_P2, references, objective, torch.ones(1, 2))
     return list(pair_metrics(policy_logps_P2, references, loss, objective, names))
 
@@ -85,8 +87,9 @@ class MetricSums:
     def __bool__(self) -> bool:
         return bool(self._unread or self.totals)
 
-    def add(self, metrics: Mapping[str, Tensor], weight_P: Tensor) -> None:
-        for name, value_P in {**metrics, "_pairs": torch.ones_like(weight_P)}.items():
+    def add(self, metrics: Mapping[str, Tensor], weight_P: Tensor, prefix: str = "") -> None:
+        """``prefix``: of all these metrics' names, whose mean is taken over what was added under it, apart from all others."""
+        for name, value_P in {**metrics, "_pairs" + prefix: torch.ones_like(weight_P)}.items():
             self.add_sum(name, (value_P * weight_P).double().sum())
 
     def add_sum(self, name: str, total: Tensor) -> None:
@@ -109,5 +112,7 @@ class MetricSums:
         if self._unread:
             self.read()
         totals, self.totals = self.totals, {}
-        pairs = totals.get("_pairs", 0.0)
-        return {name: x / pairs for name, x in totals.items() if not name.startswith("_")} if pairs else {}
+        counts = {name.removeprefix("_pairs"): x for name, x in totals.items() if name.startswith("_pairs")}
+        metrics = {name: x for name, x in totals.items() if not name.startswith("_")}
+        of = {name: counts.get(name[: name.find("/") + 1], counts.get("", 0.0)) for name in metrics}
+        return {name: x / of[name] for name, x in metrics.items() if of[name]}

@@ -3,6 +3,7 @@ loaded. What cannot work together is refused before weights load."""
 
 from __future__ import annotations
 
+import datetime
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,11 +40,13 @@ from mrpo_scale.models.same_weights import repeated_references
 from mrpo_scale.models.saving import check_small_files
 from mrpo_scale.models.source import local_folder
 from mrpo_scale.objective import Objective
+from mrpo_scale.references.reward import RewardModel, plan_reward
 from mrpo_scale.references.scores import ReferenceScores
 from mrpo_scale.references.scores import open_scores as open_reference_scores
 from mrpo_scale.references.validation_weights import with_validation_weights
 from mrpo_scale.training.arguments import check_arguments, check_optimizer
 from mrpo_scale.training.preflight import check_best_metric
+from mrpo_scale.training.sampling import PolicySampler
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ class PreparedRun:
     train: WeightedPairs | None
     evals: WeightedPairs | dict[str, WeightedPairs] | None  #: as the Trainer takes ``eval_dataset``
     scores: ReferenceScores
-    objective: Objective  #: `ref_weights: validation` replaced by what was found
+    objective: Objective  #: of labelled pairs; `ref_weights: validation` replaced by what was found
     policy: PreTrainedModel
     use_cache: (
         bool | None
@@ -70,6 +73,7 @@ class PreparedRun:
     shared_prompt: bool  #: layout of the policy's batches, see logps/pair_batch.py
     end_to_end: bool
     tokenizer_of_source: bool  #: no ``processing_class`` was passed
+    sampler: PolicySampler | None = None  #: of `kd` and `rlhf`, which train on samples too, or only
 
     @property
     def held_out(self) -> list[WeightedPairs]:
@@ -111,6 +115,7 @@ def prepare_run(
     if TRAIN_SET in pair_sets:
         check_steps(args, len(pair_sets[TRAIN_SET]), args.window_size)
     plan = _used(plan, args)
+    _check_reward(args)
     if trainer_arguments.get("compute_metrics") is None:  # whose names nobody knows
         check_best_metric(args, plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
     _set_allocation(args)  # before the policy: what is scored ahead of training has the memory to itself
@@ -126,6 +131,7 @@ def prepare_run(
     # Around the forward that scores pairs, which peft passes everything on to.
     policy = add_adapter(policy, plan.policy, args) if args.use_peft else policy
     weighted = {split: WeightedPairs(pairs) for split, pairs in pair_sets.items() if split != WEIGHTS_SET}
+    layout = {"shared_prompt": shared_prompt, "end_to_end": end_to_end}
     return PreparedRun(
         args=args,
         plan=plan,
@@ -133,14 +139,14 @@ def prepare_run(
         train=weighted.get(TRAIN_SET),
         evals=_evals(weighted, eval_dataset),
         scores=scores,
-        objective=objective,
+        objective=objective.of_pairs,
         policy=policy,
         use_cache=use_cache,
         dropouts=disable_dropout(policy) if args.disable_dropout else [],
         router_loss_coef=router_loss,
-        shared_prompt=shared_prompt,
-        end_to_end=end_to_end,
+        **layout,
         tokenizer_of_source=processing_class is None,
+        sampler=_sampler(args, plan, policy, pair_sets, scores, objective, layout),
     )
 
 
@@ -179,6 +185,35 @@ def _plan(
         for sentence in repeated_references(plan, args):
             logger.warning("%s", sentence)
     return plan
+
+
+def _check_reward(args: MRPOConfig) -> None:
+    """Refuse a reward model that gives no reward, before any weights load."""
+    if args.reward_model:
+        plan_reward(args.reward_model, **_reading(args))
+
+
+def _reading(args: MRPOConfig) -> dict[str, Any]:
+    """How a reward model is read: as the references are."""
+    date = datetime.date.fromisoformat(args.template_date) if args.template_date else None
+    return {"device": args.device, "plain_template": args.plain_template, "date": date}
+
+
+def _sampler(
+    args: MRPOConfig,
+    plan: RunPlan,
+    policy: PreTrainedModel,
+    pair_sets: PairSets,
+    scores: ReferenceScores,
+    objective: Objective,
+    layout: Mapping[str, bool],
+) -> PolicySampler | None:
+    """What samples and scores responses, with its reward model loaded; None where nothing is sampled, or trained."""
+    if not args.samples or TRAIN_SET not in pair_sets:
+        return None
+    set_activity("loading the reward model")
+    reward = RewardModel.load(args.reward_model, **_reading(args)) if args.reward_model else None
+    return PolicySampler(args, plan, policy, pair_sets[TRAIN_SET], scores, objective, reward, **layout)
 
 
 def _set_allocation(args: MRPOConfig) -> None:

@@ -32,6 +32,8 @@ from mrpo_scale.references.scores import LiveScores
 from mrpo_scale.training.callbacks import StepClock
 from mrpo_scale.training.metrics import MetricSums, pair_metrics
 from mrpo_scale.training.prepare import PreparedRun
+from mrpo_scale.training.sampled_loss import SampledLoss
+from mrpo_scale.training.sampling import PREFIX, SampledBatch, sampled_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +73,15 @@ def optimizer_step(
     clock.start_step()
     with clock.phase("data"):
         window = [example for _ in range(num_batches) for example in next(loader)]
-        with clock.phase("references"):
-            references = run.scores.score(window, run.pair_sets[TRAIN_SET], run.objective)
-        batches = micro_batches(run, window, references)
+        batches: list[MicroBatch] = []
+        if run.sampler is None or not run.sampler.replaces_pairs:
+            with clock.phase("references"):
+                references = run.scores.score(window, run.pair_sets[TRAIN_SET], run.objective)
+            batches = micro_batches(run, window, references)
+        if run.sampler is not None:
+            set_activity(f"sampling responses of step {step}")
+            with clock.phase("samples"):
+                batches += run.sampler.micro_batches(window, step)
         num_pairs = sum_over_ranks(
             send(torch.tensor(sum(e.weight for e in window), dtype=torch.float32), run.args.device)
         )
@@ -103,27 +111,35 @@ def micro_batches(
 
 def policy_loss(
     run: PreparedRun, model: nn.Module, batch: MicroBatch, num_pairs: Tensor
-) -> tuple[Tensor, PreferenceLoss, Tensor, RouterBalance | None]:
+) -> tuple[Tensor, PreferenceLoss | SampledLoss, Tensor, RouterBalance | None]:
     """The policy's log-probs [P, 2], the loss of each pair, this micro-batch's share of the window's mean loss, times the world
     size (data parallelism averages gradients), and of a mixture of experts whose routers are kept even what they did."""
-    share_P = batch.weight_P / num_pairs * run.args.world_size
-    references, objective, lengths_P2 = batch.references, run.objective, batch.pairs.response_lengths
-    with_routers, balance = run.router_loss_coef > 0, None
+    sampler, objective, lengths_P2 = run.sampler, run.objective, batch.pairs.response_lengths
+    sampled = sampler is not None and isinstance(batch, SampledBatch)
+    share_P = batch.weight_P / (batch.total if isinstance(batch, SampledBatch) else num_pairs) * run.args.world_size
+
+    def loss_of(logps_C2: Tensor, pairs: slice) -> PreferenceLoss | SampledLoss:
+        if sampler is not None and isinstance(batch, SampledBatch):
+            return sampler.loss(batch, logps_C2, pairs)
+        return loss_against(logps_C2, batch.references[pairs], objective, lengths_P2[pairs])
+
+    # Once a window: KD's labelled pairs keep them even, its samples would do it twice.
+    with_routers, balance = run.router_loss_coef > 0 and not (sampled and not sampler.replaces_pairs), None
     if not run.args.gradients_in_forward:
         if with_routers:
             policy_logps_P2, balance = score_pairs_and_routers(model, batch.pairs)
         else:
             policy_logps_P2 = score_pairs(model, batch.pairs)
-        loss = loss_against(policy_logps_P2, references, objective, lengths_P2)
+        loss = loss_of(policy_logps_P2, slice(None))
         share = (loss.losses_P * share_P).sum()
     else:
 
         def loss_of_pairs(logps_C2: Tensor, pairs: slice) -> Tensor:
-            return share_P[pairs] * loss_against(logps_C2, references[pairs], objective, lengths_P2[pairs]).losses_P
+            return share_P[pairs] * loss_of(logps_C2, pairs).losses_P
 
         scored, balance = preference_step(model, batch.pairs, loss_of_pairs, with_routers=with_routers)
         share, policy_logps_P2 = scored
-        loss = loss_against(policy_logps_P2, references, objective, lengths_P2)
+        loss = loss_of(policy_logps_P2, slice(None))
     if balance is not None:
         share = share + run.router_loss_coef * balance.loss * share_P.sum()
     return policy_logps_P2, loss, share, balance
@@ -173,7 +189,7 @@ def _stop(run: PreparedRun, window: Sequence[tuple[MicroBatch, Tensor]], step: i
 def measure(
     run: PreparedRun,
     policy_logps_P2: Tensor,
-    loss: PreferenceLoss,
+    loss: PreferenceLoss | SampledLoss,
     share: Tensor,
     balance: RouterBalance | None,
     batch: MicroBatch,
@@ -188,12 +204,16 @@ def measure(
     sums.window.append((batch, losses_P))
     sums.metrics.add_sum("_not_finite", (~torch.isfinite(losses_P)).sum())
     sums.metrics.add_sum("_loss", share.detach() / run.args.world_size)
-    metrics = pair_metrics(policy_logps_P2, batch.references, loss, run.objective, run.plan.names)
+    if isinstance(loss, PreferenceLoss):
+        metrics = pair_metrics(policy_logps_P2, batch.references, loss, run.objective, run.plan.names)
+    else:
+        assert isinstance(batch, SampledBatch)
+        metrics = sampled_metrics(policy_logps_P2, batch, run.plan.names)
     if balance is not None:
         metrics |= {
             f"router/{name}": v.detach().float().expand_as(batch.weight_P) for name, v in balance._asdict().items()
         }
-    sums.metrics.add(metrics, batch.weight_P)
+    sums.metrics.add(metrics, batch.weight_P, PREFIX if isinstance(batch, SampledBatch) else "")
     sums.tokens += batch.pairs.num_tokens
 
 
@@ -205,6 +225,8 @@ def begin_with_policy(run: PreparedRun, model: nn.Module, device: torch.device) 
         ConfigError, TrainingError: see logps/self_check.py.
     """
     args = run.args
+    if run.sampler is not None:
+        run.sampler.model = model
     if args.anchor_is_policy and isinstance(run.scores, LiveScores):
         run.scores.anchor = AdapterOffAnchor(
             model,

@@ -33,7 +33,7 @@ from mrpo_scale.training.callbacks import StepClock
 from mrpo_scale.training.metrics import MetricSums, pair_metrics
 from mrpo_scale.training.prepare import PreparedRun
 from mrpo_scale.training.sampled_loss import SampledLoss
-from mrpo_scale.training.sampling import PREFIX, SampledBatch, sampled_metrics
+from mrpo_scale.training.sampling import PREFIX, PolicySampler, SampledBatch, sampled_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +79,7 @@ def optimizer_step(
                 references = run.scores.score(window, run.pair_sets[TRAIN_SET], run.objective)
             batches = micro_batches(run, window, references)
         if run.sampler is not None:
-            set_activity(f"sampling responses of step {step}")
-            with clock.phase("samples"):
-                samples = run.sampler.draw(window, step)
-            with clock.phase("references"):
-                references = run.sampler.score(samples)
-            batches += run.sampler.micro_batches(samples, references)
+            batches += sampled_batches(run.sampler, window, step, clock)
         num_pairs = sum_over_ranks(
             send(torch.tensor(sum(e.weight for e in window), dtype=torch.float32), run.args.device)
         )
@@ -110,6 +105,18 @@ def micro_batches(
         end_to_end=run.end_to_end,
         pad_token_id=run.plan.references[0].pad_token_id,
     )
+
+
+def sampled_batches(
+    sampler: PolicySampler, window: Sequence[PairExample], step: int, clock: StepClock
+) -> list[SampledBatch]:
+    """Responses that the policy gives to prompts of the window, with their references. Collective over the world."""
+    set_activity(f"sampling responses of step {step}")
+    with clock.phase("samples"):
+        samples = sampler.draw(window, step)
+    with clock.phase("references"):
+        references = sampler.score(samples)
+    return sampler.micro_batches(samples, references)
 
 
 def policy_loss(

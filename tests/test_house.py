@@ -71,7 +71,10 @@ READING_ORDER = [
         "mrpo_scale.data.layouts",
         "conversational strings hh_strings helpsteer nectar sharegpt orca gpt4_llm swift openai nemo_rl .",
     ),
-    ("mrpo_scale.data", "remarks unread loading . tokenization token_table pair_dataset inputs dealing window"),
+    (
+        "mrpo_scale.data",
+        "remarks unread loading . sft_rows tokenization token_table pair_dataset inputs dealing window",
+    ),
     (
         "mrpo_scale.logps",
         ". logit_transform varlen_layout masked_attention attention_ways span_attention layer_masks pair_batch attention_choice "

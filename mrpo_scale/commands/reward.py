@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from typing import Any
 
 import datasets
@@ -30,13 +31,13 @@ from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date
 from mrpo_scale.models.plan import num_embeddings
-from mrpo_scale.models.source import local_folder
 from mrpo_scale.references.reward import PlannedReward, RewardModel, load_classifier, plan_reward
 from mrpo_scale.reports.html_report import RUN_FACTS
 from mrpo_scale.training.preflight import check_evaluation, preflight
 
 logger = logging.getLogger(__name__)
 
+OLDEST_TRL = (1, 16)
 RESULTS = "reward.json"  #: what was measured, in ``output_dir``
 
 
@@ -54,8 +55,8 @@ def reward(argv: Sequence[str]) -> None:
     Raises:
         ConfigError, TrainingError: see errors.py.
     """
-    if importlib.util.find_spec("trl") is None:
-        raise ConfigError("`mrpo reward` trains with TRL's RewardTrainer: `pip install 'mrpo-scale[rlhf]'`.")
+    if not {"-h", "--help"} & set(argv):
+        _check_trl()
     script, config = parse(argv, RewardConfig, prog="mrpo reward", suffix="-reward")
     assert isinstance(config, RewardConfig)
     preflight(config)
@@ -66,6 +67,16 @@ def reward(argv: Sequence[str]) -> None:
         )
     with heartbeat(config.heartbeat_timeout):
         _reward(script, config)
+
+
+def _check_trl() -> None:
+    found = version("trl") if importlib.util.find_spec("trl") is not None else None
+    if found is None or tuple(map(int, found.split(".")[:2])) < OLDEST_TRL:
+        has = "there is none here" if found is None else f"here is {found}"
+        raise ConfigError(
+            f"`mrpo reward` trains with TRL's RewardTrainer, of version {'.'.join(map(str, OLDEST_TRL))} or later, and {has}: "
+            "`pip install 'mrpo-scale[rlhf]'`."
+        )
 
 
 def _reward(script: ScriptArguments, config: RewardConfig) -> None:
@@ -123,7 +134,7 @@ def _train(planned: PlannedReward, config: RewardConfig, sets: dict[str, PairDat
     import trl  # an extra, and seconds
 
     set_seed(config.seed)  # of the new head
-    model = load_classifier(planned, local_folder(planned.source, None))
+    model = load_classifier(planned)
     if not planned.has_head:
         logger.info(
             "%s is a causal language model: its head is new, drawn with seed %d", planned.source.path, config.seed

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,12 +153,8 @@ class RewardModel:
             ConfigError: see :func:`plan_reward`.
         """
         planned = plan_reward(spec, device=device, dtype=dtype, plain_template=plain_template, date=date)
-        source = planned.source
-        folder = local_folder(source, world_group())
-        if folder_at_hand(source) is None:  # a download, of which nothing was known
-            _check_tensors(replace(source, path=str(folder)), planned.config)
         with zero3_unset():
-            model = load_classifier(planned, folder)
+            model = load_classifier(planned)
         return cls(
             model.requires_grad_(False).eval().to(device), planned.text, planned.pad_token_id, tokens_per_forward
         )
@@ -207,18 +202,23 @@ class RewardModel:
         return scores_N
 
 
-def load_classifier(planned: PlannedReward, folder: Path) -> PreTrainedModel:
-    """The model with one label; a head that ``planned`` lacks is drawn from torch's generator."""
-    config = planned.config
+def load_classifier(planned: PlannedReward) -> PreTrainedModel:
+    """The model with one label; a head that ``planned`` lacks is drawn from torch's generator. Collective over the world for a hub
+    id. Raises ConfigError where a download turns out to lack a tensor."""
+    source, config = planned.source, planned.config
+    folder = local_folder(source, world_group())
+    if folder_at_hand(source) is None:
+        downloaded = replace(source, path=str(folder))
+        _check_tensors(downloaded, config) if planned.has_head else check_model(downloaded)
     config.num_labels = 1
     # The model reads the score off the last token that is not padding.
     config.get_text_config().pad_token_id, config.get_text_config().use_cache = planned.pad_token_id, False
     return AutoModelForSequenceClassification.from_pretrained(
         folder,
         config=config,
-        dtype=planned.source.dtype,
-        trust_remote_code=planned.source.trust_remote_code,
-        attn_implementation=planned.source.attn_implementation,
+        dtype=source.dtype,
+        trust_remote_code=source.trust_remote_code,
+        attn_implementation=source.attn_implementation,
         use_safetensors=True,
     )
 

@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.cli import run_command
+from mrpo_scale.references.reward import RewardModel, plan_reward
 from mrpo_scale.references.store.cache import list_cache
 from tests.distributed.jobs import Job
 from tests.hub import TOKEN, Hub, patched, use
+from tests.references.test_reward import write_reward
 from tests.tiny import pair_rows, write_models
 
 
@@ -241,3 +244,22 @@ def test_a_push_arrives_whole(hub, here, monkeypatch, capsys):
     base = load_file(hub.root / "models" / "org" / "llama" / "main" / "model.safetensors")
     assert trained.keys() == base.keys() and not all(torch.equal(trained[key], base[key]) for key in base)
     assert Path(AutoModelForCausalLM.from_pretrained("me/trained").config._name_or_path) == Path("me/trained")
+
+
+def test_a_reward_model_by_its_name(hub, here, models):
+    """The weights come after the check of what is small; a head that they lack is found out then."""
+    folder = write_reward(here / "reward", models["llama"])
+    hub.add(folder, "org/reward")
+    weights = load_file(Path(folder) / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
+    hub.add(folder, "org/headless")
+    cpu = torch.device("cpu")
+    plan_reward("org/reward", device=cpu)
+    assert not any("model.safetensors" in path for method, path, _ in hub.of("org/reward") if method == "GET")
+    scores = RewardModel.load("org/reward", device=cpu).scores(
+        [[{"role": "user", "content": "one"}]] * 2, ["yes", "no"]
+    )
+    assert scores[0] != scores[1]
+    with pytest.raises(ConfigError, match=r"lacks score.weight, so its scores would come from random weights"):
+        RewardModel.load("org/headless", device=cpu)

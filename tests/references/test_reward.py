@@ -8,6 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.references.reward import RewardModel, plan_reward, sample_tokens
@@ -90,6 +95,18 @@ def test_a_cut_response_has_no_end_of_turn(reward, samples):
     whole, cut = (loaded.scores(prompts[1:2], responses[1:2], cut=[flag]) for flag in (False, True))
     assert whole != cut
     assert sample_tokens(loaded.text, prompts[1], responses[1], True)[1] == ids[1][:-1]
+
+
+def test_a_live_zero3_configuration_is_left_alone(reward, samples):
+    """It would partition whatever loads over all ranks, and this model is each rank's own."""
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        loaded = RewardModel.load(reward, device=CPU)
+        assert is_deepspeed_zero3_enabled() and alive.is_zero3()
+    finally:
+        unset_hf_deepspeed_config()
+    assert not any(hasattr(parameter, "ds_id") for parameter in loaded.model.parameters())
+    torch.testing.assert_close(loaded.scores(*samples), RewardModel.load(reward, device=CPU).scores(*samples))
 
 
 def test_more_tokens_than_its_context_are_refused(reward, samples):

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
+from mrpo_scale.references.reward import RewardModel
 from tests.references.test_multi_reference_reward import (
     BETA,
     end_with_the_turn,
@@ -36,17 +37,18 @@ def test_a_step_is_the_leave_one_out_gradient_of_equation_6(tmp_path):
     models = write_models(tmp_path)
     end_with_the_turn(models["llama"])
     folders = {**models, "reward": write_reward(tmp_path / "reward", models["qwen2"])}
-    term = make(folders, reward=folders["reward"], clip="fixed")
+    scorer = RewardModel.load(folders["reward"], device=torch.device("cpu"))
     samples = {}
 
-    def reward(prompts, completions, completion_ids, **columns):
-        samples.update(prompts=prompts, completions=completions, ids=completion_ids)
-        return term(prompts, completions, completion_ids, **columns)
+    def reward(prompts, completions, completion_ids, trainer_state, **columns):
+        samples.update(prompts=prompts, texts=[turn["content"] for (turn,) in completions], ids=completion_ids)
+        samples["cut"] = [ids[-1] != trainer.processing_class.eos_token_id for ids in completion_ids]
+        return scorer.scores(prompts, samples["texts"], samples["cut"])
 
     gradients = Gradients()
     trainer = trl.RLOOTrainer(
         model=folders["llama"],
-        reward_funcs=reward,
+        reward_funcs=make(folders, reward=reward, clip="fixed"),
         args=trl.RLOOConfig(
             output_dir=str(tmp_path / "run"),
             beta=BETA,
@@ -71,13 +73,12 @@ def test_a_step_is_the_leave_one_out_gradient_of_equation_6(tmp_path):
     trainer.train()
 
     policy, tokenizer = policy.double(), trainer.processing_class
-    texts = [completion[0]["content"] for completion in samples["completions"]]
-    cut = [ids[-1] != tokenizer.eos_token_id for ids in samples["ids"]]
+    cut = samples["cut"]
     heads = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True) for p in samples["prompts"]]
     logps_N = torch.stack(
         [logp(policy, head["input_ids"], ids) for head, ids in zip(heads, samples["ids"], strict=True)]
     )
-    rewards_N, ref_logps_KN = oracle(folders, samples["prompts"], texts, samples["ids"], cut)
+    rewards_N, ref_logps_KN = oracle(folders, samples["prompts"], samples["texts"], samples["ids"], cut)
     value_N = eq6(rewards_N, logps_N.detach(), ref_logps_KN, "fixed")
     # Leave-one-out of two samples: each has the other as its baseline.
     advantage_P2 = value_N.view(-1, 2) - value_N.view(-1, 2).flip(1)

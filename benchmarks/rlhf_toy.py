@@ -1,6 +1,6 @@
 """RLHF on three tiny models: the reward rises, and the K KL terms of Eq. 6 pull it back as beta grows. A picture and its numbers.
 
-    python benchmarks/rlhf_toy.py [--steps 150] [--output benchmarks/results/rlhf-toy]
+    python benchmarks/rlhf_toy.py [--steps 200] [--output benchmarks/results/rlhf-toy]
 
 The models are those of the tests, and the reward model one of them with a random head: weights far from their initialisation, three
 tokenizers. So the reward means nothing; what is shown is that its gradient is followed, and what beta does. Some minutes.
@@ -22,8 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from mrpo_scale import MRPOConfig, MRPOTrainer
 from tests.tiny import pair_dataset, write_models
 
-BETAS = (0.003, 0.03, 0.1, 0.3)
-WINDOW = 16  #: prompts of a step
+BETAS = (0.01, 0.1, 0.3, 1.0)
+WINDOW = 32  #: prompts of a step
 
 
 def write_reward(folder: Path, base: str) -> str:
@@ -48,8 +48,7 @@ def curve(models: dict[str, str], reward: str, beta: float, steps: int, folder: 
         max_completion_length=8,
         per_device_train_batch_size=WINDOW,
         max_steps=steps,
-        learning_rate=3e-3,
-        lr_scheduler_type="constant",
+        learning_rate=2e-3,
         gradient_checkpointing=False,
         logging_steps=1,
         save_strategy="no",
@@ -57,7 +56,7 @@ def curve(models: dict[str, str], reward: str, beta: float, steps: int, folder: 
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = MRPOTrainer(models["llama"], [models["qwen2"], models["gpt_neox"]], args, pair_dataset(4 * WINDOW))
+    trainer = MRPOTrainer(models["llama"], [models["qwen2"], models["gpt_neox"]], args, pair_dataset(2 * WINDOW))
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "sampled/reward" in entry]
     return [
@@ -92,7 +91,7 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rlhf-toy"))
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:

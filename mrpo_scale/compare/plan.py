@@ -17,8 +17,8 @@ from typing import Any
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.fields import COMMON, keys_unused_by, keys_with
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
+from mrpo_scale.objective import OBJECTIVES
 
-OBJECTIVES = ("dpo", "mrpo", "multi_dpo")
 #: Keys that would give the runs other models, rows or scores, or that a comparison sets itself.
 FIXED = {f.name for f in fields(ScriptArguments)} | set(keys_with(MRPOConfig, COMMON))
 
@@ -69,7 +69,7 @@ def plan_arms(
     """The arms: DPO on each reference first, then the objectives in their order.
 
     Args:
-        objectives: ``mrpo``, ``multi_dpo``, ``NAME:KEY=VALUE,...`` for an objective with settings of its own; ``dpo`` and
+        objectives: ``mrpo``, ``kd``, ..., ``NAME:KEY=VALUE,...`` for an objective with settings of its own; ``dpo`` and
             ``dpo:each`` say what is done anyway.
         vary: ``KEY=VALUE,VALUE,...``; a value of several words is separated by blanks.
         references: (name, its ``anchor`` value) of each; None is the recipe's own reference 0.
@@ -143,7 +143,9 @@ def _read_vary(word: str) -> tuple[str, list[str]]:
 def _read_objective(word: str) -> tuple[str, dict[str, str]]:
     objective, _, listed = word.partition(":")
     if objective not in OBJECTIVES:
-        raise ConfigError(f"`--objectives {word}` is not known; choose from dpo:each, mrpo and multi_dpo.")
+        raise ConfigError(
+            f"`--objectives {word}` is not known; choose from dpo:each, {', '.join(o for o in OBJECTIVES if o != 'dpo')}."
+        )
     if objective == "dpo":
         if listed not in ("", "each"):
             raise ConfigError(

@@ -183,7 +183,7 @@ class _Check:
         """What `kd` and `rlhf` need beside the rest, and that none of it is in the estimate."""
         if not self.config.samples:
             return
-        if self.config.reward_model:
+        if self.config.objective == "rlhf" and self.config.reward_model:
             with self._collected():
                 plan_reward(self.config.reward_model, device=self.config.device)
         self.warnings.append(

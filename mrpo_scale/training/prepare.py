@@ -204,7 +204,7 @@ def _sampler(
     if not args.samples or TRAIN_SET not in pair_sets:
         return None
     set_activity("loading the reward model")
-    reward = RewardModel.load(args.reward_model, **_reading(args)) if args.reward_model else None
+    reward = RewardModel.load(args.reward_model or "", **_reading(args)) if args.objective == "rlhf" else None
     return PolicySampler(args, plan, policy, pair_sets[TRAIN_SET], scores, objective, reward, **layout)
 
 
@@ -235,8 +235,8 @@ def _choose_attention(policy: PreTrainedModel, args: MRPOConfig) -> bool:
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:
     """Without the references that the objective does not use; its reward model is checked."""
-    if args.reward_model:
-        plan_reward(args.reward_model, **_reading(args))  # refuses what gives no reward
+    if args.objective == "rlhf":
+        plan_reward(args.reward_model or "", **_reading(args))  # refuses what gives no reward
     others = len(plan.references) - 1
     if args.objective != "dpo" or not others:
         return plan

@@ -31,7 +31,7 @@ def write_reward(folder: Path, base: str) -> str:
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     with torch.no_grad():
-        model.get_submodule("score").weight.normal_(0, 3)
+        model.get_submodule("score").weight.normal_(0, 1)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return str(folder)
@@ -45,7 +45,7 @@ def curve(models: dict[str, str], reward: str, beta: float, steps: int, folder: 
         reward_model=reward,
         beta=beta,
         ref_weights=["0.5", "0.25", "0.25"],
-        max_completion_length=8,
+        max_completion_length=3,
         per_device_train_batch_size=WINDOW,
         max_steps=steps,
         learning_rate=2e-3,

@@ -142,7 +142,11 @@ def _adapt(config: MRPOConfig, arms: Sequence[Arm], flags: argparse.Namespace) -
     """What the arms of one trainer need, said where it is not the recipe's own."""
     config.output_dir = str(flags.output or config.folder / "bench")
     config.max_steps = len(_steps(arms, flags.steps, config.seed, 1, 0))
-    if config.objective == "dpo" and len(arms) > 1:
+    if config.samples:
+        logger.info(
+            "objective %s: what references cost is measured on labelled pairs, without samples", config.objective
+        )
+    if config.samples or (config.objective == "dpo" and len(arms) > 1):
         config.objective = "mrpo"
     config.weights_split = None
     if list(config.ref_weights) not in (["confidence"], ["uniform"]):

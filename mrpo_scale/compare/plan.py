@@ -95,7 +95,7 @@ def plan_arms(
     """The arms: DPO on each reference first, then the objectives in their order.
 
     Args:
-        objectives: ``mrpo``, ``multi_dpo``, ``NAME:KEY=VALUE,...`` for an objective with settings of its own; ``dpo`` and
+        objectives: ``mrpo``, ``kd``, ..., ``NAME:KEY=VALUE,...`` for an objective with settings of its own; ``dpo`` and
             ``dpo:each`` say what is done anyway.
         vary: ``KEY=VALUE,VALUE,...``; a value of several words is separated by blanks.
         references: (name, its ``anchor`` value) of each; None is the recipe's own reference 0.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from mrpo_scale.config.fields import AtLeast, Decides, Other, UsedBy, key
@@ -47,8 +47,8 @@ class SamplingKeys:
 
     def sampling_mistakes(self, objective: str, ref_scoring: str, ref_placement: str) -> Iterator[str]:
         """Values that do not go together, each with its remedy."""
-        if objective not in SAMPLED:
-            yield from self._without_effect()
+        if objective not in SAMPLED:  # which read none of these keys, so that runs to be compared can share a recipe
+            self._say_what_recipes_mean()
             return
         if self.temperature != 1:
             yield (
@@ -61,8 +61,6 @@ class SamplingKeys:
             yield "`kd_level: aligned` is not there yet; use `sequence`"
         if objective == "rlhf" and not self.reward_model:
             yield "`objective: rlhf` needs `reward_model`, which `mrpo reward` trains"
-        if objective != "rlhf" and self.reward_model:
-            yield f"`reward_model: {self.reward_model}` has no effect with `objective: {objective}`; use `rlhf`, or remove it"
         if ref_scoring != "live":
             yield (
                 f"`ref_scoring: {ref_scoring}` does not work with `objective: {objective}`: samples are new in every step, so no "
@@ -74,15 +72,11 @@ class SamplingKeys:
                 "alone; use `spread`"
             )
 
-    def _without_effect(self) -> Iterator[str]:
-        """Keys that are set and not read."""
-        for field in fields(SamplingKeys):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
-            if field.name == "max_completion_length":  # recipes of TRL's earlier versions have it
-                logger.warning(
-                    "`%s: %s` has no effect: `max_length` bounds prompt and response together", field.name, value
-                )
-                continue
-            yield f"`{field.name}: {value}` has no effect without `objective: kd` or `rlhf`; set one, or remove it"
+    def _say_what_recipes_mean(self) -> None:
+        """Recipes of TRL's earlier versions have a key of this name for labelled responses."""
+        if self.max_completion_length != type(self).max_completion_length:
+            logger.warning(
+                "`max_completion_length: %s` has no effect without `objective: kd` or `rlhf`: `max_length` bounds prompt and "
+                "response together",
+                self.max_completion_length,
+            )

@@ -55,6 +55,7 @@ from mrpo_scale.planner.show import (
 from mrpo_scale.planner.workload import Workload
 from mrpo_scale.planner.zero import Zero, read_zero
 from mrpo_scale.references.adapters import lenders, loaded_apart
+from mrpo_scale.references.reward import plan_reward
 from mrpo_scale.training.preflight import check_best_metric, check_evaluation, preflight_problems
 
 HELP = """usage: mrpo check --config RECIPE [--key value ...] [--gpus N] [--gpu NAME] [--gpus_per_node N] [--network RATE]
@@ -156,6 +157,7 @@ class _Check:
             with self._collected():
                 names = plan.names[:1] if self.config.objective == "dpo" else plan.names
                 check_best_metric(self.config, names, ())
+        self._look_at_sampling()
         if plan is not None:
             self._look_for_weights(plan)
             if plan.dated:
@@ -178,6 +180,18 @@ class _Check:
             print(f"error: {error}")
         files = ", ".join(sorted(path.name for path in self.folder.iterdir()))
         print(f"{'The run would not start. ' if self.errors else ''}{self.folder}: {files}")
+
+    def _look_at_sampling(self) -> None:
+        """What `kd` and `rlhf` need beside the rest, and that none of it is in the estimate."""
+        if not self.config.samples:
+            return
+        if self.config.objective == "rlhf" and self.config.reward_model:
+            with self._collected():
+                plan_reward(self.config.reward_model, device=self.config.device)
+        self.warnings.append(
+            f"`objective: {self.config.objective}`: time and memory are those of training on the labelled pairs; sampling, scoring "
+            "and training on samples are not in them (docs/baselines.md)"
+        )
 
     @contextmanager
     def _collected(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,36 +17,42 @@ from mrpo_scale.references.scores import ReferenceScores
 class StepClock(TrainerCallback):
     """Per-phase timer of optimizer steps: the trainer says when a step begins and which phase of it is under way.
 
-    Phases are "data", "references" within it, "head and loss", "optimizer" and "logging". Kept here are the wall-clock seconds of
-    each step, from reading its pairs to the update (evaluation and saving are outside), and of its references.
+    Phases are "data", "references" and "samples" within it, "head and loss", "optimizer" and "logging". Kept here are the
+    wall-clock seconds of each step, from reading its pairs to the update (evaluation and saving are outside), of its references
+    and of its samples.
     """
 
     def __init__(self) -> None:
         self.steps: list[float] = []
         self.references: list[float] = []
+        self.samples: list[float] = []  #: 0 where nothing is sampled
         self._started = 0.0
+        self._of_step: defaultdict[str, float] = defaultdict(float)
         self._logged = 0
 
     def start_step(self) -> None:
         self._started = time.perf_counter()
+        self._of_step.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Around what belongs to phase ``name``, which pauses the phase that it interrupts."""
         started = time.perf_counter()
         yield
-        if name == "references":
-            self.references.append(time.perf_counter() - started)
+        self._of_step[name] += time.perf_counter() - started
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps.append(time.perf_counter() - self._started)
+        self.references.append(self._of_step["references"])
+        self.samples.append(self._of_step["samples"])
 
     def speed_since_last_log(self, tokens: float) -> dict[str, float]:
-        """Mean seconds of a step and of its references, and tokens per second where ``tokens`` were computed meanwhile."""
+        """Mean seconds of a step, of its references and samples, and tokens per second where ``tokens`` were computed meanwhile."""
         first, self._logged = self._logged, len(self.steps)
-        references, steps = self.references[first:], self.steps[first:]
+        references, samples, steps = self.references[first:], self.samples[first:], self.steps[first:]
         return {
             "time/references": statistics.mean(references),
+            **({"time/samples": statistics.mean(samples)} if any(samples) else {}),
             "time/step": statistics.mean(steps),
             "tokens_per_second": tokens / sum(steps),
         }

@@ -87,7 +87,7 @@ def _settings(run: PreparedRun, state: TrainerState, best_step: int | None) -> d
 
 def _weights(run: PreparedRun) -> str:
     """As the recipe says, and the numbers that `validation` found."""
-    word, found = " ".join(map(str, run.args.ref_weights)), run.objective.ref_weights
+    word, found = " ".join(map(str, run.args.ref_weights)), (run.sampler or run).objective.ref_weights
     if run.args.weights_from_validation and not isinstance(found, str):
         return f"{word}: {' '.join(f'{weight:.3f}' for weight in found)}"
     return word

@@ -115,7 +115,6 @@ def prepare_run(
     if TRAIN_SET in pair_sets:
         check_steps(args, len(pair_sets[TRAIN_SET]), args.window_size)
     plan = _used(plan, args)
-    _check_reward(args)
     if trainer_arguments.get("compute_metrics") is None:  # whose names nobody knows
         check_best_metric(args, plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
     _set_allocation(args)  # before the policy: what is scored ahead of training has the memory to itself
@@ -125,13 +124,12 @@ def prepare_run(
     use_cache = getattr(policy.config, "use_cache", None)
     check_optimizer(trainer_arguments, policy)
     enable_pair_scoring(policy, "policy", args.head_impl)
-    end_to_end = _choose_attention(policy, args)
-    shared_prompt = choose_shared_prompt(args.shared_prompt, policy, "policy")
+    layout = {"end_to_end": _choose_attention(policy, args)}
+    layout["shared_prompt"] = choose_shared_prompt(args.shared_prompt, policy, "policy")
     router_loss = router_loss_coef(policy, args.router_aux_loss_coef)
     # Around the forward that scores pairs, which peft passes everything on to.
     policy = add_adapter(policy, plan.policy, args) if args.use_peft else policy
     weighted = {split: WeightedPairs(pairs) for split, pairs in pair_sets.items() if split != WEIGHTS_SET}
-    layout = {"shared_prompt": shared_prompt, "end_to_end": end_to_end}
     return PreparedRun(
         args=args,
         plan=plan,
@@ -187,12 +185,6 @@ def _plan(
     return plan
 
 
-def _check_reward(args: MRPOConfig) -> None:
-    """Refuse a reward model that gives no reward, before any weights load."""
-    if args.reward_model:
-        plan_reward(args.reward_model, **_reading(args))
-
-
 def _reading(args: MRPOConfig) -> dict[str, Any]:
     """How a reward model is read: as the references are."""
     date = datetime.date.fromisoformat(args.template_date) if args.template_date else None
@@ -212,7 +204,7 @@ def _sampler(
     if not args.samples or TRAIN_SET not in pair_sets:
         return None
     set_activity("loading the reward model")
-    reward = RewardModel.load(args.reward_model, **_reading(args)) if args.reward_model else None
+    reward = RewardModel.load(args.reward_model or "", **_reading(args)) if args.objective == "rlhf" else None
     return PolicySampler(args, plan, policy, pair_sets[TRAIN_SET], scores, objective, reward, **layout)
 
 
@@ -242,7 +234,9 @@ def _choose_attention(policy: PreTrainedModel, args: MRPOConfig) -> bool:
 
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:
-    """Without the references that the objective does not use."""
+    """Without the references that the objective does not use; its reward model is checked."""
+    if args.objective == "rlhf":
+        plan_reward(args.reward_model or "", **_reading(args))  # refuses what gives no reward
     others = len(plan.references) - 1
     if args.objective != "dpo" or not others:
         return plan

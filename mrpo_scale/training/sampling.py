@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mrpo_kernels import CombinedReferences
 from torch import Tensor, nn
 
 from mrpo_scale.base.device import send
@@ -49,12 +50,13 @@ class SampledBatch(MicroBatch):
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """This rank's two samples to each of P prompts."""
+class Samples:
+    """This rank's two samples to each of P prompts, the longest first."""
 
     examples: list[PairExample]
     pairs: list[PreferencePair]  #: prompt and the texts of both samples
     cut: list[tuple[bool, bool]]
+    rewards_P2: Tensor | None = None
 
 
 class PolicySampler:
@@ -95,28 +97,28 @@ class PolicySampler:
         """Whether samples alone are trained on, not the labelled pairs."""
         return self.objective.name == "rlhf"
 
-    def micro_batches(self, window: Sequence[PairExample], step: int) -> list[SampledBatch]:
-        """Sample, score and lay out the pairs of a step; as many micro-batches on every rank.
+    def draw(self, window: Sequence[PairExample], step: int) -> Samples:
+        """This rank's samples of a step, rewarded.
 
         Raises:
             ConfigError, TrainingError: on every rank: a prompt that the reward model cannot read, a reward that is not finite.
         """
         rows = self._rows(window, step)
         responses = self._responses([self._prompt_ids(row) for row, _ in rows], [row for row, _ in rows], step)
-        samples = self._tokenized(rows, responses)
-        parts = self._parts(samples.examples)
+        return self._rewarded(self._tokenized(rows, responses))
+
+    def score(self, samples: Samples) -> CombinedReferences:
+        """The references of the samples, in their order."""
+        return self.scores.score(samples.examples, self.pairs, self.objective)
+
+    def micro_batches(self, samples: Samples, references: CombinedReferences) -> list[SampledBatch]:
+        """As many on every rank."""
+        parts, device = self._parts(samples.examples), references.virtual_logps_P2.device
         examples = [
             replace(example, micro_batch=number)
             for number, part in enumerate(parts)
             for example in samples.examples[part]
         ]
-        references = self.scores.score(examples, self.pairs, self.objective)
-        rewards_P2 = self._rewards(samples)
-        device = references.virtual_logps_P2.device
-        total = sum_over_ranks(send(torch.tensor(sum(e.weight for e in examples), dtype=torch.float32), device))
-        cut_P = send(torch.tensor(samples.cut, dtype=torch.float32).mean(-1), device)
-        tokens = [example.tokens[0] for example in examples]
-        identical_P = send(torch.tensor([float(t.chosen_ids == t.rejected_ids) for t in tokens]), device)
         batches = policy_batches(
             examples,
             references,
@@ -124,11 +126,15 @@ class PolicySampler:
             end_to_end=self.end_to_end,
             pad_token_id=self.pad_token_id,
         )
+        total = sum_over_ranks(send(torch.tensor(sum(e.weight for e in examples), dtype=torch.float32), device))
+        cut_P = send(torch.tensor(samples.cut, dtype=torch.float32).mean(-1), device)
+        identical = [e.tokens[0].chosen_ids == e.tokens[0].rejected_ids for e in examples]
+        identical_P = send(torch.tensor(identical, dtype=torch.float32), device)
         return [
             SampledBatch(
                 **{f.name: getattr(batch, f.name) for f in fields(batch)},
                 total=total,
-                rewards_P2=None if rewards_P2 is None else rewards_P2[part],
+                rewards_P2=None if samples.rewards_P2 is None else samples.rewards_P2[part],
                 cut_P=cut_P[part],
                 identical_P=identical_P[part],
             )
@@ -196,7 +202,7 @@ class PolicySampler:
 
     def _tokenized(
         self, rows: Sequence[tuple[int, float]], responses: Sequence[tuple[list[int], list[int]]]
-    ) -> _Samples:
+    ) -> Samples:
         """The samples as pairs of every model. One that a model cannot read counts for nothing, and is counted."""
         tokenizer: Any = self.plan.texts[0].tokenizer
         found: list[tuple[PairExample, PreferencePair, tuple[bool, bool]]] = []
@@ -215,7 +221,7 @@ class PolicySampler:
             found.append((example, pair, cut))
         # Longest first, so that neighbours pad little.
         found.sort(key=lambda one: -_positions(one[0]))
-        return _Samples([one[0] for one in found], [one[1] for one in found], [one[2] for one in found])
+        return Samples([one[0] for one in found], [one[1] for one in found], [one[2] for one in found])
 
     def _tokens(
         self, pair: PreferencePair, ids: tuple[list[int], list[int]], cut: tuple[bool, bool]
@@ -245,15 +251,16 @@ class PolicySampler:
         own = pair_lengths(lengths_N3, shared_prompt=self.shared_prompt, end_to_end=self.end_to_end)
         return cut_by_tokens(all_reduce_max(own.tolist(), world_group()), most, padded=not self.end_to_end)
 
-    def _rewards(self, samples: _Samples) -> Tensor | None:
+    def _rewarded(self, samples: Samples) -> Samples:
         if self.reward is None:
-            return None
-        both = [(pair.prompt, text) for pair in samples.pairs for text in (pair.chosen, pair.rejected)]
+            return samples
         with fail_together(world_group()):
-            prompts, texts = zip(*both, strict=True)
-            flat = [short for cut in samples.cut for short in cut]
-            rewards_N = self.reward.scores(list(prompts), [str(text) for text in texts], flat)
-        return rewards_N.view(-1, 2)
+            rewards_N = self.reward.scores(
+                [pair.prompt for pair in samples.pairs for _ in range(2)],
+                [str(text) for pair in samples.pairs for text in (pair.chosen, pair.rejected)],
+                [short for cut in samples.cut for short in cut],
+            )
+        return replace(samples, rewards_P2=rewards_N.view(-1, 2))
 
 
 def sampled_metrics(policy_logps_P2: Tensor, batch: SampledBatch, names: Sequence[str]) -> dict[str, Tensor]:

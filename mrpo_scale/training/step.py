@@ -33,7 +33,7 @@ from mrpo_scale.training.callbacks import StepClock
 from mrpo_scale.training.metrics import MetricSums, pair_metrics
 from mrpo_scale.training.prepare import PreparedRun
 from mrpo_scale.training.sampled_loss import SampledLoss
-from mrpo_scale.training.sampling import PREFIX, SampledBatch, sampled_metrics
+from mrpo_scale.training.sampling import PREFIX, PolicySampler, SampledBatch, sampled_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,7 @@ def optimizer_step(
                 references = run.scores.score(window, run.pair_sets[TRAIN_SET], run.objective)
             batches = micro_batches(run, window, references)
         if run.sampler is not None:
-            set_activity(f"sampling responses of step {step}")
-            with clock.phase("samples"):
-                batches += run.sampler.micro_batches(window, step)
+            batches += sampled_batches(run.sampler, window, step, clock)
         num_pairs = sum_over_ranks(
             send(torch.tensor(sum(e.weight for e in window), dtype=torch.float32), run.args.device)
         )
@@ -109,13 +107,24 @@ def micro_batches(
     )
 
 
+def sampled_batches(
+    sampler: PolicySampler, window: Sequence[PairExample], step: int, clock: StepClock
+) -> list[SampledBatch]:
+    """Responses that the policy gives to prompts of the window, with their references. Collective over the world."""
+    set_activity(f"sampling responses of step {step}")
+    with clock.phase("samples"):
+        samples = sampler.draw(window, step)
+    with clock.phase("references"):
+        references = sampler.score(samples)
+    return sampler.micro_batches(samples, references)
+
+
 def policy_loss(
     run: PreparedRun, model: nn.Module, batch: MicroBatch, num_pairs: Tensor
 ) -> tuple[Tensor, PreferenceLoss | SampledLoss, Tensor, RouterBalance | None]:
     """The policy's log-probs [P, 2], the loss of each pair, this micro-batch's share of the window's mean loss, times the world
     size (data parallelism averages gradients), and of a mixture of experts whose routers are kept even what they did."""
     sampler, objective, lengths_P2 = run.sampler, run.objective, batch.pairs.response_lengths
-    sampled = sampler is not None and isinstance(batch, SampledBatch)
     share_P = batch.weight_P / (batch.total if isinstance(batch, SampledBatch) else num_pairs) * run.args.world_size
 
     def loss_of(logps_C2: Tensor, pairs: slice) -> PreferenceLoss | SampledLoss:
@@ -124,7 +133,8 @@ def policy_loss(
         return loss_against(logps_C2, batch.references[pairs], objective, lengths_P2[pairs])
 
     # Once a window: KD's labelled pairs keep them even, its samples would do it twice.
-    with_routers, balance = run.router_loss_coef > 0 and not (sampled and not sampler.replaces_pairs), None
+    repeated = sampler is not None and not sampler.replaces_pairs and isinstance(batch, SampledBatch)
+    with_routers, balance = run.router_loss_coef > 0 and not repeated, None
     if not run.args.gradients_in_forward:
         if with_routers:
             policy_logps_P2, balance = score_pairs_and_routers(model, batch.pairs)

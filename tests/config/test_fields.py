@@ -29,7 +29,11 @@ DECIDING = """objective beta epsilon_max clip ref_weights weights_split aggregat
     use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save
     use_rslora use_dora
     load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage
+    sampled_fraction max_completion_length temperature kd_level kd_normalize reward_model
     weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 tf32"""
+
+
+SAMPLING = ("sampled_fraction", "max_completion_length", "temperature")
 
 
 def test_every_key_of_ours_has_one_role():
@@ -62,9 +66,14 @@ def test_what_a_comparison_cannot_vary():
 @pytest.mark.parametrize(
     ("objective", "unused"),
     [
-        ("dpo", {"epsilon_max", "clip", "ref_weights", "aggregate"}),
-        ("multi_dpo", {"aggregate"}),
-        ("mrpo", set()),
+        (
+            "dpo",
+            {"epsilon_max", "clip", "ref_weights", "aggregate", *SAMPLING, "kd_level", "kd_normalize", "reward_model"},
+        ),
+        ("multi_dpo", {"aggregate", *SAMPLING, "kd_level", "kd_normalize", "reward_model"}),
+        ("mrpo", {*SAMPLING, "kd_level", "kd_normalize", "reward_model"}),
+        ("kd", {"aggregate", "reward_model"}),
+        ("rlhf", {"aggregate", "epsilon_max", "clip", "kd_level", "kd_normalize"}),
     ],
 )
 def test_keys_that_an_objective_does_not_read(objective, unused):

@@ -1,4 +1,4 @@
-"""The estimators of KD and RLHF against autograd of their exact losses, summed over all responses of a tabular policy in float64."""
+"""The estimators of KD and RLHF against autograd of their exact losses, over all responses of a tabular policy in float64."""
 
 import itertools
 from types import SimpleNamespace

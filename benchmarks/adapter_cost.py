@@ -15,17 +15,15 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from against_trl import processor_name
+from against_trl import processor_name, run_benchmark
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,15 +61,7 @@ def main() -> None:
     if flags.one_run:
         one_run(flags)
         return
-    work = Path(tempfile.mkdtemp(prefix="adapter-cost-"))
-    try:
-        result = measure(flags, work)
-    finally:
-        shutil.rmtree(work)
-    print_table(result)
-    if flags.output:
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
-        flags.output.write_text(json.dumps(result, indent=2) + "\n")
+    run_benchmark(flags, measure, print_table)
 
 
 def measure(flags: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,17 @@ def main() -> None:
         program, scoring = flags.one_run
         one_run(flags, program, scoring)
         return
-    work = Path(tempfile.mkdtemp(prefix="against-trl-"))
-    try:
-        result = measure(flags, work)
-    finally:
-        shutil.rmtree(work)
+    run_benchmark(flags, measure, print_table)
+
+
+def run_benchmark(
+    flags: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    print_table: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measure in a folder that is gone afterwards; print the table; write ``flags.output``, if it names a file."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as work:
+        result = measure(flags, Path(work))
     print_table(result)
     if flags.output:
         flags.output.parent.mkdir(parents=True, exist_ok=True)

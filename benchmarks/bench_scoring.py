@@ -12,7 +12,6 @@ by pair: a program that is fast and wrong is not fast.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shutil
 import statistics
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from against_trl import run_benchmark
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrpo_scale.config.keys import MRPOConfig
@@ -45,15 +45,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    work = Path(tempfile.mkdtemp(prefix="bench-scoring-"))
-    try:
-        result = measure(flags, work)
-    finally:
-        shutil.rmtree(work)
-    print_table(result)
-    if flags.output:
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
-        flags.output.write_text(json.dumps(result, indent=2) + "\n")
+    run_benchmark(flags, measure, print_table)
 
 
 def measure(flags: argparse.Namespace, work: Path) -> dict:

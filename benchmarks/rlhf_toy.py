@@ -1,6 +1,6 @@
 """RLHF on three tiny models: the reward rises, and the K KL terms of Eq. 6 pull it back as beta grows. A picture and its numbers.
 
-    python benchmarks/rlhf_toy.py [--steps 200] [--output benchmarks/results/rlhf-toy]
+    python -m benchmarks.rlhf_toy [--steps 200] [--output benchmarks/results/rlhf-toy]
 
 The models are those of the tests, and the reward model one of them with a random head: weights far from their initialisation, three
 tokenizers. So the reward means nothing; what is shown is that its gradient is followed, and what beta does. Some minutes.
@@ -90,7 +90,7 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rlhf-toy"))
     flags = parser.parse_args()

@@ -28,6 +28,7 @@ from mrpo_scale.reports.html_report import read_run, write_report
 from mrpo_scale.reports.pictures import RunSummary, comparison_table, plot_comparison
 from mrpo_scale.reports.run_facts import run_name
 from mrpo_scale.training.preflight import preflight
+from mrpo_scale.training.prepare import check_reward
 from mrpo_scale.training.run_report import LiveReport, report_if_stopped
 from mrpo_scale.training.trainer import MRPOTrainer
 
@@ -60,6 +61,8 @@ def _train_all(argv: Sequence[str], script: ScriptArguments, config: MRPOConfig)
     histories: dict[str, list[dict[str, Any]]] = {}
     # One date for all: they read the same text, on whatever day each of them begins.
     date = decide_date(config, [config.folder / baseline for baseline in script.baselines]).isoformat()
+    if script.baselines:  # which need none, and would train before it is found missing
+        check_reward(config)
     for baseline in script.baselines:
         folder = str(config.folder / baseline)
         baseline_script, baseline_config = parse([*argv, "--objective", baseline, "--output_dir", folder])

@@ -115,6 +115,7 @@ def prepare_run(
     if TRAIN_SET in pair_sets:
         check_steps(args, len(pair_sets[TRAIN_SET]), args.window_size)
     plan = _used(plan, args)
+    check_reward(args)
     if trainer_arguments.get("compute_metrics") is None:  # whose names nobody knows
         check_best_metric(args, plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
     _set_allocation(args)  # before the policy: what is scored ahead of training has the memory to itself
@@ -185,6 +186,16 @@ def _plan(
     return plan
 
 
+def check_reward(args: MRPOConfig) -> None:
+    """Collective over the world, where the reward model of `rlhf` is a hub id; other objectives have none.
+
+    Raises:
+        ConfigError: it gives no reward; see :func:`~mrpo_scale.references.reward.plan_reward`.
+    """
+    if args.objective == "rlhf":
+        plan_reward(args.reward_model or "", **_reading(args))
+
+
 def _reading(args: MRPOConfig) -> dict[str, Any]:
     """How a reward model is read: as the references are."""
     date = datetime.date.fromisoformat(args.template_date) if args.template_date else None
@@ -203,8 +214,10 @@ def _sampler(
     """What samples and scores responses, with its reward model loaded; None where nothing is sampled, or trained."""
     if not args.samples or TRAIN_SET not in pair_sets:
         return None
-    set_activity("loading the reward model")
-    reward = RewardModel.load(args.reward_model or "", **_reading(args)) if args.objective == "rlhf" else None
+    reward = None
+    if args.objective == "rlhf":
+        set_activity("loading the reward model")
+        reward = RewardModel.load(args.reward_model or "", **_reading(args))
     return PolicySampler(args, plan, policy, pair_sets[TRAIN_SET], scores, objective, reward, **layout)
 
 
@@ -234,9 +247,7 @@ def _choose_attention(policy: PreTrainedModel, args: MRPOConfig) -> bool:
 
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:
-    """Without the references that the objective does not use; its reward model is checked."""
-    if args.objective == "rlhf":
-        plan_reward(args.reward_model or "", **_reading(args))  # refuses what gives no reward
+    """Without the references that the objective does not use."""
     others = len(plan.references) - 1
     if args.objective != "dpo" or not others:
         return plan

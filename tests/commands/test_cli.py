@@ -154,6 +154,10 @@ CASES = {
     ),
     "a schedule without its keys": (lambda t, f: {"lr_scheduler_type": ["cosine_with_min_lr"]}, ["cosine_with_min_lr", "min_lr"]),
     "a DeepSpeed config that is nowhere": (lambda t, f: {"deepspeed": ["zero9"]}, ["`deepspeed: zero9`", "zero3"]),
+    "a reward model that is none, with a baseline first": (
+        lambda t, f: {"objective": ["rlhf"], "ref_weights": ["uniform"], "reward_model": [f["llama"]], "baselines": ["dpo"]},
+        ["not a sequence classifier", "`mrpo reward`"],
+    ),
     "several mistakes": (lambda t, f: {"betta": ["1"], "sed": ["1"]}, ["`betta`", "`sed`"]),
     "shared prompt where it cannot be": (lambda t, f: {"shared_prompt": ["yes"]}, ["shared_prompt"]),
 }  # fmt: skip

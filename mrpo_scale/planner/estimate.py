@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from mrpo_scale.planner.cluster import Cluster, Traffic
 from mrpo_scale.planner.job import MOVED_BACKWARD, MOVED_FORWARD, Job, Phase, Setting, seconds_of
 from mrpo_scale.planner.live import ScoredLive
 from mrpo_scale.planner.model_size import ModelSize
-from mrpo_scale.planner.workload import Share
+from mrpo_scale.planner.workload import Share, part_of
 from mrpo_scale.planner.zero import Zero, policy_states, policy_traffic
 
 
@@ -74,6 +75,7 @@ def estimate(job: Job, setting: Setting, cluster: Cluster) -> Estimate:
         accumulation=accumulation,
         ranks=cluster.gpus,
         max_tokens=setting.max_tokens,
+        sequence=setting.sequence_parallel,
     )
     references = ScoredLive(job, setting, cluster, accumulation) if setting.live else None
     states = policy_states(job.policy, setting.zero, cluster)
@@ -120,8 +122,9 @@ def _training(job: Job, setting: Setting, work: Work) -> TrainingFlops:
 
 def _policy_moment(job: Job, setting: Setting) -> dict[str, int]:
     """Activations and head at the start of the backward of the largest micro-batch."""
-    size = job.policy
-    work = job.workload.largest_micro_batch(size, setting.micro_batch, setting.max_tokens)
+    size, ranks = job.policy, setting.sequence_parallel
+    most = None if setting.max_tokens is None else setting.max_tokens * ranks
+    work = part_of(job.workload.largest_micro_batch(size, setting.micro_batch, most), ranks)
     moment = {
         "activations": size.activations.kept(work, size.itemsize, checkpointing=setting.checkpointing),
         "head": head_bytes(size, work.response_tokens, job.device_type, in_forward=job.gradients_in_forward),
@@ -163,9 +166,10 @@ def _policy_phases(job: Job, setting: Setting, cluster: Cluster, share: Share) -
         "forward": MOVED_FORWARD * layer_bytes,
         "backward": (MOVED_BACKWARD + MOVED_FORWARD * setting.checkpointing) * layer_bytes,
     }
-    micro_batches = len(share.forwards)
-    forward, backward, step = policy_traffic(size, setting.zero, cluster)
-    links = {"forward": forward * micro_batches, "backward": backward * micro_batches}
+    count, sent = len(share.forwards), policy_traffic(size, setting.zero, cluster)
+    links = {"forward": sent.forwards(count), "backward": sent.backward * count}
+    exchanged = exchanged_by_attention(size, total.positions, count, setting.sequence_parallel, cluster)
+    exchanges = {"forward": exchanged, "backward": exchanged * (1 + setting.checkpointing)}
     phases = [
         Phase(
             f"policy {name}",
@@ -173,11 +177,22 @@ def _policy_phases(job: Job, setting: Setting, cluster: Cluster, share: Share) -
             moved[name] / (gpu.memory_bandwidth * assumed.memory),
             cluster.seconds(links[name]),
             setting.zero.overlap,
+            cluster.seconds(exchanges[name]),
         )
         for name in ("forward", "backward")
     ]
-    phases.append(_optimizer_phase(size, setting.zero, cluster, step))
-    return tuple(phases), links["forward"] + links["backward"] + step
+    phases.append(_optimizer_phase(size, setting.zero, cluster, sent.step))
+    return tuple(phases), sum((*links.values(), *exchanges.values()), sent.step)
+
+
+def exchanged_by_attention(size: ModelSize, tokens: int, forwards: int, ranks: int, cluster: Cluster) -> Traffic:
+    """All-to-alls of sequence parallelism over ``forwards`` forwards, in which a rank has ``tokens``: in every layer queries, keys
+    and values on the way to the ranks of their heads, and outputs on the way back. Heads of keys that the ranks do not divide are
+    repeated until they do."""
+    keys = math.lcm(size.key_heads, ranks)
+    layers = size.activations.num_layers
+    elements = tokens * layers * size.head_size * (2 * size.heads + 2 * keys)
+    return cluster.exchange(size.itemsize * elements, ranks, 2 * layers * forwards)
 
 
 def _optimizer_phase(size: ModelSize, zero: Zero, cluster: Cluster, step: Traffic) -> Phase:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.logps.attention_choice import choose_end_to_end
+from mrpo_scale.logps.attention_choice import choose_end_to_end, head_size
 from mrpo_scale.logps.flops import UnitCosts, active_parameters, unit_costs
 from mrpo_scale.logps.layer_masks import decoder_layers, supports_shared_prompt
 from mrpo_scale.models.adapter import wrapped
@@ -42,6 +42,9 @@ class ModelSize:
     costs: UnitCosts
     activations: Activations
     active: int  #: parameters that a token meets: of a mixture of experts not all
+    heads: int  #: of attention
+    key_heads: int
+    head_size: int
     trained: tuple[Shape, ...] | None = None  #: of the parameters that train, an adapter's; None: all do
     quantize: str | None = None  #: how a reference's linear layers are kept
     quantized: tuple[Shape, ...] = ()  #: of their weights
@@ -84,6 +87,10 @@ class ModelSize:
         """Elements of the parameters that ZeRO-3 keeps whole on every rank."""
         return sum(n for n in map(math.prod, self.shapes) if n <= threshold)
 
+    def gathered_weights(self, threshold: int) -> int:
+        """How many parameters ZeRO-3 cuts and gathers."""
+        return sum(n > threshold for n in map(math.prod, self.shapes))
+
 
 def model_size(
     source: ReferenceSource,
@@ -118,14 +125,14 @@ def model_size(
         tried=False,
     )
     shared = supports_shared_prompt(model) and shared_prompt != "false"
-    layers = decoder_layers(model)
+    layers, text = decoder_layers(model), model.config.get_text_config()
     costs = unit_costs(model)  # first: it complains of what a config lacks
     embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     size = ModelSize(
         name=source.name,
         model_type=model.config.model_type,
         shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
-        hidden=model.config.get_text_config().hidden_size,
+        hidden=text.hidden_size,
         layer=max(map(_count, layers)),
         widest_mlp=max(max(p.shape) for p in layers[0].parameters() if p.ndim == 2),
         embedding=embedding.numel(),
@@ -137,6 +144,9 @@ def model_size(
         costs=costs,
         activations=activations_of(model),
         active=active_parameters(model),
+        heads=text.num_attention_heads,
+        key_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_size=head_size(text),
         quantize=source.quantize,
         quantized=_quantized(source, model),
     )

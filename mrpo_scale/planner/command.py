@@ -42,12 +42,13 @@ from mrpo_scale.planner.data import (
 from mrpo_scale.planner.estimate import Estimate, estimate
 from mrpo_scale.planner.job import Job, PlannedModel, Setting
 from mrpo_scale.planner.model_size import assumed_fields, model_size
-from mrpo_scale.planner.search import TRIED, Found, search, smallest_that_fits
+from mrpo_scale.planner.search import SEQUENCE_KEY, TRIED, Found, search, smallest_that_fits
 from mrpo_scale.planner.show import (
     as_json,
     assumptions,
     memory_table,
     models_table,
+    plans_list,
     plot_memory,
     setting_in_words,
     time_table,
@@ -89,7 +90,7 @@ def check(argv: Sequence[str]) -> int:
     script, config = parse(rest, ConfigElsewhere)
     if config.process_index != 0:
         return 0
-    zero = read_zero(flags.ds_config or _default_zero(config, cluster))
+    zero = read_zero(flags.ds_config or _default_zero(config, cluster), cluster)
     checked = _Check(script, config, cluster, zero, flags.output or config.folder / "check")
     checked.run()
     return 2 if checked.errors else 0
@@ -302,7 +303,7 @@ class _Check:
             "gpus": cluster.gpus,
             "estimates": {name: as_json(found) for name, found in estimates.items()},
             "cheapest": {
-                name: {"tried": s.tried, "fit": s.fitting, "setting": None if s.best is None else as_json(s.best)}
+                name: {"tried": s.tried, "fit": s.fitting, "plans": [as_json(plan) for plan in s.plans]}
                 for name, s in searches.items()
             },
         }
@@ -316,10 +317,7 @@ class _Check:
         for name, found in searches.items():
             print(f"cheapest with references {name}, {found.fitting} of {found.tried} settings fit: ", end="")
             if found.best is not None:
-                best = found.best
-                print(
-                    f"{best.seconds:.3g} s a step, {best.peak / GIB:.1f} GiB: {setting_in_words(best.setting, best.accumulation)}"
-                )
+                print(f"\n{plans_list(found.plans)}")
             else:
                 host = sum(found.least.host.values()) / GIB
                 print(
@@ -383,6 +381,7 @@ class _Check:
             offload=config.ref_offload,
             live=config.ref_scoring == "live",
             max_tokens=config.max_tokens_per_micro_batch,
+            sequence_parallel=getattr(config, SEQUENCE_KEY, 1),
         )
 
     def _accumulation(self) -> int:

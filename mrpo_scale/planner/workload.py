@@ -44,6 +44,11 @@ class Workload:
     _largest: dict[tuple[object, ...], tuple[Work, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
+    def mean_lengths(self) -> np.ndarray:
+        """[V] tokens of a pair, all three texts."""
+        return self.lengths_NV3.sum(-1).mean(0)
+
+    @cached_property
     def _counts(self) -> np.ndarray:
         """[N, V, 4]: tokens of prompt, chosen and rejected, and how many of both responses are scored."""
         scored_NV2 = self.lengths_NV3[..., 1:] if self.scored_NV2 is None else self.scored_NV2

@@ -118,7 +118,8 @@ def policy_states(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyStates
         parts["parameters"] = b * shard
         extra = b * whole
         if zero.secondary > 1:
-            extra += b * secondary_shard(size, zero, ranks)
+            threshold = zero.number("stage3_param_persistence_threshold", size.hidden)
+            extra += b * size.secondary_shard(min(zero.secondary, ranks), ranks, threshold)
         gradients = b * trained
         bucket = b * min(zero.number("reduce_bucket_size", size.hidden), size.trained_parameters)
         live = min(n - whole, zero.number("stage3_max_live_parameters", size.hidden))
@@ -142,13 +143,6 @@ def policy_states(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyStates
         device |= optimizer
         device["gradients"] = gradients + bucket
     return PolicyStates(device, host, gathered, step)
-
-
-def secondary_shard(size: ModelSize, zero: Zero, ranks: int) -> int:
-    """Elements of hpZ's second copy on each rank, once a forward has made it: weights that stay whole have none."""
-    threshold = zero.number("stage3_param_persistence_threshold", size.hidden)
-    cut = (n for n in map(math.prod, size.shapes) if n > threshold)
-    return sum(-(-n // ranks) * (ranks // min(zero.secondary, ranks)) for n in cut)
 
 
 class PolicyTraffic(NamedTuple):
@@ -175,7 +169,7 @@ def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyTraff
     ranks, total, h = cluster.gpus, size.itemsize * size.parameters, size.hidden
     trained = size.itemsize * size.trained_parameters
     if zero.stage == 3:
-        buckets = _buckets(size, zero.number("reduce_bucket_size", h))
+        buckets = size.gradient_buckets(zero.number("reduce_bucket_size", h))
         calls = size.gathered_weights(zero.number("stage3_param_persistence_threshold", h))
         first = cluster.gather(total, ranks, calls)
         again = cluster.gather(total, min(zero.secondary, ranks), calls) if zero.secondary > 1 else first
@@ -183,17 +177,7 @@ def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyTraff
     none = Traffic()
     if zero.stage == 2:
         calls = math.ceil(size.trained_parameters / zero.number("allgather_bucket_size", h))
-        buckets = _buckets(size, zero.number("reduce_bucket_size", h))
+        buckets = size.gradient_buckets(zero.number("reduce_bucket_size", h))
         return PolicyTraffic(none, none, cluster.gather(trained, ranks, buckets), cluster.gather(trained, ranks, calls))
     calls = size.trained_parameters / zero.number("reduce_bucket_size", h)
     return PolicyTraffic(none, none, cluster.gather(4 * size.trained_parameters, ranks, calls) * 2, none)
-
-
-def _buckets(size: ModelSize, limit: int) -> int:
-    """Collectives in which gradients are sent: a bucket goes when it has no room for the next gradient; a larger one goes alone."""
-    count, filled = 0, 0
-    for n in map(math.prod, reversed(size.shapes if size.trained is None else size.trained)):
-        if filled and filled + n > limit:
-            count, filled = count + 1, 0
-        filled += n
-    return count + bool(filled)

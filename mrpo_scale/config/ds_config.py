@@ -63,13 +63,13 @@ def check_sharding(settings: dict[str, Any], ranks: int, per_node: int) -> None:
     for key in zero:
         if key.startswith("mics_"):
             raise ConfigError(
-                f"`zero_optimization.{key}: {zero[key]}`: DeepSpeed 0.19 has no MiCS; remove `{key}` and set `zero_hpz_partition_size` "
-                "to the ranks of a node (ds_configs/zero3_hpz.json)."
+                f"`zero_optimization.{key}: {zero[key]}`: DeepSpeed 0.19 has no MiCS; remove `{key}` and set "
+                "`zero_hpz_partition_size` to the ranks of a node (ds_configs/zero3_hpz.json)."
             )
     if (split := (settings.get("tensor_parallel") or {}).get("autotp_size", 0)) > 1:
         raise ConfigError(
-            f"`tensor_parallel.autotp_size: {split}` of the DeepSpeed file is not supported: the output head and attention here need "
-            "whole layers (docs/scale.md); remove `tensor_parallel` and take a file of ds_configs/."
+            f"`tensor_parallel.autotp_size: {split}` of the DeepSpeed file is not supported: the output head and attention here "
+            "need whole layers (docs/scale.md); remove `tensor_parallel` and take a file of ds_configs/."
         )
     size = zero.get("zero_hpz_partition_size", 1)
     if type(size) is not int or size < 0:
@@ -77,7 +77,9 @@ def check_sharding(settings: dict[str, Any], ranks: int, per_node: int) -> None:
     for what, number in (("the ranks of a node", per_node), ("the ranks of the run", ranks)):
         if size > 1 and number % size:
             divisors = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0 and ranks % n == 0)
-            raise ConfigError(f"`zero_hpz_partition_size: {size}` does not divide {number}, {what}; set one of {divisors}.")
+            raise ConfigError(
+                f"`zero_hpz_partition_size: {size}` does not divide {number}, {what}; set one of {divisors}."
+            )
 
 
 def _checked(values: Any) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Cluster:
         return Traffic(size * (ranks - 1) / ranks - network, network, calls * (inside - 1), calls * (nodes - 1))
 
     def exchange(self, size: float, ranks: int, calls: float = 1.0) -> Traffic:
-        """``calls`` all-to-alls over ``ranks`` neighbours, in which each gives its ``size`` bytes away in equal parts, one to each."""
+        """``calls`` all-to-alls over ``ranks`` neighbours, in which each gives its ``size`` bytes away in equal parts."""
         if ranks <= 1:
             return Traffic()
         inside = min(ranks, self.per_node)

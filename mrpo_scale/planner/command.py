@@ -303,7 +303,12 @@ class _Check:
             "gpus": cluster.gpus,
             "estimates": {name: as_json(found) for name, found in estimates.items()},
             "cheapest": {
-                name: {"tried": s.tried, "fit": s.fitting, "plans": [as_json(plan) for plan in s.plans]}
+                name: {
+                    "tried": s.tried,
+                    "fit": s.fitting,
+                    "setting": None if s.best is None else as_json(s.best),
+                    "next": [as_json(plan) for plan in s.plans[1:]],
+                }
                 for name, s in searches.items()
             },
         }
@@ -317,7 +322,7 @@ class _Check:
         for name, found in searches.items():
             print(f"cheapest with references {name}, {found.fitting} of {found.tried} settings fit: ", end="")
             if found.best is not None:
-                print(f"\n{plans_list(found.plans)}")
+                print(plans_list(found.plans))
             else:
                 host = sum(found.least.host.values()) / GIB
                 print(

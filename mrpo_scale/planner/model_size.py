@@ -87,7 +87,7 @@ class ModelSize:
         return sum(-(-math.prod(shape) // ranks) * count for shape, count in self._alike.items())
 
     def secondary_shard(self, group: int, ranks: int, threshold: int) -> int:
-        """Elements of the second copy that hpZ puts on each rank of a group: of the weights that are cut, padded as for all ranks."""
+        """Elements of the second copy that hpZ puts on each rank of a group: of weights that are cut, padded as for all ranks."""
         cut = [(n, count) for shape, count in self._alike.items() if (n := math.prod(shape)) > threshold]
         return sum(-(-n // ranks) * (ranks // group) * count for n, count in cut)
 

@@ -65,10 +65,10 @@ def setting_in_words(setting: Setting, accumulation: int) -> str:
 
 def plans_list(plans: Sequence[Estimate]) -> str:
     """A line for each, the cheapest first."""
-    return "\n".join(
-        f"  {number}. {plan.seconds:.3g} s a step, MFU {plan.mfu:.0%}, {plan.peak / GIB:.1f} GiB: "
+    return "\n  then: ".join(
+        f"{plan.seconds:.3g} s a step, {plan.peak / GIB:.1f} GiB, MFU {plan.mfu:.0%}: "
         f"{setting_in_words(plan.setting, plan.accumulation)}"
-        for number, plan in enumerate(plans, 1)
+        for plan in plans
     )
 
 

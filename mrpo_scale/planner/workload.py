@@ -76,7 +76,9 @@ class Workload:
             counts_N4 = self._counts[rows, 0]
             lengths_N = _lengths(counts_N4, size)
             found = deal(lengths_N, shape)
-            loads_GSM = found.loads(lengths_N).reshape(-1, sequence, len(found.micro_batches))  # S ranks in each of G groups
+            loads_GSM = found.loads(lengths_N).reshape(
+                -1, sequence, len(found.micro_batches)
+            )  # S ranks in each of G groups
             slowest = [
                 (int(group) * sequence + rank, part)
                 for part, groups_S in zip(found.micro_batches, loads_GSM.argmax(0).T, strict=True)

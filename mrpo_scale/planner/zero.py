@@ -161,10 +161,10 @@ class PolicyTraffic(NamedTuple):
 def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyTraffic:
     """What ZeRO sends.
 
-    ZeRO-3 gathers every weight for the forward and again for the backward (whose recomputation needs no third gather), one weight at
-    a time, and scatters the gradients of every micro-batch in buckets. hpZ keeps what the first forward after an optimizer step has
-    gathered on the ranks of each node: all gathers until the next step stay there. ZeRO-2 scatters the gradients and gathers the
-    updated weights once; plain data parallelism does both in one all-reduce.
+    ZeRO-3 gathers every weight for the forward and again for the backward (whose recomputation needs no third gather), one
+    weight at a time, and scatters the gradients of every micro-batch in buckets. hpZ keeps what the first forward after an
+    optimizer step has gathered on the ranks of each node: all gathers until the next step stay there. ZeRO-2 scatters the gradients
+    and gathers the updated weights once; plain data parallelism does both in one all-reduce.
     """
     ranks, total, h = cluster.gpus, size.itemsize * size.parameters, size.hidden
     trained = size.itemsize * size.trained_parameters

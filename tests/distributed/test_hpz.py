@@ -1,4 +1,4 @@
-"""hpZ on four ranks as two nodes of two: plain ZeRO-3's losses and weights; killed, it goes on bit for bit, on two ranks to 1e-5."""
+"""hpZ on four ranks as two nodes of two: plain ZeRO-3's losses and weights; killed, it goes on bit for bit."""
 
 import json
 import os
@@ -71,7 +71,9 @@ def assert_close(out, expected, relative):
     weights, others = final_weights(out), final_weights(expected)
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, others[name], rtol=relative, atol=relative, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            weight, others[name], rtol=relative, atol=relative, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,8 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.data",
-        "pairs messages repeated_prompt turns response_turns prefill chat_template model_text ranking mixing toy_skills toy_world",
+        "pairs messages repeated_prompt turns response_turns prefill chat_template model_text alignment ranking mixing toy_skills "
+        "toy_world",
     ),
     ("mrpo_scale.data.layouts", "base"),
     ("mrpo_scale.data", "pair_table"),
@@ -99,8 +100,8 @@ READING_ORDER = [
     ("mrpo_scale.reports", ". pictures html_curves html_report model_card run_facts artifacts"),
     (
         "mrpo_scale.training",
-        ". sampled_loss metrics preflight arguments whole_policy sampling prepare callbacks step held_out saver before_first_step "
-        "facts run_report trainer",
+        ". sampled_loss aligned_loss metrics preflight arguments whole_policy sampling prepare callbacks step held_out saver "
+        "before_first_step facts run_report trainer",
     ),
     ("mrpo_scale.commands", ". train score inspect_references convert merge reward"),
     (

@@ -24,7 +24,7 @@ from mrpo_scale.data.window import PairExample, TokenizedPairs
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.objective import Objective, combine
 from mrpo_scale.references.adapter_off import AdapterOffAnchor
-from mrpo_scale.references.live import Reference
+from mrpo_scale.references.live import Reference, SpreadScorer
 from mrpo_scale.references.loading import LiveReferences, Pool, load_references
 from mrpo_scale.references.precompute import score_ahead
 from mrpo_scale.references.served import compare_served
@@ -136,6 +136,16 @@ class LiveScores(ReferenceScores):
 
     def logps(self, examples: Sequence[PairExample], pairs: TokenizedPairs) -> Tensor:
         return self._logps(examples, pairs, self._live(len(self.names)))
+
+    def token_logps(self, examples: Sequence[PairExample]) -> list[Tensor]:
+        """Raw log-probs [T_k] float32 of each reference's own tokens, example after example."""
+        assert isinstance(self.scorer, SpreadScorer), "a sample is known to its own rank alone"
+        live = self._live(len(self.names))
+        others = self.scorer.score_tokens(examples, live) if live else []
+        if 0 in live:
+            return others
+        assert self.anchor is not None
+        return [self.anchor.score_tokens(examples), *others]
 
     def _live(self, count: int) -> list[int]:
         """Of the first ``count`` references, those that are not the policy."""

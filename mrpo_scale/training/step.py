@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import torch
 from mrpo_kernels import CombinedReferences
+from mrpo_kernels.chunked_head import response_sums
 from torch import Tensor, nn
 
 from mrpo_scale.base.device import send
@@ -23,7 +24,7 @@ from mrpo_scale.base.ranks import all_gather_object, fail_together, sum_over_ran
 from mrpo_scale.data.inputs import TRAIN_SET
 from mrpo_scale.data.window import PairExample
 from mrpo_scale.logps.micro_batches import MicroBatch, policy_batches
-from mrpo_scale.logps.pair_forward import preference_step, score_pairs, score_pairs_and_routers
+from mrpo_scale.logps.pair_forward import preference_step, score_pairs, score_pairs_and_routers, score_tokens
 from mrpo_scale.logps.routers import RouterBalance
 from mrpo_scale.logps.self_check import check_pair_scoring
 from mrpo_scale.objective import PreferenceLoss, loss_against
@@ -115,8 +116,8 @@ def sampled_batches(
     with clock.phase("samples"):
         samples = sampler.draw(window, step)
     with clock.phase("references"):
-        references = sampler.score(samples)
-    return sampler.micro_batches(samples, references)
+        references, settled = sampler.score(samples)
+    return sampler.micro_batches(samples, references, settled)
 
 
 def policy_loss(
@@ -127,29 +128,35 @@ def policy_loss(
     sampler, objective, lengths_P2 = run.sampler, run.objective, batch.pairs.response_lengths
     share_P = batch.weight_P / (batch.total if isinstance(batch, SampledBatch) else num_pairs) * run.args.world_size
 
-    def loss_of(logps_C2: Tensor, pairs: slice) -> PreferenceLoss | SampledLoss:
+    def loss_of(logps: Tensor, pairs: slice) -> PreferenceLoss | SampledLoss:
         if sampler is not None and isinstance(batch, SampledBatch):
-            return sampler.loss(batch, logps_C2, pairs)
-        return loss_against(logps_C2, batch.references[pairs], objective, lengths_P2[pairs])
+            return sampler.loss(batch, logps, pairs)
+        return loss_against(logps, batch.references[pairs], objective, lengths_P2[pairs])
 
     # Once a window: KD's labelled pairs keep them even, its samples would do it twice.
     repeated = sampler is not None and not sampler.replaces_pairs and isinstance(batch, SampledBatch)
     with_routers, balance = run.router_loss_coef > 0 and not repeated, None
+    per_token = isinstance(batch, SampledBatch) and batch.settled is not None  # `loss_of` takes log-probs of tokens
     if not run.args.gradients_in_forward:
         if with_routers:
             policy_logps_P2, balance = score_pairs_and_routers(model, batch.pairs)
+            logps = policy_logps_P2
+        elif per_token:
+            logps = score_tokens(model, batch.pairs)
+            policy_logps_P2 = response_sums(logps.detach(), batch.pairs.cu_seqlens).view(-1, 2)
         else:
-            policy_logps_P2 = score_pairs(model, batch.pairs)
-        loss = loss_of(policy_logps_P2, slice(None))
+            logps = policy_logps_P2 = score_pairs(model, batch.pairs)
+        loss = loss_of(logps, slice(None))
         share = (loss.losses_P * share_P).sum()
     else:
 
-        def loss_of_pairs(logps_C2: Tensor, pairs: slice) -> Tensor:
-            return share_P[pairs] * loss_of(logps_C2, pairs).losses_P
+        def loss_of_pairs(logps: Tensor, pairs: slice) -> Tensor:
+            return share_P[pairs] * loss_of(logps, pairs).losses_P
 
-        scored, balance = preference_step(model, batch.pairs, loss_of_pairs, with_routers=with_routers)
-        share, policy_logps_P2 = scored
-        loss = loss_of(policy_logps_P2, slice(None))
+        options = {"with_routers": with_routers, "per_token": per_token}
+        scored, balance = preference_step(model, batch.pairs, loss_of_pairs, **options)
+        share, policy_logps_P2, token_logps_T = scored
+        loss = loss_of(policy_logps_P2 if token_logps_T is None else token_logps_T, slice(None))
     if balance is not None:
         share = share + run.router_loss_coef * balance.loss * share_P.sum()
     return policy_logps_P2, loss, share, balance

@@ -47,7 +47,9 @@ def words(tmp_path_factory, request):
     keys = {"objective": request.param, "ref_weights": [0.2, 0.5, 0.3], "max_completion_length": 10, "max_steps": 4}
     keys |= {"disable_dropout": True, "save_total_limit": None, "logging_steps": 1, "eval_steps": 4, "seed": 5}
     line = write_recipe(folder, **keys, sampled_fraction=0.7)
-    if request.param == "rlhf":
+    if request.param == "kd":
+        line += ["--kd_level", "aligned"]
+    else:
         line += ["--reward_model", write_reward(folder / "reward", folder / "qwen2")]
     return line
 
@@ -60,7 +62,15 @@ def run(jobs, words, output_dir, ranks, *more, before=None, args=()):
 
 def close(log, whole):
     for entry, expected in zip(log, whole, strict=True):
-        for key in ("loss", "grad_norm", "eval_loss", "sampled/kl/llama", "sampled/cut", "sampled/reward"):
+        for key in (
+            "loss",
+            "grad_norm",
+            "eval_loss",
+            "sampled/kl/llama",
+            "sampled/cut",
+            "sampled/reward",
+            "sampled/pieces",
+        ):
             if key in expected:
                 assert entry[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), (expected["step"], key)
 

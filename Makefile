@@ -21,10 +21,11 @@ quickstart: install
 check: lint
 	$(BIN)/python -m pytest -q -m "not processes and not slow" --numprocesses $${CHECK_WORKERS:-2} --dist worksteal
 
-# First what starts no process, on two workers; then what has ranks of its own, in order.
+# First what starts no process, on two workers; then what has ranks of its own, a file on each of two workers, which most often wait:
+# for imports, for each other, for a timeout. TEST_WORKERS=0 and RANK_WORKERS=0 run the two in order, in one process.
 test: install
 	$(BIN)/python -m pytest -m "not processes" --numprocesses $${TEST_WORKERS:-2} --dist worksteal
-	$(BIN)/python -m pytest -m processes
+	$(BIN)/python -m pytest -m processes --numprocesses $${RANK_WORKERS:-2} --dist loadfile --no-loadscope-reorder
 
 # Scoring jobs killed 50 times, a training run 25 times, hosts lost, and what takes minutes under the real launcher. MRPO_CHAOS_SEED=n chooses other moments.
 chaos: install

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ MAX_REQUESTS = 5000  #: a second, of all hosts; one store serves several times a
 PER_TICK = (
     2.4  #: requests of a host at most: a look, a beat where an activity changed, and once a beat two that read rank 0's
 )
-LONGEST = 160  #: characters of an activity on the board, LONGEST_NOTICE of a verdict
+LONGEST = 150  #: characters of an activity on the board, LONGEST_NOTICE of a verdict
 LONGEST_NOTICE = 1200
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,15 @@ class Peer:
     silent: float = 0.0
 
 
+@dataclass
+class Record:
+    """A host's board as it was read last from the store. ``beats``: of each rank, with its activity."""
+
+    text: bytes = b""
+    host: str = ""
+    beats: dict[int, Any] = field(default_factory=dict)
+
+
 class Heartbeat:
     """The two threads of one rank and what they know. See :func:`heartbeat`."""
 
@@ -115,20 +124,25 @@ class Heartbeat:
         """``store`` is for the thread that beats, ``main_store`` for the main thread."""
         self.seat, self.rank, self.world_size, self.timeout = seat, seat.rank, seat.world_size, timeout
         self.beat = timeout / BEATS
-        hosts = -(-seat.world_size // seat.ranks_on_host)
-        self.ticks = max(1, min(TICKS, int(self.beat * MAX_REQUESTS / (hosts * PER_TICK))))  #: of a beat
-        self.tick = self.beat / self.ticks
+        self._pace()
         self._store, self._main_store = store, main_store
         self._board: HostBoard | None = None
         self._peers: dict[int, Peer] = {}  # of this host; for rank 0 everybody, for others also rank 0
-        self._hosts: dict[str, tuple[bytes, str, dict[str, Any]]] = {}  # key: what was read last, host, ranks
+        self._hosts: dict[str, Record] = {}  # by their keys in the store
         self._departed: set[int] = set()  # by themselves: not missed
-        self._steps, self._unread, self._told, self._listed = 0, 0.0, (-1, [""]), False
+        self._steps, self._unread, self._told_at, self._listed = 0, 0.0, 0, False
+        self._told: list[str] = []  # the activities that the store knows
         self._answers = 0
         self._leaving, self._ended, self._speaking = threading.Event(), threading.Event(), threading.Lock()
         self._threads = [
             threading.Thread(target=work, daemon=True) for work in (self._beat_and_watch, self._watch_store)
         ]
+
+    def _pace(self) -> None:
+        """The ticks of a beat, from the number of hosts that share the store."""
+        hosts = -(-self.world_size // self.seat.ranks_on_host)
+        self.ticks = max(1, min(TICKS, int(self.beat * MAX_REQUESTS / (hosts * PER_TICK))))
+        self.tick = self.beat / self.ticks
 
     def start(self) -> None:
         for thread in self._threads:
@@ -230,25 +244,26 @@ class Heartbeat:
     def _join(self) -> HostBoard | None:
         """The host's board, which its first rank makes; one of its own for a rank that cannot see it, as in another container."""
         seat, key = self.seat, f"board/{self.seat.first}"
-        if seat.ranks_on_host == 1:
-            self._board = HostBoard(1)
-        elif seat.local_rank == 0:
-            self._board = HostBoard.create(seat.ranks_on_host)
-            self._store.set(key, json.dumps([seat.host, str(self._board.path)]))
-        elif self._store.check([key]):
-            host, path = json.loads(self._store.get(key))
-            try:
-                self._board = HostBoard(seat.ranks_on_host, Path(path)) if host == seat.host else None
-            except (OSError, ValueError):
-                self._board = None
-            if self._board is None:
-                self.seat, self._board = replace(seat, local_rank=0, ranks_on_host=1), HostBoard(1)
+        try:
+            if seat.ranks_on_host == 1:
+                self._board = HostBoard(1)
+            elif seat.local_rank == 0:
+                self._board = HostBoard.create(seat.ranks_on_host)
+                self._store.set(key, json.dumps([seat.host, str(self._board.path)]))
+            elif self._store.check([key]):
+                host, path = json.loads(self._store.get(key))
+                self._board = HostBoard(seat.ranks_on_host, Path(path if host == seat.host else ""))
+        except (OSError, ValueError) as error:
+            logger.warning("rank %d does not share its heartbeat with its host: %s", self.rank, _one_line(error))
+            if seat.local_rank == 0:
+                self._store.set(key, json.dumps([seat.host, ""]))
+            self.seat, self._board = replace(seat, local_rank=0, ranks_on_host=1), HostBoard(1)
+            self._pace()
         return self._board
 
-    def _note(self, host: str, beats: Mapping[Any, Any], seconds: float) -> None:
+    def _note(self, host: str, beats: Mapping[int, Any], seconds: float) -> None:
         """What stands on a board now: {rank: [beats, activity]}, so many ``seconds`` after it was read last."""
-        for key, (beat, doing) in beats.items():
-            rank = int(key)
+        for rank, (beat, doing) in beats.items():
             peer = self._peers.get(rank) or self._peers.setdefault(rank, Peer())
             peer.silent = 0.0 if beat != peer.beats else peer.silent + seconds
             peer.host, peer.doing, peer.beats = host, doing, beat
@@ -256,8 +271,8 @@ class Heartbeat:
     def _speak(self, on_board: dict[int, Any]) -> None:
         """Copy the board into the store, once a beat and where a rank does something else now."""
         doing = [doing for _, doing in on_board.values()]
-        if self._told[1] != doing or self._steps - self._told[0] >= self.ticks:
-            self._told = (self._steps, doing)
+        if self._told != doing or self._steps - self._told_at >= self.ticks:
+            self._told, self._told_at = doing, self._steps
             self._store.set(f"host/{self.seat.first}", json.dumps({"host": self.seat.host, "ranks": on_board}))
             if not self._listed:
                 self._store.append("hosts", f"{self.seat.first} ")  # type: ignore[attr-defined]
@@ -268,22 +283,22 @@ class Heartbeat:
         self._unread += seconds
         if self.rank == 0:
             if len(self._peers) < self.world_size:
-                first = {int(rank) for rank in self._store.get("hosts").split()} - {self.seat.first}
-                self._hosts = {f"host/{rank}": self._hosts.get(f"host/{rank}", (b"", "", {})) for rank in sorted(first)}
-        elif self.seat.first == 0 or (self._hosts and self._steps % self.ticks):
+                listed = {int(first) for first in self._store.get("hosts").split()} - {self.seat.first}
+                self._hosts = {f"host/{n}": self._hosts.get(f"host/{n}") or Record() for n in sorted(listed)}
+        elif self.seat.first == 0:
+            return  # the board has it
+        elif not self._hosts:
+            self._hosts = {"host/0": Record()} if self._store.check(["host/0"]) else {}
+        elif self._steps % self.ticks:
             return
-        elif not self._hosts and self._store.check(["host/0"]):
-            self._hosts = {"host/0": (b"", "", {})}
         if not self._hosts:
             return
-        for key, text in zip(self._hosts, self._store.multi_get(list(self._hosts)), strict=True):
-            if text != self._hosts[key][0]:
+        for record, text in zip(self._hosts.values(), self._store.multi_get(list(self._hosts)), strict=True):
+            if text != record.text:
                 found = json.loads(text)
-                ranks = (
-                    found["ranks"] if self.rank == 0 else {"0": found["ranks"]["0"]} if "0" in found["ranks"] else {}
-                )
-                self._hosts[key] = (text, found["host"], ranks)
-            self._note(*self._hosts[key][1:], self._unread)
+                record.text, record.host = text, found["host"]
+                record.beats = {int(r): beat for r, beat in found["ranks"].items() if self.rank == 0 or r == "0"}
+            self._note(record.host, record.beats, self._unread)
         self._unread = 0.0
 
     def _judge(self) -> None:
@@ -302,16 +317,26 @@ class Heartbeat:
             self._end(_verdict(winner))
 
     def _watch_store(self) -> None:
-        """The other thread may wait for an answer for ever, where a host is down or a link is cut. The board says why others end."""
+        """The other thread may wait for an answer for ever, where a host is down or a link is cut. Others may know why."""
         answers, silent, last = -1, 0.0, time.monotonic()
         while not self._ended.wait(self.tick):
             now = time.monotonic()
             silent = 0.0 if self._answers != answers else silent + min(now - last, 2 * self.tick)
             answers, last = self._answers, now
-            if self._board is not None and (notice := self._board.read_notice()):
-                self._end(_verdict(notice))
+            self._read_notice()
             if silent >= self.timeout:
                 self._lose_store(f"no answer from it for {self.timeout:.0f} s")
+
+    def _read_notice(self) -> None:
+        """What another rank of this host has found ends this one too."""
+        if self._board is not None and (notice := self._board.read_notice()):
+            self._end(_verdict(notice))
+
+    def _hang_notice(self, verdict: Verdict) -> None:
+        if self._board is not None:
+            here = tuple(rank for rank in verdict.ranks if rank in self.seat.ranks)
+            text = _shortened(verdict.text, LONGEST_NOTICE)
+            self._board.write_notice(asdict(replace(verdict, ranks=here, text=text)))
 
     def _lose_store(self, how: str) -> None:
         peer = self._peers.get(0) if self.rank else None
@@ -326,16 +351,13 @@ class Heartbeat:
     def _end(self, verdict: Verdict) -> None:
         """End this process, unless the main thread is about to. One rank of each host speaks."""
         with self._speaking:
-            here = tuple(rank for rank in verdict.ranks if rank in self.seat.ranks)
-            if self._board is not None:
-                notice = replace(verdict, ranks=here, text=_shortened(verdict.text, LONGEST_NOTICE))
-                self._board.write_notice(asdict(notice))
+            self._hang_notice(verdict)
             # An error of the same cause may be on its way up the main thread, with a better message.
             grace = self.beat if verdict.failed or verdict.store_lost else 0.0
             if self._ended.wait(grace) or (self._leaving.is_set() and not verdict.store_lost):
                 return
-            speaker = min(set(self.seat.ranks) - set(here), default=self.rank)
-            if self.rank in (speaker, *here):
+            speaker = min(set(self.seat.ranks) - set(verdict.ranks), default=self.rank)
+            if self.rank in (speaker, *verdict.ranks):
                 print(
                     f"\nerror: {verdict.text}.\nRank {self.rank} on {self.seat.host} was {_doing} and ends now. The same command "
                     "continues from the last complete checkpoint.\n",
@@ -376,7 +398,9 @@ def _verdict(found: bytes | dict[str, Any]) -> Verdict:
 
 
 def _shortened(text: str, characters: int) -> str:
-    return text if len(text) <= characters else f"{text[: characters - 1]}…"
+    """Without its middle, where it is too long: a path's end says most."""
+    half = characters // 2 - 1
+    return text if len(text) <= characters else f"{text[:half]}...{text[-half:]}"
 
 
 def _names(peers: dict[int, Peer]) -> str:

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch.distributed as dist
@@ -101,6 +102,7 @@ class Cluster:
             for host in [rank // ranks_per_host]
         ]
         self.tick = self.alive[0].tick
+        self.rank0_seconds: list[float] = []  # CPU of each tick of rank 0, which reads all hosts, store included
         self._ticks = 0
         drawn = random.Random(seed)
         self._phases = {rank.rank: drawn.random() * self.tick for rank in self.alive}
@@ -113,7 +115,10 @@ class Cluster:
             set_activity(f"computing step {self._ticks if step is None else int(began // step)}")
             for rank in self.alive:
                 self.store.now = began + self._phases[rank.rank]
+                started = time.thread_time()
                 rank.step(self.tick)
+                if rank.rank == 0:
+                    self.rank0_seconds.append(time.thread_time() - started)
                 rank._read_notice()
             self._ticks += 1
 
@@ -144,6 +149,7 @@ def simulate(ranks: int, ranks_per_host: int) -> dict[str, Any]:
     start = sum(store.requests.values()) - store.requests[int(begun)]
     cluster.run(30.0)
     steady, bytes_ = (rates(counted, begun + 1, store.now) for counted in (store.requests, store.bytes))
+    rank0_ms = median(cluster.rank0_seconds[len(cluster.rank0_seconds) // 2 :]) * 1e3
     changing = store.now
     cluster.run(10.0, step=None)
     most = rates(store.requests, changing + 1, store.now)
@@ -164,6 +170,7 @@ def simulate(ranks: int, ranks_per_host: int) -> dict[str, Any]:
         "first_15_s": start,
         "steady": steady,
         "steady_bytes": bytes_,
+        "rank0_tick_ms": rank0_ms,
         "changing_each_tick": most,
         "host_lost_most": max(store.requests[s] for s in range(int(died), int(store.now) + 1)),
         "host_lost_seconds": noticed,
@@ -196,12 +203,13 @@ def main() -> None:
             *(f"{found[key]:,}" for key in ("ranks", "hosts")), f"{found['tick']:.1f} s", f"{found['first_15_s']:,}",
             f"{found['steady']['mean']:,.0f}", f"{found['steady']['most']:,}", f"{found['changing_each_tick']['most']:,}",
             f"{found['steady_bytes']['mean'] / 1e6:.2f}", f"{found['host_lost_most']:,}", f"{found['host_lost_seconds']:.1f} s",
+            f"{found['rank0_tick_ms']:.1f}",
         )
         for found in result["simulated"]
     ]  # fmt: skip
     header = (
         *("ranks", "hosts", "tick", "first 15 s", "requests/s, mean", "most", "most, activity changes each tick"),
-        *("MB/s", "most when a host is lost", "all know after"),
+        *("MB/s", "most when a host is lost", "all know after", "rank 0's tick, ms"),
     )
     print(aligned_table(header, rows))
     print(f"a look costs client and server together {result['store_cpu_us']:.0f} microseconds of CPU")

@@ -289,8 +289,8 @@ class Heartbeat:
             return  # the board has it
         elif not self._hosts:
             self._hosts = {"host/0": Record()} if self._store.check(["host/0"]) else {}
-        elif self._steps % self.ticks:
-            return
+        elif (self._steps + self.rank // self.seat.ranks_on_host) % self.ticks:
+            return  # hosts that started together take turns
         if not self._hosts:
             return
         for record, text in zip(self._hosts.values(), self._store.multi_get(list(self._hosts)), strict=True):

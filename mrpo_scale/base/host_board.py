@@ -107,8 +107,9 @@ class HostBoard:
         self._map[start : start + size] = data.ljust(size, b"\0")
 
     def _take(self, start: int, size: int) -> Any:
-        data = self._map[start : start + size].rstrip(b"\0")
+        if not self._map[start]:
+            return None
         try:
-            return json.loads(data) if data else None
+            return json.loads(self._map[start : start + size].rstrip(b"\0"))
         except ValueError:
             return None

@@ -92,7 +92,6 @@ def test_one_process_takes_the_steps_of_two_ranks(jobs, words, whole, tmp_path):
     close(final_log(tmp_path / "one"), log)
 
 
-@pytest.mark.parametrize("words", ["rlhf"], indirect=True)  # kd is as much, without a reward
 def test_two_ranks_go_on(jobs, words, whole, tmp_path):
     folder, _ = whole
     shutil.copytree(folder / f"checkpoint-{AT}", tmp_path / "again" / f"checkpoint-{AT}")

@@ -66,6 +66,7 @@ def choose_bf16(asked: Any, *, gpu: bool) -> bool:
     return asked == "auto" and bf16_instructions() is not None
 
 
+@functools.cache  # a command with baselines makes several configurations
 def say_bf16(asked: Any, chosen: bool) -> None:
     """Log what a CPU makes of ``bf16``, where its user may not expect it."""
     has = bf16_instructions()

@@ -1,7 +1,6 @@
 """How far log-probs computed in bf16 lie from float32's on a CPU: real models, real pairs, whole responses.
 
-    python benchmarks/bf16_error.py --models models/smollm2 models/gemma3 --pairs pairs.json \\
-        --output benchmarks/results/bf16-error-cpu.json
+    python benchmarks/bf16_error.py --models models/smollm2 models/gemma3 --pairs pairs.json --output result.json
 
 Two ways to compute in bf16 are held against float32 weights: float32 weights under autocast, as a policy is trained by one process,
 and bf16 weights, as ZeRO's copies of float32 master weights and references are. In both the head's logits, the softmax and the sum

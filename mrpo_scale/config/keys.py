@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from mrpo_scale.base.errors import ConfigError, one_line, refuse
 from mrpo_scale.base.heartbeat import TIMEOUT
+from mrpo_scale.base.ranks import all_gather_object, world_group
 from mrpo_scale.config.adapter_keys import AdapterKeys
 from mrpo_scale.config.checks import (
     check_world_size,
@@ -51,7 +52,7 @@ from mrpo_scale.config.fields import (
     keys_with,
     non_default_keys,
 )
-from mrpo_scale.config.hardware import Hardware, missing_hardware
+from mrpo_scale.config.hardware import Hardware, choose_bf16, missing_hardware, say_bf16
 from mrpo_scale.config.launcher import (
     check_build_locks,
     check_restarts,
@@ -121,7 +122,9 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
         True, "Recompute activations in the backward pass: less memory, about 25%% slower."
     )
     bf16: Common[Decides[bool | None]] = key(  # type: ignore[assignment]
-        None, "bf16 mixed precision. Default: where the device has it in hardware and fp16 is not set."
+        None,
+        "bf16 mixed precision: true, false, or auto: where the device has it in hardware (a CPU: AMX or AVX512-BF16) and fp16 is "
+        "not set. Default: auto on a GPU, false on a CPU.",
     )
     report_to: Other[None | str | list[str]] = key(
         "tensorboard", "Where metrics go: tensorboard, wandb, trackio, none, ..."
@@ -290,7 +293,13 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
     def _join(self) -> None:
         """Become a rank of the job, as TrainingArguments does when it is made. What would make the ranks wait for ever is refused
         here; :func:`prepare_launch` mends it, before."""
-        refuse(list(missing_hardware(self, self.head_impl, Hardware.of_this_machine(self.use_cpu))))
+        machine = Hardware.of_this_machine(self.use_cpu)
+        refuse(list(missing_hardware(self, self.head_impl, machine)))
+        if not machine.gpu:
+            say_bf16(self.non_default_keys.get("bf16"), bool(self.bf16))
+            self.use_cpu = self.use_cpu or bool(
+                self.bf16
+            )  # without which transformers refuses bf16 where there is no GPU
         check_restarts()
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
             check_build_locks()
@@ -300,6 +309,7 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
             self.ddp_backend = None  # of a process alone, which transformers would look for other ranks with
         self._fill_in()
         check_world_size(self.world_size)
+        self._check_bf16()
         if self.deepspeed_plugin is not None:
             if self.save_only_model and self.load_best_model_at_end:
                 raise ConfigError(
@@ -307,6 +317,18 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
                     "checkpoint; set one of them to false."
                 )
             let_weights_be_saved(self.deepspeed_plugin)
+
+    def _check_bf16(self) -> None:
+        """``bf16: auto`` is every rank's own answer. Collective over the world where it was asked."""
+        if self.non_default_keys.get("bf16") != "auto" or self.world_size == 1:
+            return
+        chosen = all_gather_object(self.bf16, world_group())
+        if len(set(chosen)) > 1:
+            with_it, without = chosen.index(True), chosen.index(False)
+            raise ConfigError(
+                f"`bf16: auto`: the device of rank {with_it} has bf16 in hardware, that of rank {without} has not; "
+                "set `bf16: false`, or `bf16: true`, for all of them."
+            )
 
     def _fill_in(self) -> None:
         """transformers' own checks and derived values."""
@@ -340,8 +362,8 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
         elif self.deepspeed is not None:
             read_ds_config(self.deepspeed)
         on_gpu = torch.cuda.is_available() and not self.use_cpu
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        undecided = self.bf16 is None or self.bf16 == "auto"
+        self.bf16 = not (undecided and self.fp16) and choose_bf16(self.bf16, gpu=on_gpu)
         launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
         if self.ddp_backend is None and not on_gpu and launched:
             # Without a named backend, DeepSpeed on CPU lets each process train alone as a world of one.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.gpus import GIB
 from mrpo_scale.config.elsewhere import ConfigElsewhere
-from mrpo_scale.config.hardware import Hardware, missing_hardware
+from mrpo_scale.config.hardware import Hardware, bf16_instructions, missing_hardware
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.data import find_layout
@@ -132,6 +132,8 @@ class _Check:
         # What this machine is says nothing of the one that trains.
         self.gpu = cluster.name != "cpu"
         half = config.fp16 or config.non_default_keys.get("bf16", self.gpu)
+        if half == "auto":
+            half = self.gpu or bf16_instructions() is not None
         config.bf16 = bool(half and not config.fp16)
 
     def run(self) -> None:
@@ -140,7 +142,9 @@ class _Check:
                 old.unlink()
         rows = sets = plan = None
         gpu = self.gpu and not self.config.use_cpu
-        self.errors += missing_hardware(self.config, self.config.head_impl, Hardware(gpu, bf16=gpu, tf32=gpu))
+        # A cluster of CPUs is taken to be of this machine's.
+        machine = Hardware(gpu, bf16=gpu or (not self.gpu and bf16_instructions() is not None), tf32=gpu)
+        self.errors += missing_hardware(self.config, self.config.head_impl, machine)
         decide_date(self.config)  # as the run would, in its own folder
         with self._collected():
             self.errors += preflight_problems(self.config, self.script.ref_models)

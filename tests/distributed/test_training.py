@@ -18,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks import dealing
 from mrpo_scale.base.errors import ConfigError, Preempted, TrainingError
+from mrpo_scale.config import hardware as hardware_module
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.recipe import resource
 from mrpo_scale.lifecycle import checkpoints
@@ -375,6 +376,56 @@ def best_step(folders, output_dir, deepspeed=True, **keys):
         )
         settle(trainer)
     return made
+
+
+def train_in_bf16(folders, output_dir):
+    """Four steps, and the last two again from the checkpoint; each run's log and this rank's float32 master weights."""
+    made = []
+    for folder, resume in ((output_dir, None), (Path(output_dir) / "again", "auto")):
+        if resume and dist_rank() == 0:
+            shutil.copytree(Path(output_dir) / "checkpoint-2", folder / "checkpoint-2")
+        dist.barrier()
+        keys = {"bf16": True, "use_cpu": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer = made_trainer(folders, folder, deepspeed=True, **keys)
+        assert trainer.args.device.type == "cpu" and trainer.policy.dtype == torch.bfloat16
+        trainer.train(resume)
+        master = torch.cat([part.flatten() for part in trainer.deepspeed.optimizer.fp32_partitioned_groups_flat])
+        log = [
+            {k: v for k, v in entry.items() if not k.startswith(("time/", "tokens_per"))}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+        made.append({"log": log, "master": master.clone()})
+        settle(trainer)
+    return made
+
+
+def test_bf16_on_cpus_under_zero3_resumes_to_the_same_bits(folders, tmp_path, pool2):
+    for whole, again in pool2.run(train_in_bf16, folders, tmp_path, timeout=300):
+        assert whole["master"].dtype == torch.float32
+        assert (whole["master"] != whole["master"].bfloat16().float()).any(), (
+            "more digits than the weights that compute"
+        )
+        assert torch.equal(whole["master"], again["master"])
+        assert len(whole["log"]) == 4 and whole["log"] == again["log"]
+
+
+def choose_bf16_apart():
+    """Rank 1's processor pretends to have no instructions for bf16; what each rank raises."""
+    has = "AMX" if dist_rank() == 0 else None
+    hardware_module.bf16_instructions, kept = lambda: has, hardware_module.bf16_instructions
+    try:
+        MRPOConfig(output_dir="/nowhere", report_to="none", use_cpu=True, bf16="auto")
+    except ConfigError as error:
+        return str(error)
+    finally:
+        hardware_module.bf16_instructions = kept
+    return None
+
+
+def test_processors_that_differ_are_told_apart(pool2):
+    said = pool2.run(choose_bf16_apart, timeout=60)
+    assert said[0] == said[1] and "rank 0 has bf16 in hardware, that of rank 1 has not" in said[0]
 
 
 def dist_rank():

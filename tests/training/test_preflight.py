@@ -121,6 +121,7 @@ def test_a_deepspeed_config_that_is_none(refused, tmp_path):
 )
 def test_hardware_that_is_not_here(refused, key, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("mrpo_scale.config.hardware.bf16_instructions", lambda: None)
     said = refused(key)
     assert f"`{key.replace('true', 'True')}` needs a" in said and "GPU" in said
 

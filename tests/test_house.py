@@ -78,7 +78,7 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.logps",
-        ". logit_transform varlen_layout masked_attention attention_ways span_attention layer_masks pair_batch attention_choice "
+        ". logit_transform varlen_layout masked_attention sequence_parallel attention_ways span_attention layer_masks pair_batch attention_choice "
         "micro_batches routers pair_forward generation self_check flops",
     ),
     (

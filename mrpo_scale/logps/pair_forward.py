@@ -118,18 +118,21 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
             return hidden_TD
         scored = self.get_output_embeddings()(hidden_TD, pairs.labels_T, pairs.cu_seqlens, loss_of_pairs, pairs.bounds)
         scored = scored.view(-1, 2) if loss_of_pairs is None else scored
+        scored = scored if pairs.group is None else pairs.group.total(scored)
         return (scored, router_balance(self, outputs.router_logits, pairs)) if with_routers else scored
 
     model.forward = types.MethodType(forward, model)
 
 
 def _run_body(model: PreTrainedModel, pairs: PairBatch, first: int, **options: Any) -> Any:
+    mine = pairs.own_tokens
+    position_ids_BL = pairs.position_ids_BL[:, mine]
     inputs = {
-        "position_ids": pairs.position_ids_BL + first if first else pairs.position_ids_BL,
+        "position_ids": position_ids_BL + first if first else position_ids_BL,
         **attention_inputs(pairs, model),
         **options,
     }
-    return body_of(model)(input_ids=pairs.input_ids_BL, use_cache=False, **inputs)
+    return body_of(model)(input_ids=pairs.input_ids_BL[:, mine], use_cache=False, **inputs)
 
 
 def choose_shared_prompt(setting: str, model: PreTrainedModel, name: str) -> bool:

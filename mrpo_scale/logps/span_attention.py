@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mrpo_scale.logps.sequence_parallel import with_exchange
+
 #: Name of the attention below in a model's config. Without ``spans`` it is ``sdpa``.
 SPAN_ATTENTION = "sdpa_spans"
 
@@ -94,5 +96,5 @@ def span_attention(
     return torch.cat(outputs, 1), None
 
 
-AttentionInterface.register(SPAN_ATTENTION, span_attention)
+AttentionInterface.register(SPAN_ATTENTION, with_exchange(span_attention))
 AttentionMaskInterface.register(SPAN_ATTENTION, sdpa_mask)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,7 +134,11 @@ def _used_of_experts(module: nn.Module, config: PretrainedConfig) -> int:
 
 
 def work_of_batch(batch: PairBatch, attn_implementation: str = SPAN_ATTENTION) -> Work:
-    """Of one forward. ``attn_implementation``: of a batch end to end; padded rows have a mask under any."""
+    """Of one forward, on this rank. ``attn_implementation``: of a batch end to end; padded rows have a mask under any."""
+    if batch.group is not None:
+        whole, size = work_of_batch(replace(batch, group=None), attn_implementation), batch.group.size
+        # Its part of the heads sees whole rows, under whole masks.
+        return whole._replace(positions=whole.positions // size, keys=whole.keys // size, scores=whole.scores // size)
     rows, width = batch.input_ids_BL.shape
     responses = len(batch.labels_T)
     if batch.spans is None:

@@ -126,9 +126,9 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
 
 def _run_body(model: PreTrainedModel, pairs: PairBatch, first: int, **options: Any) -> Any:
     mine = pairs.own_tokens
-    position_ids_BL = pairs.position_ids_BL[:, mine]
+    position_ids_Bn = pairs.position_ids_BL[:, mine]
     inputs = {
-        "position_ids": position_ids_BL + first if first else position_ids_BL,
+        "position_ids": position_ids_Bn + first if first else position_ids_Bn,
         **attention_inputs(pairs, model),
         **options,
     }

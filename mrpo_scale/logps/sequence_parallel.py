@@ -1,13 +1,13 @@
-"""A row of tokens over several ranks (DeepSpeed Ulysses): each rank computes an equal run of its tokens, and in every attention an
-equal part of the heads over all of them.
+"""A row of tokens over several ranks (DeepSpeed Ulysses): each rank computes an equal run of its tokens, and in every attention
+an equal part of the heads over all of them.
 
 Everything but attention treats tokens one by one, so a rank needs only its own. Around an attention function the ranks of a
-*sequence group* trade: each gives its tokens of the others' heads and gets the others' tokens of its own heads, all-to-all, and back
-with the outputs. In between a head sees its whole row, so causal order, windows, spans and kernels are what they are on one rank.
-Log-probs of responses are sums over tokens: each rank sums its own, and the group adds the sums up.
+*sequence group* trade: each gives its tokens of the others' heads and gets the others' tokens of its own heads, all-to-all, and
+back with the outputs. In between a head sees its whole row, so causal order, windows, spans and kernels are what they are on one
+rank. Log-probs of responses are sums over tokens: each rank sums its own, and the group adds the sums up.
 
-It is told to attention call by call, as the ``spans`` of the batch (:class:`RowOfGroup`): a model that is given plain spans, such as
-a reference in the same process, does not notice.
+It is told to attention call by call, as the ``spans`` of the batch (:class:`RowOfGroup`): a model that is given plain spans, such
+as a reference in the same process, does not notice.
 
 n tokens of L of this rank, G heads of keys, d the width of a head, P pairs.
 """
@@ -71,7 +71,9 @@ def make_sequence_group(size: int, timeout: timedelta | None) -> SequenceGroup |
     return found
 
 
-def with_exchange(attention: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def with_exchange(
+    attention: Callable[..., tuple[Tensor, Tensor | None]],
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """An attention function of transformers that also takes the ``spans`` of a row over a sequence group: query, key, value
     [1, heads, n, d] of this rank's tokens to [1, n, heads, d]."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from mrpo_kernels import CombinedReferences
@@ -22,7 +22,7 @@ from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import all_gather_object, fail_together, sum_over_ranks, world_group
 from mrpo_scale.data.inputs import TRAIN_SET
 from mrpo_scale.data.window import PairExample
-from mrpo_scale.logps.micro_batches import MicroBatch, policy_batches
+from mrpo_scale.logps.micro_batches import MicroBatch, PeerBatch, group_batches, policy_batches
 from mrpo_scale.logps.pair_forward import preference_step, score_pairs, score_pairs_and_routers
 from mrpo_scale.logps.routers import RouterBalance
 from mrpo_scale.logps.self_check import check_pair_scoring
@@ -38,7 +38,7 @@ from mrpo_scale.training.sampling import PREFIX, PolicySampler, SampledBatch, sa
 logger = logging.getLogger(__name__)
 
 #: (model, micro-batch) -> its share of the window's mean loss, to be sent backward.
-LossOfBatch = Callable[[nn.Module, MicroBatch], Tensor]
+LossOfBatch = Callable[[nn.Module, MicroBatch | PeerBatch], Tensor]
 
 
 @dataclass
@@ -61,7 +61,7 @@ def optimizer_step(
     step: int,
     sums: StepSums,
     clock: StepClock,
-) -> tuple[list[MicroBatch], Tensor, LossOfBatch]:
+) -> tuple[list[MicroBatch | PeerBatch], Tensor, LossOfBatch]:
     """Take this rank's share of the next window from ``loader``, which yields it in ``num_batches`` pieces. Collective over the
     world, as is the function returned.
 
@@ -73,7 +73,7 @@ def optimizer_step(
     clock.start_step()
     with clock.phase("data"):
         window = [example for _ in range(num_batches) for example in next(loader)]
-        batches: list[MicroBatch] = []
+        batches: list[MicroBatch | PeerBatch] = []
         if run.sampler is None or not run.sampler.replaces_pairs:
             with clock.phase("references"):
                 references = run.scores.score(window, run.pair_sets[TRAIN_SET], run.objective)
@@ -84,9 +84,12 @@ def optimizer_step(
             send(torch.tensor(sum(e.weight for e in window), dtype=torch.float32), run.args.device)
         )
 
-    def loss_of_batch(model: nn.Module, batch: MicroBatch) -> Tensor:
+    def loss_of_batch(model: nn.Module, batch: MicroBatch | PeerBatch) -> Tensor:
         set_activity(f"computing step {step}")
+        sums.tokens += batch.pairs.num_tokens
         with clock.phase("head and loss"):  # the model's body is a phase of its own within
+            if isinstance(batch, PeerBatch):
+                return 0 * score_pairs(model, batch.pairs).sum()  # what its owner makes of it reaches this rank's part
             policy_logps_P2, loss, share, balance = policy_loss(run, model, batch, num_pairs)
             measure(run, policy_logps_P2, loss, share, balance, batch, sums)
         return share
@@ -96,15 +99,13 @@ def optimizer_step(
 
 def micro_batches(
     run: PreparedRun, examples: Sequence[PairExample], references: CombinedReferences
-) -> list[MicroBatch]:
-    """The examples with their virtual reference, as the micro-batches that they were dealt to."""
-    return policy_batches(
-        examples,
-        references,
-        shared_prompt=run.shared_prompt,
-        end_to_end=run.end_to_end,
-        pad_token_id=run.plan.references[0].pad_token_id,
-    )
+) -> list[MicroBatch | PeerBatch]:
+    """The examples with their virtual reference, as the micro-batches that they were dealt to; over a sequence group, which is
+    collective then, those of its other ranks between them."""
+    layout: Any = {"shared_prompt": run.shared_prompt, "pad_token_id": run.plan.references[0].pad_token_id}
+    if run.sequence_group is not None:
+        return group_batches(examples, references, run.sequence_group, **layout)
+    return list(policy_batches(examples, references, end_to_end=run.end_to_end, **layout))
 
 
 def sampled_batches(
@@ -224,7 +225,6 @@ def measure(
             f"router/{name}": v.detach().float().expand_as(batch.weight_P) for name, v in balance._asdict().items()
         }
     sums.metrics.add(metrics, batch.weight_P, PREFIX if isinstance(batch, SampledBatch) else "")
-    sums.tokens += batch.pairs.num_tokens
 
 
 def begin_with_policy(run: PreparedRun, model: nn.Module, device: torch.device) -> None:
@@ -255,5 +255,6 @@ def begin_with_policy(run: PreparedRun, model: nn.Module, device: torch.device) 
             end_to_end=run.end_to_end,
             device=device,
             train_equals_eval=args.disable_dropout,
+            group=run.sequence_group,
             dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         )

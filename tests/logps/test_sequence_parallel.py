@@ -1,6 +1,7 @@
 """Who holds which tokens and heads, without processes: what the ranks of a group send is put where a collective would put it."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -31,8 +32,8 @@ def test_groups_are_neighbours_and_cover_the_world():
 # Heads of keys: as many as of queries, a multiple of the group, divisors of it, one, and neither (6 of 12 over 4).
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 8, 4), (8, 4, 2), (8, 2, 4), (4, 1, 4), (12, 6, 4)])
 def test_every_head_meets_its_keys_and_comes_home(heads, key_heads, size):
-    """Queries say (head, token), keys the head that they belong to: after the exchange each query's head finds its own key's head at
-    its place, over all tokens in order; and the way back restores the queries."""
+    """Queries say (head, token), keys the head that they are: after the exchange each query's head finds its own key's head at its
+    place, over all tokens in order; and the way back restores the queries."""
     tokens, width = 3, 5
     head, token = torch.arange(heads), torch.arange(size * tokens)
     query = (100 * head[:, None] + token)[None, :, :, None].expand(-1, -1, -1, width)
@@ -63,7 +64,9 @@ def test_every_head_meets_its_keys_and_comes_home(heads, key_heads, size):
 @pytest.mark.parametrize("size", [2, 4, 7])
 def test_every_scored_token_has_one_rank(shared_prompt, size):
     whole = collate_pairs(PAIRS, shared_prompt=shared_prompt, end_to_end=True)
-    parts = [collate_pairs(PAIRS, shared_prompt=shared_prompt, end_to_end=True, group=member) for member in members(size)]
+    parts = [
+        collate_pairs(PAIRS, shared_prompt=shared_prompt, end_to_end=True, group=member) for member in members(size)
+    ]
     length = parts[0].input_ids_BL.shape[1]
     assert length % size == 0 and 0 <= length - whole.num_tokens < size
     # Padding at the end is a text of its own, which no token of a pair sees.
@@ -74,13 +77,13 @@ def test_every_scored_token_has_one_rank(shared_prompt, size):
         mine = part.own_tokens
         at_T = part.logit_index_T + mine.start
         assert ((at_T >= mine.start) & (at_T < mine.stop)).all() and len(part.labels_T) == part.cu_seqlens[-1]
-        for s, (a, b) in enumerate(zip(part.cu_seqlens[:-1], part.cu_seqlens[1:], strict=True)):
+        for s, (a, b) in enumerate(itertools.pairwise(part.cu_seqlens.tolist())):
             labels[s] += part.labels_T[a:b].tolist()
             predicted[s] += at_T[a:b].tolist()
         assert torch.equal(part.response_lengths, whole.response_lengths) and part.num_pairs == len(PAIRS)
         assert part.num_positions == length // size
     bounds = whole.cu_seqlens.tolist()
-    for s, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for s, (a, b) in enumerate(itertools.pairwise(bounds)):
         assert labels[s] == whole.labels_T[a:b].tolist() and predicted[s] == whole.logit_index_T[a:b].tolist()
     assert sum(part.num_tokens for part in parts) == whole.num_tokens
 

@@ -48,8 +48,8 @@ def long_context_mistakes(config: Any) -> Iterator[str]:
     """Keys that what is done for long contexts does not go with."""
     if config.activation_offloading and not config.gradient_checkpointing:
         yield (
-            "`activation_offloading: true` needs `gradient_checkpointing: true`: of a layer only its input is worth the way to host "
-            "memory"
+            "`activation_offloading: true` needs `gradient_checkpointing: true`: of a layer only its input is worth the way to "
+            "host memory"
         )
     size = config.sequence_parallel_size
     if size <= 1:

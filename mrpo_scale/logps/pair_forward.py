@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ from mrpo_kernels import LinearPreferenceLoss, linear_preference_loss, sequence_
 from mrpo_kernels.cpu_linear import CpuLinear, has_fast_products
 from mrpo_kernels.linear_preference_loss import LossOfPairs
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError
@@ -71,12 +74,14 @@ class FusedHead(nn.Linear):
         return sequence_logps(hidden, weight, labels_T, cu_seqlens, impl=self.impl, **options)
 
 
-def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -> None:
+def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto", *, offload: bool = False) -> None:
     """Give ``model``, in place, a forward that takes ``pairs=``; every other call is what it was.
 
     Args:
         name: how errors call the model.
         impl: of the head: ``auto``, ``triton`` or ``torch``.
+        offload: keep what the body's forward saves for its backward in host memory; under gradient checkpointing, whose own
+            hooks keep all else away, the inputs of its layers.
 
     Raises:
         ConfigError: the model has no plain linear output head, or no body of its own.
@@ -99,6 +104,7 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
             if type(module) is nn.Linear:
                 module.__class__ = CpuLinear
     plain_forward, first = model.forward, first_position(model)
+    saved_where = partial(save_on_cpu, pin_memory=torch.cuda.is_available()) if offload else nullcontext
 
     def forward(
         self: PreTrainedModel,
@@ -111,7 +117,8 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
     ) -> Any:
         if pairs is None:
             return plain_forward(*args, **kwargs)
-        outputs = _run_body(self, pairs, first, **({"output_router_logits": True} if with_routers else {}))
+        with saved_where():
+            outputs = _run_body(self, pairs, first, **({"output_router_logits": True} if with_routers else {}))
         # Only the positions that predict a response token reach the head.
         hidden_TD = outputs.last_hidden_state.flatten(0, 1).index_select(0, pairs.logit_index_T)
         if not with_head:

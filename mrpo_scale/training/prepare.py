@@ -129,7 +129,7 @@ def prepare_run(
     policy = _policy(model, plan, args)
     use_cache = getattr(policy.config, "use_cache", None)
     check_optimizer(trainer_arguments, policy)
-    enable_pair_scoring(policy, "policy", args.head_impl)
+    enable_pair_scoring(policy, "policy", args.head_impl, offload=args.activation_offloading)
     layout = {"end_to_end": _choose_attention(policy, args)}
     check_attention(policy, args)
     layout["shared_prompt"] = choose_shared_prompt(args.shared_prompt, policy, "policy")

@@ -40,7 +40,9 @@ def loss_and_gradients(family, shared_prompt, checkpointing, group, attention=No
     with torch.no_grad():  # while the policy's graph waits for its backward
         ref_logps_KP2 = torch.stack([score_pairs(model, collate_pairs(PAIRS, **layout)) for model in references])
     loss = preference_loss(logps_P2, ref_logps_KP2, Objective(name="mrpo", beta=0.1)).loss
-    if group is not None and group.rank:  # the first rank's pairs: it alone has a loss, as the owner of a micro-batch has
+    if (
+        group is not None and group.rank
+    ):  # the first rank's pairs: it alone has a loss, as the owner of a micro-batch has
         loss = loss * 0
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in policy.named_parameters()}, ref_logps_KP2

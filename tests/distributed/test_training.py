@@ -21,6 +21,7 @@ from mrpo_scale.base.errors import ConfigError, Preempted, TrainingError
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.recipe import resource
 from mrpo_scale.lifecycle import checkpoints
+from mrpo_scale.logps.micro_batches import PeerBatch
 from mrpo_scale.objective import combine
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.training.held_out import HeldOutScores
@@ -45,6 +46,8 @@ class Recorder(MRPOTrainer):
 
     def compute_loss(self, model, inputs, **kwargs):
         self.micro_batches += 1
+        if isinstance(inputs, PeerBatch):
+            return super().compute_loss(model, inputs, **kwargs)
         for i, (row, weight) in enumerate(zip(inputs.rows, inputs.weight_P.tolist(), strict=True)):
             if weight:
                 self.rows.append((self.state.global_step, row))
@@ -128,17 +131,19 @@ def alone(folders, tmp_path_factory):
         (2, 1, {"max_tokens_per_micro_batch": 60}),
         (1, 2, {"max_tokens_per_micro_batch": 60, "deepspeed": False}),
         (1, 2, {"max_tokens_per_micro_batch": 10_000}),
+        (1, 2, {"sequence_parallel_size": 2, "gradient_checkpointing": True, "activation_offloading": True}),
     ],
-    ids=["accumulate", "larger-batch", "token-budget", "token-budget-ddp", "one-micro-batch"],
+    ids=["accumulate", "larger-batch", "token-budget", "token-budget-ddp", "one-micro-batch", "sequence-parallel"],
 )
 def test_two_ranks_take_the_steps_of_one(folders, tmp_path, pool2, alone, batch_size, accumulation, keys):
     """1 process x accumulation 4 = 2 processes x accumulation 2 = 2 processes x 2 pairs = micro-batches of so many tokens, more or
-    fewer than the loader's batches, under ZeRO-3 and under DDP, with a ragged tail."""
+    fewer than the loader's batches = each micro-batch over both ranks; under ZeRO-3 and under DDP, with a ragged tail."""
     ranks = pool2.run(train, folders, tmp_path, batch_size=batch_size, accumulation=accumulation, **keys, timeout=300)
     assert ranks[0]["stage"] == (3 if keys.get("deepspeed", True) else None)
     steps = len(ranks[0]["log"])
     budget = keys.get("max_tokens_per_micro_batch")
-    expected = {None: {accumulation * steps}, 10_000: {steps}}.get(budget, set(range(steps + 1, 2 * steps + 1)))
+    turns = keys.get("sequence_parallel_size", 1)  # the ranks of a sequence group compute all of its micro-batches
+    expected = {None: {turns * accumulation * steps}, 10_000: {steps}}.get(budget, set(range(steps + 1, 2 * steps + 1)))
     assert ranks[0]["micro_batches"] == ranks[1]["micro_batches"] and ranks[0]["micro_batches"] in expected
     assert len(ranks[0]["log"]) == len(alone["log"]) == 10
     for entry, expected in zip(ranks[0]["log"], alone["log"], strict=True):

@@ -2,10 +2,10 @@
 
     python -m benchmarks.sequence_memory [--tokens 8192] [--output benchmarks/results/sequence-memory-cpu.json]
 
-A Llama of random weights computes one pair of so many tokens, half of them the prompt, forward and backward, over gloo ranks of this
-machine. *Kept*: bytes of the distinct tensors that autograd saved when the backward begins, without weights. *Peak*: how far the
-largest resident set of a rank exceeds the one before the step, gradients of the weights in place. Needs the clone: the ranks are
-the tests' pool.
+A Llama of random weights computes one pair of so many tokens, half of them the prompt, forward and backward, over gloo ranks of
+this machine. *Kept*: bytes of the distinct tensors that autograd saved when the backward begins, without weights. *Peak*: how far
+the largest resident set of a rank exceeds the one before the step, gradients of the weights in place. Needs the clone: the ranks
+are the tests' pool.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def policy(tokens: int, checkpointing: bool) -> PreTrainedModel:
     enable_pair_scoring(model, "policy")
     choose_end_to_end(model, torch.device("cpu"))
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 

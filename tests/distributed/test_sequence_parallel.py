@@ -1,5 +1,8 @@
 """Rows of tokens over 2 and 4 ranks: loss and gradients of one process, whatever the family, the layout and the references."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +15,9 @@ from mrpo_scale.logps.self_check import check_pair_scoring
 from mrpo_scale.logps.sequence_parallel import make_sequence_group
 from mrpo_scale.models.plan import disable_dropout
 from mrpo_scale.objective import Objective, preference_loss
+from tests.distributed.test_training import train
 from tests.logps.test_shared_prompt import random_pairs, tiny_model
+from tests.tiny import write_models
 
 #: Longer and shorter than the window of 8, and with a prompt that more than one rank of four holds a part of.
 PAIRS = random_pairs([(20, 17, 25), (3, 5, 2), (9, 30, 1), (1, 4, 4)])
@@ -33,8 +38,8 @@ def loss_and_gradients(family, shared_prompt, checkpointing, group, attention=No
     policy = scorer(family, attention=attention).train()
     disable_dropout(policy)
     if checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    references = [scorer(family, 1), scorer("llama", 2), scorer("gemma3_text", 3)]
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    references = [scorer(family, 1, attention), scorer("llama", 2), scorer("gemma3_text", 3)]
     layout = {"shared_prompt": shared_prompt, "end_to_end": True}
     logps_P2 = score_pairs(policy, collate_pairs(PAIRS, group=group, **layout))
     with torch.no_grad():  # while the policy's graph waits for its backward
@@ -99,3 +104,26 @@ def test_the_check_at_start_goes_over_the_group(pool2):
     for difference, refusal in pool2.run(checked):
         assert difference < 1e-3
         assert "something beside its attention mixes tokens" in refusal
+
+
+def half_and_half(folders, root):
+    """Five steps over the group, and once more from the third as two ranks that each compute their own pairs: both logs."""
+    keys = {"batch_size": 1, "accumulation": 1, "max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    together = train(folders, root / "together", sequence_parallel_size=2, **keys)
+    if dist.get_rank() == 0:
+        shutil.copytree(root / "together" / "checkpoint-3", root / "apart" / "checkpoint-3")
+    dist.barrier()
+    apart = train(folders, root / "apart", **keys)
+    return together["log"], apart["log"], len(apart["rows"]), together["held_out"], apart["held_out"]
+
+
+def test_a_checkpoint_goes_on_without_the_group(pool2, tmp_path):
+    """Under ZeRO-3: the key is no part of what a run must keep, for the weights are the same."""
+    folders = write_models(Path(tmp_path) / "models")
+    for together, apart, rows, *held_out in pool2.run(half_and_half, folders, tmp_path, timeout=300):
+        assert rows == 2, "the last two steps alone"
+        assert [entry["step"] for entry in apart] == [entry["step"] for entry in together] == [1, 2, 3, 4, 5]
+        for entry, expected in zip(apart, together, strict=True):
+            for key in ("loss", "grad_norm", "references/qwen2/weight"):
+                assert entry[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-7), (entry["step"], key)
+        assert held_out[0]["eval_loss"] == pytest.approx(held_out[1]["eval_loss"], rel=1e-5)

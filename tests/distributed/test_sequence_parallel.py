@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks import sequence_memory
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.pair_batch import collate_pairs
@@ -108,7 +109,14 @@ def test_the_check_at_start_goes_over_the_group(pool2):
 
 def half_and_half(folders, root):
     """Five steps over the group, and once more from the third as two ranks that each compute their own pairs: both logs."""
-    keys = {"batch_size": 1, "accumulation": 1, "max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    keys = {
+        "batch_size": 1,
+        "accumulation": 1,
+        "max_steps": 5,
+        "max_length": 512,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
     together = train(folders, root / "together", sequence_parallel_size=2, **keys)
     if dist.get_rank() == 0:
         shutil.copytree(root / "together" / "checkpoint-3", root / "apart" / "checkpoint-3")
@@ -127,3 +135,11 @@ def test_a_checkpoint_goes_on_without_the_group(pool2, tmp_path):
             for key in ("loss", "grad_norm", "references/qwen2/weight"):
                 assert entry[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-7), (entry["step"], key)
         assert held_out[0]["eval_loss"] == pytest.approx(held_out[1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["keeps", "recomputes"])
+@pytest.mark.parametrize("shared_prompt", [True, False], ids=["shared", "separate"])
+def test_four_ranks_keep_a_quarter_of_a_pair_each(pool4, shared_prompt, checkpointing):
+    alone, *_ = pool4.run(sequence_memory.measured, 1024, shared_prompt, checkpointing, 1)
+    together = pool4.run(sequence_memory.measured, 1024, shared_prompt, checkpointing, 4)
+    assert max(kept for kept, _ in together) <= 0.3 * alone[0]

@@ -30,6 +30,7 @@ from tests.distributed.jobs import Job
 from tests.tiny import pair_dataset, pair_rows, write_models
 
 ROWS = 19  # a last window of 4 that holds 3
+TOGETHER = {"sequence_parallel_size": 2, "max_length": 512}  # of the tiny models' context
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def alone(folders, tmp_path_factory):
         (2, 1, {"max_tokens_per_micro_batch": 60}),
         (1, 2, {"max_tokens_per_micro_batch": 60, "deepspeed": False}),
         (1, 2, {"max_tokens_per_micro_batch": 10_000}),
-        (1, 2, {"sequence_parallel_size": 2, "gradient_checkpointing": True, "activation_offloading": True}),
+        (1, 2, {**TOGETHER, "gradient_checkpointing": True, "activation_offloading": True}),
     ],
     ids=["accumulate", "larger-batch", "token-budget", "token-budget-ddp", "one-micro-batch", "sequence-parallel"],
 )

@@ -113,20 +113,9 @@ def collate_pairs(
     Args:
         group: that computes the row, end to end then; all of its ranks have these pairs.
     """
-    if shared_prompt:
-        segments = [[(p.prompt_ids, PROMPT), (p.chosen_ids, CHOSEN), (p.rejected_ids, REJECTED)] for p in pairs]
-    else:
-        segments = [
-            [(p.prompt_ids, PROMPT), (ids, part)]
-            for p in pairs
-            for ids, part in ((p.chosen_ids, CHOSEN), (p.rejected_ids, REJECTED))
-        ]
+    segments = _segments(pairs, shared_prompt)
     lengths = [sum(len(ids) for ids, _ in segment) for segment in segments]
-    width = sum(lengths) if end_to_end else max(lengths)
-    padding = 0 if group is None else -width % group.size
-    width += padding
-    alone = [[s] for s in range(len(segments))]
-    rows = [list(range(len(segments)))] if end_to_end else packed_rows(lengths, width) if shared_prompt else alone
+    rows, width = _rows(lengths, shared_prompt, end_to_end, 1 if group is None else group.size)
     shape = (len(rows), width)
     input_ids_BL = torch.full(shape, pad_token_id)
     position_ids_BL = torch.zeros(shape, dtype=torch.long)
@@ -155,7 +144,7 @@ def collate_pairs(
                 start += len(ids)
     counts = [len(ids) for _, ids in responses]
     per_pair = 1 if shared_prompt else 2  # segments
-    spans = _spans(segments, shared_prompt, padding) if end_to_end else None
+    spans = _spans(segments, shared_prompt, width - sum(lengths)) if end_to_end else None
     batch = PairBatch(
         input_ids_BL=input_ids_BL,
         position_ids_BL=position_ids_BL,
@@ -171,6 +160,25 @@ def collate_pairs(
         varlen_index=None if spans is None else varlen_index(spans.lengths),
     )
     return batch if group is None else over_group(batch, group)
+
+
+def _segments(pairs: Sequence[PairTokens], shared_prompt: bool) -> list[list[tuple[Sequence[int], int]]]:
+    """Texts that see nothing of each other: their parts, as (ids, PROMPT or a response)."""
+    if shared_prompt:
+        return [[(p.prompt_ids, PROMPT), (p.chosen_ids, CHOSEN), (p.rejected_ids, REJECTED)] for p in pairs]
+    return [
+        [(p.prompt_ids, PROMPT), (ids, part)]
+        for p in pairs
+        for ids, part in ((p.chosen_ids, CHOSEN), (p.rejected_ids, REJECTED))
+    ]
+
+
+def _rows(lengths: Sequence[int], shared_prompt: bool, end_to_end: bool, multiple: int) -> tuple[list[list[int]], int]:
+    """(segments of each row, positions of a row); of one end to end a multiple of ``multiple``."""
+    if end_to_end:
+        return [list(range(len(lengths)))], -(-sum(lengths) // multiple) * multiple
+    width = max(lengths)
+    return packed_rows(lengths, width) if shared_prompt else [[s] for s in range(len(lengths))], width
 
 
 def _spans(segments: Sequence[Sequence[tuple[Sequence[int], int]]], shared_prompt: bool, padding: int) -> Spans:

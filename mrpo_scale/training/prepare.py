@@ -114,7 +114,6 @@ def prepare_run(
     train_dataset, eval_dataset = as_datasets(train_dataset, eval_dataset)
     ref_models, args = check_arguments(model, ref_models, args, eval_dataset, trainer_arguments)
     plan = _plan(model, ref_models, args, processing_class)
-    check_sequences(plan, args, args.world_size, args.device)
     pair_sets = select_pairs(args, prepare_sets(plan, args, train_dataset, eval_dataset))
     if TRAIN_SET in pair_sets:
         check_steps(args, len(pair_sets[TRAIN_SET]), args.window_size)
@@ -124,15 +123,11 @@ def prepare_run(
         check_best_metric(args, plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
     _set_allocation(args)  # before the policy: what is scored ahead of training has the memory to itself
     scores = open_scores(plan, args, pair_sets)
-    group = make_sequence_group(args.sequence_parallel_size, datetime.timedelta(seconds=args.ddp_timeout))
     objective = with_validation_weights(args, scores, pair_sets)
     policy = _policy(model, plan, args)
     use_cache = getattr(policy.config, "use_cache", None)
     check_optimizer(trainer_arguments, policy)
-    enable_pair_scoring(policy, "policy", args.head_impl, offload=args.activation_offloading)
-    layout = {"end_to_end": _choose_attention(policy, args)}
-    check_attention(policy, args)
-    layout["shared_prompt"] = choose_shared_prompt(args.shared_prompt, policy, "policy")
+    layout = _enable_scoring(policy, args)
     router_loss = router_loss_coef(policy, args.router_aux_loss_coef)
     # Around the forward that scores pairs, which peft passes everything on to.
     policy = add_adapter(policy, plan.policy, args) if args.use_peft else policy
@@ -150,7 +145,7 @@ def prepare_run(
         dropouts=disable_dropout(policy) if args.disable_dropout else [],
         router_loss_coef=router_loss,
         **layout,
-        sequence_group=group,
+        sequence_group=make_sequence_group(args.sequence_parallel_size, datetime.timedelta(seconds=args.ddp_timeout)),
         tokenizer_of_source=processing_class is None,
         sampler=_sampler(args, plan, policy, pair_sets, scores, objective, layout),
     )
@@ -186,6 +181,7 @@ def _plan(
     check_output_folder(args, model, ref_models)
     decide_date(args)  # the same for all models and ranks
     plan = plan_models(model, ref_models, args, processing_class)
+    check_sequences(plan, args, args.world_size, args.device)
     record_date(args, plan.dated, run=args.folder)
     check_small_files(Path(plan.policy.path))
     if args.process_index == 0:
@@ -242,8 +238,10 @@ def _policy(model: str | PreTrainedModel, plan: RunPlan, args: MRPOConfig) -> Pr
     return load_policy(plan.policy, four_bits(args))
 
 
-def _choose_attention(policy: PreTrainedModel, args: MRPOConfig) -> bool:
-    return choose_end_to_end(
+def _enable_scoring(policy: PreTrainedModel, args: MRPOConfig) -> dict[str, bool]:
+    """Give the policy the forward that scores pairs, and the attention that their batches need, whose layout is returned."""
+    enable_pair_scoring(policy, "policy", args.head_impl, offload=args.activation_offloading)
+    end_to_end = choose_end_to_end(
         policy,
         args.device,
         name="policy",
@@ -252,6 +250,9 @@ def _choose_attention(policy: PreTrainedModel, args: MRPOConfig) -> bool:
         dropout=not args.disable_dropout,
         compiled=bool(args.torch_compile),
     )
+    check_attention(policy, args)
+    shared_prompt = choose_shared_prompt(args.shared_prompt, policy, "policy")
+    return {"end_to_end": end_to_end, "shared_prompt": shared_prompt}
 
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:

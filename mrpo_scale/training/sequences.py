@@ -49,9 +49,10 @@ def check_attention(model: PreTrainedModel, args: MRPOConfig) -> None:
     if size == 1:
         return
     if config._attn_implementation not in (SPAN_ATTENTION, *WAYS):
+        remedy = "leave `attn_implementation` out, or set it to 1" if args.attn_implementation else "set it to 1"
         raise ConfigError(
             f"`sequence_parallel_size: {size}` does not work for the policy ({config.model_type} under "
-            f"{config._attn_implementation} attention): {_why_not(model)}; set it to 1."
+            f"{config._attn_implementation} attention): {_why_not(model)}; {remedy}."
         )
     if router_loss_coef(model, args.router_aux_loss_coef):
         raise ConfigError(

@@ -62,8 +62,7 @@ def optimizer_step(
     sums: StepSums,
     clock: StepClock,
 ) -> tuple[list[MicroBatch | PeerBatch], Tensor, LossOfBatch]:
-    """Take this rank's share of the next window from ``loader``, which yields it in ``num_batches`` pieces. Collective over the
-    world, as is the function returned.
+    """Take this rank's share of the next window, ``num_batches`` pieces of ``loader``. Collective, as is the function returned.
 
     Returns:
         the micro-batches, as many on every rank, the number of pairs in the whole window, and the loss of a micro-batch.
@@ -86,10 +85,9 @@ def optimizer_step(
 
     def loss_of_batch(model: nn.Module, batch: MicroBatch | PeerBatch) -> Tensor:
         set_activity(f"computing step {step}")
-        sums.tokens += batch.pairs.num_tokens
         with clock.phase("head and loss"):  # the model's body is a phase of its own within
             if isinstance(batch, PeerBatch):
-                return 0 * score_pairs(model, batch.pairs).sum()  # what its owner makes of it reaches this rank's part
+                return peer_part(model, batch, sums)
             policy_logps_P2, loss, share, balance = policy_loss(run, model, batch, num_pairs)
             measure(run, policy_logps_P2, loss, share, balance, batch, sums)
         return share
@@ -154,6 +152,12 @@ def policy_loss(
     if balance is not None:
         share = share + run.router_loss_coef * balance.loss * share_P.sum()
     return policy_logps_P2, loss, share, balance
+
+
+def peer_part(model: nn.Module, batch: PeerBatch, sums: StepSums) -> Tensor:
+    """This rank's part of another's micro-batch: a loss of 0, through which the owner's gradient reaches the tokens here."""
+    sums.tokens += batch.pairs.num_tokens
+    return 0 * score_pairs(model, batch.pairs).sum()
 
 
 def finish_window(run: PreparedRun, sums: StepSums, grad_norm: Tensor | None = None) -> float | None:
@@ -225,6 +229,7 @@ def measure(
             f"router/{name}": v.detach().float().expand_as(batch.weight_P) for name, v in balance._asdict().items()
         }
     sums.metrics.add(metrics, batch.weight_P, PREFIX if isinstance(batch, SampledBatch) else "")
+    sums.tokens += batch.pairs.num_tokens
 
 
 def begin_with_policy(run: PreparedRun, model: nn.Module, device: torch.device) -> None:

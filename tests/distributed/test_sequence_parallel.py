@@ -121,7 +121,7 @@ def half_and_half(folders, root):
     if dist.get_rank() == 0:
         shutil.copytree(root / "together" / "checkpoint-3", root / "apart" / "checkpoint-3")
     dist.barrier()
-    apart = train(folders, root / "apart", **keys)
+    apart = train(folders, root / "apart", resume="auto", **keys)
     return together["log"], apart["log"], len(apart["rows"]), together["held_out"], apart["held_out"]
 
 

@@ -60,7 +60,7 @@ class Recorder(MRPOTrainer):
         return super().compute_loss(model, inputs, **kwargs)
 
 
-def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, poison=None, **keys):
+def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, poison=None, resume=None, **keys):
     """Two epochs of K=3 MRPO; {log, rows trained here, scores, ...}. Runs in a worker of a pool or in this process."""
     if dist.is_initialized():
         deepspeed_comm.init_distributed(
@@ -96,7 +96,7 @@ def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, pois
     trainer.remove_callback(PrinterCallback)
     trainer.poison = poison
     try:
-        trainer.train()
+        trainer.train(resume)
         held_out = trainer.evaluate()
         trainer.save_model()
     finally:

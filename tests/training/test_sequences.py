@@ -29,7 +29,8 @@ def check(folder, model_type, ranks=4, size=2, keys=(), **sizes):
     """As a run on so many ranks would, of a policy of which only config.json is there."""
     AutoConfig.for_model(model_type, **{**SIZES, **sizes}).save_pretrained(folder / "policy")
     args = MRPOConfig(str(folder / "out"), sequence_parallel_size=size, use_cpu=True, report_to="none", **dict(keys))
-    plan = RunPlan(ReferenceSource("policy", str(folder / "policy")), None, [], [])  # tokenizers are not asked
+    policy = ReferenceSource("policy", str(folder / "policy"), attn_implementation=args.attn_implementation)
+    plan = RunPlan(policy, None, [], [])  # tokenizers are not asked
     check_sequences(plan, args, ranks, torch.device("cpu"))
 
 
@@ -109,4 +110,4 @@ def test_mrpo_check_says_it_and_counts_with_it(tmp_path, capsys):
         assert status == 0 and not found["errors"]
         of_step = found["cost"]["estimates"].popitem()[1]["device_bytes"]["forward and backward"]
         kept[size] = of_step["activations"]
-    assert kept[4] < 0.3 * kept[1]
+    assert kept[4] < 0.4 * kept[1], "a quarter, and the whole mask of a CPU's attention"

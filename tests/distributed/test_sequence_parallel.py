@@ -140,6 +140,6 @@ def test_a_checkpoint_goes_on_without_the_group(pool2, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["keeps", "recomputes"])
 @pytest.mark.parametrize("shared_prompt", [True, False], ids=["shared", "separate"])
 def test_four_ranks_keep_a_quarter_of_a_pair_each(pool4, shared_prompt, checkpointing):
-    alone, *_ = pool4.run(sequence_memory.measured, 1024, shared_prompt, checkpointing, 1)
-    together = pool4.run(sequence_memory.measured, 1024, shared_prompt, checkpointing, 4)
+    alone, *_ = pool4.run(sequence_memory.measured, 512, shared_prompt, checkpointing, 1)
+    together = pool4.run(sequence_memory.measured, 512, shared_prompt, checkpointing, 4)
     assert max(kept for kept, _ in together) <= 0.3 * alone[0]

@@ -63,17 +63,23 @@ class Activations:
 
     def kept(self, work: Work, itemsize: int, *, checkpointing: bool) -> int:
         """Bytes that a forward leaves for its backward."""
-        layer = self.layer_input.bytes(itemsize) * work.positions if checkpointing else self.layer(work, itemsize)
-        once = self.outside.bytes(itemsize) * work.positions + self.shared_score.bytes(itemsize) * work.masked
+        layer = self.layer_input.bytes(itemsize) * work.positions if checkpointing else self._layer(work, itemsize)
+        once = self.outside.bytes(itemsize) * work.positions + (0 if checkpointing else self._shared(work, itemsize))
         return self.num_layers * layer + once + self.response_token.bytes(itemsize) * work.response_tokens
 
     def layer(self, work: Work, itemsize: int) -> int:
         """Bytes of one decoder layer, which is what checkpointing computes again, one layer at a time."""
+        return self._layer(work, itemsize) + self._shared(work, itemsize)
+
+    def _layer(self, work: Work, itemsize: int) -> int:
         return (
             self.layer_position.bytes(itemsize) * work.positions
             + self.layer_key.bytes(itemsize) * work.keys
             + self.layer_score.bytes(itemsize) * work.masked
         )
+
+    def _shared(self, work: Work, itemsize: int) -> int:
+        return self.shared_score.bytes(itemsize) * work.masked
 
 
 def activations_of(model: PreTrainedModel) -> Activations:

@@ -255,7 +255,7 @@ def _make_toy_world(script: ScriptArguments) -> None:
     """Make the quickstart's world where a recipe names it and it is not there, in a process of its own: in this one a live ZeRO-3
     configuration would partition the little models over ranks that are not making any."""
     names = [script.model_name_or_path, *(spec.name for spec in script.datasets), *script.ref_models]
-    if any(str(name).startswith("toy:") for name in names) and not world_at().is_made:
+    if any("toy:" in str(name) for name in names) and not world_at().is_made:
         subprocess.run(
             [sys.executable, "-c", "from mrpo_scale.data.toy_world import make_world; make_world()"],
             env=without_ranks(),

@@ -118,7 +118,6 @@ def prepare_run(
     if TRAIN_SET in pair_sets:
         check_steps(args, len(pair_sets[TRAIN_SET]), args.window_size)
     plan = _used(plan, args)
-    check_reward(args)
     if trainer_arguments.get("compute_metrics") is None:  # whose names nobody knows
         check_best_metric(args, plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
     _set_allocation(args)  # before the policy: what is scored ahead of training has the memory to itself
@@ -187,6 +186,7 @@ def _plan(
     if args.process_index == 0:
         for sentence in repeated_references(plan, args):
             logger.warning("%s", sentence)
+    check_reward(args)
     return plan
 
 

@@ -79,8 +79,8 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.logps",
-        ". logit_transform varlen_layout masked_attention attention_ways span_attention layer_masks pair_batch attention_choice "
-        "micro_batches routers pair_forward generation self_check flops",
+        ". logit_transform varlen_layout masked_attention sequence_parallel attention_ways span_attention layer_masks pair_batch "
+        "attention_choice micro_batches routers pair_forward generation self_check flops",
     ),
     (
         "mrpo_scale.models",
@@ -100,7 +100,7 @@ READING_ORDER = [
     ("mrpo_scale.reports", ". pictures html_curves html_report model_card run_facts artifacts"),
     (
         "mrpo_scale.training",
-        ". sampled_loss aligned_loss metrics preflight arguments whole_policy sampling prepare callbacks step held_out saver "
+        ". sampled_loss aligned_loss metrics preflight arguments sequences whole_policy sampling prepare callbacks step held_out saver "
         "before_first_step facts run_report trainer",
     ),
     ("mrpo_scale.commands", ". train score inspect_references convert merge reward"),

@@ -24,6 +24,7 @@ from mrpo_scale.config.checks import (
     check_world_size,
     iso_date,
     loader_mistakes,
+    long_context_mistakes,
     training_mistakes,
     unsupported,
     value_mistakes,
@@ -240,6 +241,16 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
         "`gradient_accumulation_steps` of `per_device_train_batch_size` pairs. Their product is a rank's pairs of a step still.",
     )
 
+    # Long contexts
+    sequence_parallel_size: Annotated[Other[int], AtLeast(1)] = key(
+        1,
+        "Ranks that compute the tokens of one pair together, for contexts that one rank cannot hold; divides the ranks and the "
+        "policy's attention heads.",
+    )
+    activation_offloading: Other[bool] = key(
+        False, "Keep what `gradient_checkpointing` saves of each layer, its input, in host memory."
+    )
+
     # Output head
     head_impl: Other[Literal["auto", "triton", "torch"]] = key(
         "auto", "Log-prob kernels: Triton or torch; auto is logged."
@@ -407,6 +418,7 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
         yield from unsupported(self)
         yield from value_mistakes(self)
         yield from training_mistakes(self)
+        yield from long_context_mistakes(self)
         yield from self.adapter_mistakes()
         yield from self.sampling_mistakes(self.objective, self.ref_scoring, self.ref_placement)
         if self.ref_scoring == "follow" and not self.ref_cache_dir:
@@ -464,6 +476,8 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
     def gradients_in_forward(self) -> bool:
         """``head_backward: auto`` is what was measured faster: in the forward on a CPU (benchmarks/results). On a GPU neither was
         measured yet, so it stays with the one that holds no float32 weight gradient through the body's backward."""
+        if self.sequence_parallel_size > 1:  # a response's loss is known when all of its ranks have summed it up
+            return False
         return self.head_backward == "in_forward" or (self.head_backward == "auto" and self.device.type == "cpu")
 
     @property

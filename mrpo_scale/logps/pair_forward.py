@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ from mrpo_kernels import LinearPreferenceLoss, linear_preference_loss, sequence_
 from mrpo_kernels.cpu_linear import CpuLinear, has_fast_products
 from mrpo_kernels.linear_preference_loss import LossOfPairs
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError
@@ -81,12 +84,14 @@ class FusedHead(nn.Linear):
         return sequence_logps(hidden, weight, labels_T, cu_seqlens, impl=self.impl, **options)
 
 
-def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -> None:
+def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto", *, offload: bool = False) -> None:
     """Give ``model``, in place, a forward that takes ``pairs=``; every other call is what it was.
 
     Args:
         name: how errors call the model.
         impl: of the head: ``auto``, ``triton`` or ``torch``.
+        offload: keep what the body's forward saves for its backward in host memory; under gradient checkpointing, whose own
+            hooks keep all else away, the inputs of its layers.
 
     Raises:
         ConfigError: the model has no plain linear output head, or no body of its own.
@@ -109,6 +114,7 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
             if type(module) is nn.Linear:
                 module.__class__ = CpuLinear
     plain_forward, first = model.forward, first_position(model)
+    saved_where = partial(save_on_cpu, pin_memory=torch.cuda.is_available()) if offload else nullcontext
 
     def forward(
         self: PreTrainedModel,
@@ -122,7 +128,8 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
     ) -> Any:
         if pairs is None:
             return plain_forward(*args, **kwargs)
-        outputs = _run_body(self, pairs, first, **({"output_router_logits": True} if with_routers else {}))
+        with saved_where():
+            outputs = _run_body(self, pairs, first, **({"output_router_logits": True} if with_routers else {}))
         # Only the positions that predict a response token reach the head.
         hidden_TD = outputs.last_hidden_state.flatten(0, 1).index_select(0, pairs.logit_index_T)
         if not with_head:
@@ -130,18 +137,21 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
         responses = (pairs.labels_T, pairs.cu_seqlens)
         scored = self.get_output_embeddings()(hidden_TD, *responses, loss_of_pairs, pairs.bounds, per_token)
         scored = scored.view(-1, 2) if loss_of_pairs is None and not per_token else scored
+        scored = scored if pairs.group is None else pairs.group.total(scored)
         return (scored, router_balance(self, outputs.router_logits, pairs)) if with_routers else scored
 
     model.forward = types.MethodType(forward, model)
 
 
 def _run_body(model: PreTrainedModel, pairs: PairBatch, first: int, **options: Any) -> Any:
+    mine = pairs.own_tokens
+    position_ids_Bn = pairs.position_ids_BL[:, mine]
     inputs = {
-        "position_ids": pairs.position_ids_BL + first if first else pairs.position_ids_BL,
+        "position_ids": position_ids_Bn + first if first else position_ids_Bn,
         **attention_inputs(pairs, model),
         **options,
     }
-    return body_of(model)(input_ids=pairs.input_ids_BL, use_cache=False, **inputs)
+    return body_of(model)(input_ids=pairs.input_ids_BL[:, mine], use_cache=False, **inputs)
 
 
 def choose_shared_prompt(setting: str, model: PreTrainedModel, name: str) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.gpus import GIB
 from mrpo_scale.config.elsewhere import ConfigElsewhere
@@ -57,6 +59,7 @@ from mrpo_scale.planner.zero import Zero, read_zero
 from mrpo_scale.references.adapters import lenders, loaded_apart
 from mrpo_scale.references.reward import plan_reward
 from mrpo_scale.training.preflight import check_best_metric, check_evaluation, preflight_problems
+from mrpo_scale.training.sequences import check_sequences
 
 HELP = """usage: mrpo check --config RECIPE [--key value ...] [--gpus N] [--gpu NAME] [--gpus_per_node N] [--network RATE]
                   [--ds_config NAME] [--output FOLDER]
@@ -161,6 +164,8 @@ class _Check:
             with self._collected():
                 names = plan.names[:1] if self.config.objective == "dpo" else plan.names
                 check_best_metric(self.config, names, ())
+            with self._collected():
+                check_sequences(plan, self.config, self.cluster.gpus, torch.device("cuda" if self.gpu else "cpu"))
         self._look_at_sampling()
         if plan is not None:
             self._look_for_weights(plan)
@@ -372,8 +377,9 @@ class _Check:
             window=config.per_device_train_batch_size * self._accumulation() * self.cluster.gpus,
             tokens_per_forward=config.ref_tokens_per_forward,
             gradients_in_forward=config.head_backward == "in_forward"
-            or (config.head_backward == "auto" and device_type == "cpu"),
+            or (config.head_backward == "auto" and device_type == "cpu" and config.sequence_parallel_size == 1),
             device_type=device_type,
+            sequence=config.sequence_parallel_size,
         )
 
     def _setting(self) -> Setting:

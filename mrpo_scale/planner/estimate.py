@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mrpo_kernels.chunked_head import token_blocks, word_tiles
 
-from mrpo_scale.logps.flops import TrainingFlops, Work, training_flops
+from mrpo_scale.logps.flops import TrainingFlops, Work, over_ranks, training_flops
 from mrpo_scale.planner.cluster import Cluster, Traffic
 from mrpo_scale.planner.job import MOVED_BACKWARD, MOVED_FORWARD, Job, Phase, Setting, seconds_of
 from mrpo_scale.planner.live import ScoredLive
@@ -73,7 +73,10 @@ def estimate(job: Job, setting: Setting, cluster: Cluster) -> Estimate:
         micro_batch=setting.micro_batch,
         accumulation=accumulation,
         ranks=cluster.gpus,
-        max_tokens=setting.max_tokens,
+        max_tokens=_most_tokens(job, setting),
+    )
+    share = replace(
+        share, forwards=tuple(over_ranks(work, job.sequence) for work in share.forwards for _ in range(job.sequence))
     )
     references = ScoredLive(job, setting, cluster, accumulation) if setting.live else None
     states = policy_states(job.policy, setting.zero, cluster)
@@ -118,10 +121,16 @@ def _training(job: Job, setting: Setting, work: Work) -> TrainingFlops:
     )
 
 
+def _most_tokens(job: Job, setting: Setting) -> int | None:
+    """Of a micro-batch that is dealt, of which a rank of a sequence group computes a part."""
+    return None if setting.max_tokens is None else setting.max_tokens * job.sequence
+
+
 def _policy_moment(job: Job, setting: Setting) -> dict[str, int]:
     """Activations and head at the start of the backward of the largest micro-batch."""
     size = job.policy
-    work = job.workload.largest_micro_batch(size, setting.micro_batch, setting.max_tokens)
+    work = job.workload.largest_micro_batch(size, setting.micro_batch, _most_tokens(job, setting))
+    work = over_ranks(work, job.sequence)
     moment = {
         "activations": size.activations.kept(work, size.itemsize, checkpointing=setting.checkpointing),
         "head": head_bytes(size, work.response_tokens, job.device_type, in_forward=job.gradients_in_forward),

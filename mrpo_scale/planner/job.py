@@ -48,6 +48,7 @@ class Job:
     tokens_per_forward: int
     gradients_in_forward: bool
     device_type: Literal["cuda", "cpu"] = "cuda"
+    sequence: int = 1  #: ranks that compute a micro-batch of the policy together, in one turn for each of them
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mrpo_scale.config import hardware as hardware_module
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.recipe import resource
 from mrpo_scale.lifecycle import checkpoints
+from mrpo_scale.logps.micro_batches import PeerBatch
 from mrpo_scale.objective import combine
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.training.held_out import HeldOutScores
@@ -30,6 +31,7 @@ from tests.distributed.jobs import Job
 from tests.tiny import pair_dataset, pair_rows, write_models
 
 ROWS = 19  # a last window of 4 that holds 3
+TOGETHER = {"sequence_parallel_size": 2, "max_length": 512}  # of the tiny models' context
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,8 @@ class Recorder(MRPOTrainer):
 
     def compute_loss(self, model, inputs, **kwargs):
         self.micro_batches += 1
+        if isinstance(inputs, PeerBatch):
+            return super().compute_loss(model, inputs, **kwargs)
         for i, (row, weight) in enumerate(zip(inputs.rows, inputs.weight_P.tolist(), strict=True)):
             if weight:
                 self.rows.append((self.state.global_step, row))
@@ -57,7 +61,7 @@ class Recorder(MRPOTrainer):
         return super().compute_loss(model, inputs, **kwargs)
 
 
-def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, poison=None, **keys):
+def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, poison=None, resume=None, **keys):
     """Two epochs of K=3 MRPO; {log, rows trained here, scores, ...}. Runs in a worker of a pool or in this process."""
     if dist.is_initialized():
         deepspeed_comm.init_distributed(
@@ -93,7 +97,7 @@ def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, pois
     trainer.remove_callback(PrinterCallback)
     trainer.poison = poison
     try:
-        trainer.train()
+        trainer.train(resume)
         held_out = trainer.evaluate()
         trainer.save_model()
     finally:
@@ -129,17 +133,19 @@ def alone(folders, tmp_path_factory):
         (2, 1, {"max_tokens_per_micro_batch": 60}),
         (1, 2, {"max_tokens_per_micro_batch": 60, "deepspeed": False}),
         (1, 2, {"max_tokens_per_micro_batch": 10_000}),
+        (1, 2, {**TOGETHER, "gradient_checkpointing": True, "activation_offloading": True}),
     ],
-    ids=["accumulate", "larger-batch", "token-budget", "token-budget-ddp", "one-micro-batch"],
+    ids=["accumulate", "larger-batch", "token-budget", "token-budget-ddp", "one-micro-batch", "sequence-parallel"],
 )
 def test_two_ranks_take_the_steps_of_one(folders, tmp_path, pool2, alone, batch_size, accumulation, keys):
     """1 process x accumulation 4 = 2 processes x accumulation 2 = 2 processes x 2 pairs = micro-batches of so many tokens, more or
-    fewer than the loader's batches, under ZeRO-3 and under DDP, with a ragged tail."""
+    fewer than the loader's batches = each micro-batch over both ranks; under ZeRO-3 and under DDP, with a ragged tail."""
     ranks = pool2.run(train, folders, tmp_path, batch_size=batch_size, accumulation=accumulation, **keys, timeout=300)
     assert ranks[0]["stage"] == (3 if keys.get("deepspeed", True) else None)
     steps = len(ranks[0]["log"])
     budget = keys.get("max_tokens_per_micro_batch")
-    expected = {None: {accumulation * steps}, 10_000: {steps}}.get(budget, set(range(steps + 1, 2 * steps + 1)))
+    turns = keys.get("sequence_parallel_size", 1)  # the ranks of a sequence group compute all of its micro-batches
+    expected = {None: {turns * accumulation * steps}, 10_000: {steps}}.get(budget, set(range(steps + 1, 2 * steps + 1)))
     assert ranks[0]["micro_batches"] == ranks[1]["micro_batches"] and ranks[0]["micro_batches"] in expected
     assert len(ranks[0]["log"]) == len(alone["log"]) == 10
     for entry, expected in zip(ranks[0]["log"], alone["log"], strict=True):

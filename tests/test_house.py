@@ -100,8 +100,8 @@ READING_ORDER = [
     ("mrpo_scale.reports", ". pictures html_curves html_report model_card run_facts artifacts"),
     (
         "mrpo_scale.training",
-        ". sampled_loss aligned_loss metrics preflight arguments sequences whole_policy sampling prepare callbacks step held_out saver "
-        "before_first_step facts run_report trainer",
+        ". sampled_loss aligned_loss metrics preflight arguments sequences whole_policy sampling prepare callbacks step "
+        "held_out saver before_first_step facts run_report trainer",
     ),
     ("mrpo_scale.commands", ". train score inspect_references convert merge reward"),
     (

@@ -16,10 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Parts whose margins a run keeps.
-KEPT = ("validation", "test", "final")
-
-
 def packed(values_N: np.ndarray) -> str:
     """float32 values as text."""
     return base64.b64encode(zlib.compress(np.asarray(values_N, dtype="<f4").tobytes(), 9)).decode()

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.evidence.records import KEPT, Scores, commit, machine, packed, run_file, write_json
+from benchmarks.evidence.records import Scores, commit, machine, packed, run_file, write_json
 from benchmarks.evidence.rules import combined, margins, weights_of
 from benchmarks.evidence.study import (
     ANCHOR,
@@ -30,9 +30,11 @@ from benchmarks.evidence.study import (
     METHODS,
     OTHER,
     RESULTS,
+    RULES,
     SELF,
     SETS,
     SFT,
+    SINGLES,
     TUNING_SEEDS,
     Direction,
     Method,
@@ -43,6 +45,8 @@ from benchmarks.evidence.world import World, load_upper, open_world
 from mrpo_scale.objective import Objective, combine
 
 EXPERT_SEED = 1000
+#: Methods among which something is chosen on validation pairs and judged on final pairs. All others are scored on test pairs only.
+JUDGED = (*SINGLES, *RULES)
 
 
 class Study:
@@ -153,7 +157,8 @@ class Study:
         trained = self.runner.train(
             rows, references, method.objective(weights), seed=seed, learning_rate=rate, epochs=1 if self.variant == "-all" else 3
         )
-        scored = {part: self.runner.score(world.rows(part)) for part in KEPT}
+        parts = ("validation", "test", "final") if name in JUDGED else ("test",)
+        scored = {part: self.runner.score(world.rows(part)) for part in parts}
         write_json(
             path,
             {
@@ -166,9 +171,8 @@ class Study:
                 "margins": {part: packed(margins(logps).numpy()) for part, logps in scored.items()},
             },
         )  # fmt: skip
-        accuracy = float((margins(scored["validation"]) > 0).float().mean())
         print(
-            f"{time.strftime('%H:%M:%S')} {self.name}{self.variant} {name} seed {seed}: validation {accuracy:.3f}, loss "
+            f"{time.strftime('%H:%M:%S')} {self.name}{self.variant} {name} seed {seed}: loss "
             f"{trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}, {trained.cpu_seconds:.0f} s of CPU to train",
             flush=True,
         )
@@ -187,6 +191,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="upper layers that train; default: the plan's")
     parser.add_argument("--bf16", action="store_true", help="autocast, for runs and their scores")
     parser.add_argument("--variant", default="", choices=["", "-full", "-all", "-bf16"], help="a name of its own for other settings")
+    parser.add_argument("--together", type=int, default=100, help="so many methods, all their seeds, before the next ones")
     parser.add_argument("--scores_only", action="store_true")
     return parser.parse_args(argv)
 
@@ -205,9 +210,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         study.save_scores()
         return
     command = shlex.join(["python", "-m", "benchmarks.evidence.run", *(sys.argv[1:] if argv is None else argv)])
-    for seed in args.seeds:
-        for method in args.methods:
-            study.run(method, seed, command)
+    for start in range(0, len(args.methods), args.together):
+        for seed in args.seeds:
+            for method in args.methods[start : start + args.together]:
+                study.run(method, seed, command)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.evidence.study import ANCHOR, OTHER, Direction, SetPlan, read_rows, split
+from benchmarks.evidence.study import ANCHOR, OTHER, UNUSED, Direction, SetPlan, read_rows, split
 from benchmarks.evidence.upper import UpperLayers
 from mrpo_scale.commands.score import Recipe
 from mrpo_scale.config.recipe import parse
@@ -72,14 +72,15 @@ def open_world(plan: SetPlan, direction: Direction, models: dict[str, str], data
         first = recipe.plan.texts.index(min(recipe.plan.texts, key=lambda text: len(text.tokenizer)))
         pairs = pairs.select(np.flatnonzero(pairs.lengths[:, first].sum(-1) <= plan.longest))
         counts[f"of at most {plan.longest} tokens"] = len(pairs)
+    part_N = split(pairs.prompt_keys, plan.parts)
+    pairs, part_N = pairs.select(np.flatnonzero(part_N != UNUSED)), part_N[part_N != UNUSED]
+    counts["used"] = len(pairs)
     sets = {TRAIN_SET: pairs}
     stores = open_stores(recipe.plan, recipe.config, sets)
     missing = count_missing(stores, distinct_rows(sets))
     score_ahead(recipe.plan, stores, [k for k, n in enumerate(missing) if n], sets, recipe.config)
     scores = [torch.from_numpy(store.lookup(pairs.row_keys).logps_N2) for store in stores]
-    return World(
-        recipe, pairs, split(pairs.prompt_keys, plan.parts), counts, dict(zip((ANCHOR, OTHER), scores, strict=True))
-    )
+    return World(recipe, pairs, part_N, counts, dict(zip((ANCHOR, OTHER), scores, strict=True)))
 
 
 def load_upper(world: World, layers: int, table: Path | None = None) -> UpperLayers:

@@ -1,4 +1,4 @@
-"""Results on disk: a JSON for each run, with the policy's margin of every held-out pair, and the references' scores of each world."""
+"""Results on disk: a JSON for each run, with the policy's margins of held-out pairs, and the references' scores of each world."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 
 def packed(values_N: np.ndarray) -> str:
     """float32 values as text."""
@@ -69,9 +70,20 @@ def machine() -> str:
 def commit() -> str:
     """Of the code that runs, with a + where the code differs from it."""
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", "benchmarks/evidence", "mrpo_scale", "kernels"],
+            [
+                "git",
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "--",
+                "benchmarks/evidence",
+                "mrpo_scale",
+                "kernels",
+            ],
             capture_output=True,
             text=True,
             check=True,

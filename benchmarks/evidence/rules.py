@@ -18,7 +18,7 @@ def margins(logps: Tensor) -> Tensor:
     return logps[..., 0] - logps[..., 1]
 
 
-def _newton_free_fit(parameters: list[Tensor], loss_of: object) -> None:
+def _minimise(parameters: list[Tensor], loss_of: object) -> None:
     """Minimise a smooth function of a few numbers, deterministically."""
     optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
 
@@ -32,8 +32,8 @@ def _newton_free_fit(parameters: list[Tensor], loss_of: object) -> None:
 
 
 def fitted_weights(margin_KN: Tensor) -> tuple[float, ...]:
-    """The point w of the simplex, and a scale s > 0, that make sum over pairs of log sigmoid(s * sum_k w_k margin_k) largest, with a
-    ridge of one pair's weight on s."""
+    """The point w of the simplex, and a scale s > 0, that make the mean over pairs of log sigmoid(s * sum_k w_k margin_k) largest,
+    with a ridge of 0.001 on the logs of both."""
     logits_K = torch.zeros(len(margin_KN), dtype=torch.float64, requires_grad=True)
     log_scale = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
     m_KN = margin_KN.double()
@@ -42,14 +42,14 @@ def fitted_weights(margin_KN: Tensor) -> tuple[float, ...]:
         mixed_N = log_scale.exp() * (logits_K.softmax(0) @ m_KN)
         return -torch.nn.functional.logsigmoid(mixed_N).mean() + 1e-3 * (logits_K.square().sum() + log_scale.square())
 
-    _newton_free_fit([logits_K, log_scale], loss)
+    _minimise([logits_K, log_scale], loss)
     weights = logits_K.detach().softmax(0)
     return tuple((weights / weights.sum()).tolist())
 
 
 def calibration(features_FN: Tensor) -> Tensor:
-    """[F] coefficients of a logistic regression without intercept (swapping the answers negates all), ridge 0.01 on features of unit
-    size; for features as they came."""
+    """[F] coefficients of a logistic regression without intercept (swapping the answers negates all), ridge 0.01 on features
+    of unit size; for features as they came."""
     x_FN = features_FN.double()
     size_F1 = x_FN.square().mean(1, keepdim=True).sqrt().clamp(min=1e-9)
     coefficients_F = torch.zeros(len(x_FN), dtype=torch.float64, requires_grad=True)
@@ -58,7 +58,7 @@ def calibration(features_FN: Tensor) -> Tensor:
         fit_N = coefficients_F @ (x_FN / size_F1)
         return -torch.nn.functional.logsigmoid(fit_N).mean() + 0.01 * coefficients_F.square().sum()
 
-    _newton_free_fit([coefficients_F], loss)
+    _minimise([coefficients_F], loss)
     return coefficients_F.detach() / size_F1[:, 0]
 
 
@@ -76,7 +76,9 @@ def weights_of(method: Method, validation_KN2: Tensor) -> tuple[float, ...] | No
     return fitted_weights(margin_KN)
 
 
-def combined(method: Method, ref_logps_KN2: Tensor, validation_N: Tensor, length_difference_N: Tensor) -> CombinedReferences:
+def combined(
+    method: Method, ref_logps_KN2: Tensor, validation_N: Tensor, length_difference_N: Tensor
+) -> CombinedReferences:
     """All N pairs' virtual reference under ``method``.
 
     Args:

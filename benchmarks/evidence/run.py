@@ -1,9 +1,9 @@
-"""Runs of the study, in one process: libraries, models and scores are loaded once, and a run begins by putting the starting weights back.
+"""Runs of the study, in one process: libraries, models and scores are loaded once; a run begins by putting the first weights back.
 
     python -m benchmarks.evidence.run --set truthfulqa --direction l-from-m --methods mrpo dpo-anchor --seeds 0 1 2 3 4
 
-What has its JSON is not run again. The learning rate is chosen first where no choice is on disk, and the specialists are made where a
-method needs one. `--models` and `--data` say where models and sets lie.
+What has its JSON is not run again. The learning rate is chosen first where no choice is on disk, and the specialists are made
+where a method needs one. `--models` and `--data` say where models and sets lie.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from benchmarks.evidence.study import (
     SetPlan,
 )
 from benchmarks.evidence.train import Runner, training_rows
-from benchmarks.evidence.world import World, load_upper, open_world
+from benchmarks.evidence.world import load_upper, open_world
 from mrpo_scale.objective import Objective, combine
 
 EXPERT_SEED = 1000
@@ -155,7 +155,12 @@ class Study:
         if self.variant == "-all":
             rows = np.union1d(rows, world.rows("specialists"))
         trained = self.runner.train(
-            rows, references, method.objective(weights), seed=seed, learning_rate=rate, epochs=1 if self.variant == "-all" else 3
+            rows,
+            references,
+            method.objective(weights),
+            seed=seed,
+            learning_rate=rate,
+            epochs=1 if self.variant == "-all" else 3,
         )
         parts = ("validation", "test", "final") if name in JUDGED else ("test",)
         scored = {part: self.runner.score(world.rows(part)) for part in parts}
@@ -190,8 +195,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", default=RESULTS, type=Path)
     parser.add_argument("--layers", type=int, help="upper layers that train; default: the plan's")
     parser.add_argument("--bf16", action="store_true", help="autocast, for runs and their scores")
-    parser.add_argument("--variant", default="", choices=["", "-full", "-all", "-bf16"], help="a name of its own for other settings")
-    parser.add_argument("--together", type=int, default=100, help="so many methods, all their seeds, before the next ones")
+    parser.add_argument(
+        "--variant", default="", choices=["", "-full", "-all", "-bf16"], help="a name for other settings"
+    )
+    parser.add_argument(
+        "--together", type=int, default=100, help="so many methods, all their seeds, before the next ones"
+    )
     parser.add_argument("--scores_only", action="store_true")
     return parser.parse_args(argv)
 
@@ -203,9 +212,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         direction = Direction(direction.name, direction.policy, direction.other, args.layers)
     models = {name: str(Path(args.models) / name) for name in ("smollm2", "gemma3")}
     study = Study(
-        args.set, SETS[args.set], direction, models, args.data, args.work, args.results, bf16=args.bf16, variant=args.variant
+        args.set,
+        SETS[args.set],
+        direction,
+        models,
+        args.data,
+        args.work,
+        args.results,
+        bf16=args.bf16,
+        variant=args.variant,
     )
-    print(study.name, study.world.counts, {p: int((study.world.part_N == p).sum()) for p in np.unique(study.world.part_N)}, flush=True)
+    print(
+        study.name,
+        study.world.counts,
+        {p: int((study.world.part_N == p).sum()) for p in np.unique(study.world.part_N)},
+        flush=True,
+    )
     if args.scores_only:
         study.save_scores()
         return

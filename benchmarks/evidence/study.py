@@ -26,7 +26,7 @@ UNUSED = "unused"
 
 @dataclass(frozen=True)
 class SetPlan:
-    """One data set: its file, how many pairs each part takes, how many of the pool a seed trains on, the longest pair in L's tokens.
+    """One data set: its file, how many pairs each part takes, how many of the pool a seed trains on, the longest pair.
 
     A pool without a number takes what is left; pairs beyond all parts are not used, nor scored.
     """
@@ -132,10 +132,12 @@ SINGLES = ("dpo-anchor", "dpo-other", "dpo-sft", "dpo-expert")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of one user turn and two answers, as conversations, so that every model uses its own template. Pairs of several turns are left
-    out; their number is the difference to the file's."""
+    """Rows of one user turn and two answers, as conversations, so that every model uses its own template. Pairs of several
+    turns are left out; their number is the difference to the file's."""
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if rows and not isinstance(rows[0]["prompt"], str):
+            return rows
         plain = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
     else:
         rows = [row for row in json.loads(path.read_text(encoding="utf-8")) if len(row["conversations"]) == 1]
@@ -151,7 +153,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def split(prompt_keys: np.ndarray, parts: Mapping[str, int]) -> np.ndarray:
-    """[N] the name of each pair's part. Drawn with seed 0; all pairs of a prompt stay together, so a part may be a little larger."""
+    """[N] the name of each pair's part. Seed 0; all pairs of a prompt stay together, so a part may be a little larger."""
     part_N = np.full(len(prompt_keys), UNUSED, dtype="<U11")
     order = np.random.default_rng(0).permutation(np.unique(prompt_keys))
     sizes = {key: int((prompt_keys == key).sum()) for key in order}

@@ -1,5 +1,5 @@
-"""One run: a policy from its starting weights, trained on a seed's pairs against combined references, and what it then says of every
-held-out pair. The objective, the pairs' layout, the order of windows and the fused head are the trainer's own; what is left out is
+"""One run: a policy from its starting weights, trained on a seed's pairs against combined references, and what it then says of
+every held-out pair. The objective, the pairs' layout, the order of windows and the fused head are the trainer's own; what is left out is
 what a trainer does beside training."""
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from benchmarks.evidence.upper import UpperLayers
 from benchmarks.evidence.world import World
 from mrpo_scale.data.dealing import WindowShape
 from mrpo_scale.data.window import WindowSampler
+from mrpo_scale.logps.pair_batch import PairBatch
 from mrpo_scale.logps.pair_forward import preference_step, score_pairs
 from mrpo_scale.objective import Objective, loss_against
 
@@ -61,7 +62,7 @@ class Runner:
         """From the starting weights. ``references``: of all of the world's pairs; ``rows``: those that are trained on."""
         self.reset()
         rows, began = np.asarray(rows), time.process_time()
-        sampler = WindowSampler(self.world.length_N[rows], WindowShape(1, WINDOW), shuffle=True, seed=seed)
+        sampler = WindowSampler(self.world.lengths[rows], WindowShape(1, WINDOW), shuffle=True, seed=seed)
         optimizer = torch.optim.AdamW(self.upper.trained, lr=learning_rate, weight_decay=0.0)
         steps = epochs * len(sampler) // WINDOW
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=steps)
@@ -89,14 +90,14 @@ class Runner:
         scored.loss.backward()
         return float(scored.loss)
 
-    def _batch(self, upper: UpperLayers, rows: Sequence[int]):  # noqa: ANN202
+    def _batch(self, upper: UpperLayers, rows: Sequence[int]) -> PairBatch:
         return upper.batch(rows, [self.world.pairs.tokens(row)[0] for row in rows])
 
     @torch.no_grad()
     def score(self, rows: Sequence[int]) -> Tensor:
         """The policy's log-probs [n, 2] of ``rows``, in their order, in the precision that it trains in."""
         rows = np.asarray(rows)
-        order = np.argsort(self.world.length_N[rows], kind="stable")
+        order = np.argsort(self.world.lengths[rows], kind="stable")
         logps_N2 = torch.empty(len(rows), 2)
         for start in range(0, len(order), SCORED_TOGETHER):
             some = order[start : start + SCORED_TOGETHER]

@@ -1,7 +1,7 @@
 """A policy of which only the upper layers train: what the frozen layers below make of a pair is computed once and looked up.
 
-The study's runs are many and its machine is two cores. With the lower layers frozen their hidden states of a pair never change, so a
-run pays for the upper layers and the head alone. The upper part stays a causal LM of transformers: its embedding is a table of
+The study's runs are many and its machine is two cores. With the lower layers frozen their hidden states of a pair never change, so
+a run pays for the upper layers and the head alone. The upper part stays a causal LM of transformers: its embedding is a table of
 hidden states, and the ids of a batch are rows of that table, so that `score_pairs` and everything around it are the project's own.
 """
 
@@ -23,7 +23,6 @@ from mrpo_scale.data.pairs import PairTokens
 from mrpo_scale.logps.layer_masks import body_of
 from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.logps.pair_forward import response_hidden
-
 
 PREPARED_TOGETHER = 32  #: pairs whose frozen hidden states are computed in one forward
 
@@ -71,7 +70,7 @@ class UpperLayers:
         body.config = self.policy.config = config
 
     def prepare(self, pairs: dict[int, PairTokens], file: Path | None = None) -> None:
-        """Compute what the frozen layers say of ``pairs`` {row: tokens}, in float32, once; ``file`` keeps it for other processes."""
+        """Compute what the frozen layers say of ``pairs`` {row: tokens}, in float32, once; ``file`` keeps it."""
         if self.full:
             return
         lengths = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs.values()]

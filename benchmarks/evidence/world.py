@@ -1,4 +1,4 @@
-"""A set in one direction: its pairs, their parts, every reference's scores (from the project's cache), and the policy ready to train."""
+"""A set in one direction: its pairs, their parts, every reference's scores (from the score cache), the policy ready to train."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class World:
         return torch.stack([self.ref_logps[name] for name in names])
 
     @property
-    def length_N(self) -> np.ndarray:
-        """Positions that the policy computes for each pair."""
+    def lengths(self) -> np.ndarray:
+        """[N] positions that the policy computes for each pair."""
         return self.pairs.lengths[:, 0].sum(-1)
 
 
@@ -84,7 +84,7 @@ def open_world(plan: SetPlan, direction: Direction, models: dict[str, str], data
 
 
 def load_upper(world: World, layers: int, table: Path | None = None) -> UpperLayers:
-    """The policy in float32 with its upper layers trainable, and the frozen layers' hidden states of all pairs, kept in ``table``."""
+    """The policy in float32 with its upper layers trainable; the frozen ones' hidden states are kept in ``table``."""
     policy = load_policy(world.recipe.plan.policy).float()
     enable_pair_scoring(policy, "policy")
     end_to_end = choose_end_to_end(

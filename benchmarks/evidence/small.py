@@ -48,7 +48,10 @@ def against_kept(results: Path, kept: Path = KEPT) -> str:
     both = [name for name in new if name in old and new[name]["seeds"] == old[name]["seeds"]]
     gaps = [abs(new[name]["accuracy"] - old[name]["accuracy"]) for name in both]
     same = sum(gap < 1e-9 for gap in gaps)
-    return f"{same} of {len(both)} cells have the kept accuracy to the last digit; the largest difference is {max(gaps, default=0):.4f}"
+    largest = max(gaps, default=0)
+    return (
+        f"{same} of {len(both)} cells have the kept accuracy to the last digit; the largest difference is {largest:.4f}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -153,7 +153,7 @@ def claims_of(results: Results) -> list[dict[str, Any]]:
         best = max(fixed, key=lambda name: np.mean(results.accuracies(name)))
         difference = results.difference("mrpo", best)
         assert difference is not None
-        entry = {
+        entry: dict[str, Any] = {
             "name": "confidence weights near the best fixed ones",
             "world": results.world,
             "best_fixed": best,
@@ -249,11 +249,11 @@ def markdown(worlds: Sequence[Mapping[str, Any]], commands: Sequence[Mapping[str
         lines += [
             f"## {world['name']}",
             "",
-            f"{world['test_pairs']} test pairs; the untrained policy: {world['start']:.1%}; best single reference on validation pairs: "
-            f"{world['best_single'] or 'none run'}.",
+            f"{world['test_pairs']} test pairs; the untrained policy: {world['start']:.1%}; best single reference on validation "
+            f"pairs: {world['best_single'] or 'none run'}.",
             "",
-            "| method | seeds | accuracy | to DPO on the anchor | d | to best single | d | moved right | paper's accuracy (at step 0) | "
-            "reason |",
+            "| method | seeds | accuracy | to DPO on the anchor | d | to best single | d | moved right | "
+            "paper's accuracy (at step 0) | reason |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_markdown_row(row) for row in world["rows"]]
@@ -279,7 +279,8 @@ def _by_method(runs: Sequence[str]) -> list[str]:
 def _interval(difference: Mapping[str, Any] | None) -> str:
     if not difference or "mean" not in difference:
         return ""
-    return f"{100 * difference['mean']:+.2f} [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}], {difference['seeds']} seeds"
+    mean, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {difference['seeds']} seeds"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,6 +1,8 @@
 """One run: a policy from its starting weights, trained on a seed's pairs against combined references, and what it then says of
-every held-out pair. The objective, the pairs' layout, the order of windows and the fused head are the trainer's own; what is left out is
-what a trainer does beside training."""
+every held-out pair.
+
+The objective, the pairs' layout, the order of windows and the fused head are the trainer's own; what is left out is what a
+trainer does beside training."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Scores:
 @cache
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} thread"
 
 

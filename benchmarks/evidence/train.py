@@ -90,7 +90,7 @@ class Runner:
         with self._precision():
             scored, _ = preference_step(self.upper.policy, batch, loss_of_pairs)
         scored.loss.backward()
-        return float(scored.loss)
+        return scored.loss.item()
 
     def _batch(self, upper: UpperLayers, rows: Sequence[int]) -> PairBatch:
         return upper.batch(rows, [self.world.pairs.tokens(row)[0] for row in rows])

@@ -12,7 +12,7 @@ from mrpo_kernels import CombinedReferences
 
 from benchmarks.evidence import run as evidence_run
 from benchmarks.evidence.records import Scores, run_file, unpacked
-from benchmarks.evidence.study import ANCHOR, OTHER, Direction, SetPlan
+from benchmarks.evidence.study import ANCHOR, OTHER, Direction, SetPlan, read_rows
 from benchmarks.evidence.train import Runner, training_rows
 from benchmarks.evidence.world import World, load_upper, open_world
 from mrpo_scale import MRPOConfig, MRPOTrainer
@@ -62,7 +62,7 @@ def test_the_upper_part_of_a_policy_says_what_the_whole_says_and_alone_is_traine
     assert torch.equal(runner.score(everything), once)  # from the starting weights again
 
 
-def test_a_full_run_is_the_trainers(world: World, models: dict[str, str], tmp_path: Path) -> None:
+def test_a_full_run_is_the_trainers(world: World, models: dict[str, str], data: Path, tmp_path: Path) -> None:
     """The same pairs in the same windows, the same steps: the log-probs that MRPOTrainer writes of the held-out pairs."""
     load_upper(world, 99)
     runner, (objective, references) = Runner(world), combined_of(world)
@@ -71,9 +71,10 @@ def test_a_full_run_is_the_trainers(world: World, models: dict[str, str], tmp_pa
     held_out = world.rows("test")
     mine = runner.score(held_out)
 
+    rows_of_file = read_rows(data / PLAN.file)
+
     def texts(of: np.ndarray) -> list[dict[str, object]]:
-        kept = [world.pairs.uncut(int(row)) for row in of]
-        return [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in kept]
+        return [rows_of_file[world.pairs.source_row(int(row))] for row in of]
 
     args = MRPOConfig(
         output_dir=str(tmp_path / "run"), aggregate="geometric", learning_rate=1e-3, lr_scheduler_type="cosine", num_train_epochs=2,

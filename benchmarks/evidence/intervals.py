@@ -13,11 +13,12 @@ from mrpo_scale.compare.results import cohens_d
 RESAMPLES = 4000
 #: A difference of accuracies within so much of 0 on both sides is too small to matter.
 NEGLIGIBLE = 0.01
+SEEDS = 5  #: that an answer needs
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy of a method minus that of another, on the seeds that both have."""
+    """A method's mean, of accuracy or of margins, minus that of another, on the seeds that both have."""
 
     mean: float
     low: float
@@ -28,7 +29,9 @@ class Difference:
 
     @property
     def answer(self) -> str:
-        """yes, no, undecided; see the plan."""
+        """yes, no, undecided, too few seeds; see the plan."""
+        if self.seeds < SEEDS:
+            return "too few seeds"
         if self.low > 0:
             return "yes"
         if self.high < 0 or (self.low >= -NEGLIGIBLE and self.high <= NEGLIGIBLE):
@@ -37,8 +40,8 @@ class Difference:
 
 
 def paired_difference(right_SN: np.ndarray, other_SN: np.ndarray, seed: int = 0) -> Difference:
-    """Of two methods that were right, or not, about the same N pairs with the same S seeds; 95% interval of the bootstrap whose
-    resamples draw pairs and seeds."""
+    """Of two methods' values, right or not, or margins, of the same N pairs with the same S seeds; 95% interval of the
+    bootstrap whose resamples draw pairs and seeds."""
     change_SN = right_SN.astype(float) - other_SN.astype(float)
     seeds, pairs = change_SN.shape
     draw = np.random.default_rng(seed)

@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, default=100, help="so many methods, all their seeds, before the next ones"
     )
-    parser.add_argument("--scores_only", action="store_true")
+    parser.add_argument("--scores_only", type=int, metavar="PAIRS", help="score so many pairs, drawn by chance; train nothing")
     return parser.parse_args(argv)
 
 
@@ -211,9 +212,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.layers is not None:
         direction = Direction(direction.name, direction.policy, direction.other, args.layers)
     models = {name: str(Path(args.models) / name) for name in ("smollm2", "gemma3")}
+    plan = SETS[args.set]
+    if args.scores_only:
+        plan = replace(plan, parts={"pool": args.scores_only})
     study = Study(
         args.set,
-        SETS[args.set],
+        plan,
         direction,
         models,
         args.data,
@@ -225,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         study.name,
         study.world.counts,
-        {p: int((study.world.part_N == p).sum()) for p in np.unique(study.world.part_N)},
+        {str(p): int((study.world.part_N == p).sum()) for p in np.unique(study.world.part_N)},
         flush=True,
     )
     if args.scores_only:

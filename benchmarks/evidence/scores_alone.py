@@ -74,16 +74,16 @@ def calibration_of(margin_N: Tensor) -> dict[str, Any]:
 
 
 def proposition2(policy_N2: Tensor, references: CombinedReferences, weights_KN: Tensor) -> dict[str, float]:
-    """Where all reward differences d_k of the clipped references share a sign: in which share of them the weight of MRPO's
-    gradient, sigma(-d), lies on the other side of Multi-DPO's, sum_k a_k sigma(-d_k), than the proposition says.
+    """Where all d_k = reward of rejected - reward of chosen, against the clipped references, share a sign: how often the weight of
+    MRPO's gradient, sigma(d), is on the other side of Multi-DPO's, sum_k a_k sigma(d_k), than the proposition says.
 
-    It says at least as large where all are positive, at most where all are negative.
+    It says at least as large where all are positive (all references find the policy wrong), at most where all are negative.
     """
-    d_KN = BETA * (margins(policy_N2) - margins(references.clipped_KP2))
-    d_N = BETA * (margins(policy_N2) - margins(references.virtual_logps_P2))
-    mrpo_N, multi_N = torch.sigmoid(-d_N), (weights_KN * torch.sigmoid(-d_KN)).sum(0)
+    d_KN = BETA * (margins(references.clipped_KP2) - margins(policy_N2))
+    d_N = BETA * (margins(references.virtual_logps_P2) - margins(policy_N2))
+    mrpo_N, multi_N = torch.sigmoid(d_N), (weights_KN * torch.sigmoid(d_KN)).sum(0)
     positive_N, negative_N = (d_KN > 0).all(0), (d_KN < 0).all(0)
-    tolerance = 1e-6
+    tolerance = 1e-5  # of rounding: float32 log-probs of some hundred nats
     fails_N = (positive_N & (mrpo_N < multi_N - tolerance)) | (negative_N & (mrpo_N > multi_N + tolerance))
     count = int((positive_N | negative_N).sum())
     return {"apply": count, "fail": int(fails_N.sum()), "share": int(fails_N.sum()) / count if count else 0.0}
@@ -100,7 +100,7 @@ def _mean(references_KN2: Tensor, aggregate: str) -> dict[str, Any]:
         "reward_margin_at_step_0": float(at_start.margins_P.mean()),
         "largest_reward_at_step_0": float(at_start.rewards_P2.abs().max()),
         "proposition2_at_anchor_plus": {
-            # The anchor's own d is exactly 0 at step 0, so no sign is shared there: policies a little off it, both ways.
+            # The anchor's own d is exactly 0 at step 0, so no sign is shared: policies whose margin is so much off, in nats.
             f"{shift:+g}": proposition2(anchor_N2 + torch.tensor([shift / 2, -shift / 2]), found, found.weights_KP)
             for shift in (-5.0, -1.0, 1.0, 5.0)
         },

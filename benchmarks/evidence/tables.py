@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.evidence.intervals import Difference, mean_and_deviation, paired_difference
+from benchmarks.evidence.intervals import SEEDS, Difference, mean_and_deviation, paired_difference
 from benchmarks.evidence.records import Scores, run_file, unpacked
 from benchmarks.evidence.rules import combined, margins
 from benchmarks.evidence.scores_alone import proposition2
 from benchmarks.evidence.study import ANCHOR, METHODS, RULES, SELF, SINGLES
 
-SEEDS = 5
 #: Methods of the issue that no run of this study can have, and why.
 NEVER = {
     "KD": "not run: samples responses from the policy at every step, some 10 times a run's CPU time here",
@@ -71,10 +70,13 @@ class Results:
         world = f"{set_name}-{direction}"
         return cls(f"{world}{variant}", set_name, direction, cells, Scores.load(root / "scores" / f"{world}.npz"))
 
-    def difference(self, a: str, b: str, part: str = "test") -> Difference | None:
+    def difference(self, a: str, b: str, part: str = "test", *, of_margins: bool = False) -> Difference | None:
+        """Of accuracies, or of mean margins in nats, on the seeds that both methods have."""
         seeds = sorted(self.cells[a].runs.keys() & self.cells[b].runs.keys())
         mine, other = self.cells[a].margins(part, seeds), self.cells[b].margins(part, seeds)
-        return None if mine is None or other is None else paired_difference(mine > 0, other > 0)
+        if mine is None or other is None:
+            return None
+        return paired_difference(mine, other) if of_margins else paired_difference(mine > 0, other > 0)
 
     def accuracies(self, method: str, part: str = "test") -> list[float]:
         cell = self.cells[method]
@@ -117,6 +119,8 @@ def row_of(results: Results, method: str, best: str | None) -> dict[str, Any]:
     mean, deviation = mean_and_deviation(results.accuracies(method))
     row |= {"accuracy": mean, "deviation": deviation, "moved_right": float(np.mean(moved))}
     row["margin_gain"] = float((found - results.start_margins()).mean())
+    gained = results.difference(method, "dpo-anchor", of_margins=True) if method != "dpo-anchor" else None
+    row["margin_to_dpo"] = None if gained is None else asdict(gained)
     row["largest_loss"] = max(run["largest_loss"] for run in runs.values())
     row["cpu_seconds"] = float(np.mean([run["cpu_seconds"] for run in runs.values()]))
     row["weights"] = runs[seeds[0]]["weights"]
@@ -159,7 +163,8 @@ def claims_of(results: Results) -> list[dict[str, Any]]:
             "best_fixed": best,
             **_shown(difference),
         }
-        entry["answer"] = "yes" if difference.low > -0.02 else "no" if difference.high < 0 else "undecided"
+        if difference.seeds >= SEEDS:  # near: at most 2 points below
+            entry["answer"] = "yes" if difference.low > -0.02 else "no" if difference.high < 0 else "undecided"
         found.append(entry)
     return found
 
@@ -215,13 +220,16 @@ def proposition2_after_training(results: Results) -> list[dict[str, Any]]:
 
 def world_summary(results: Results) -> dict[str, Any]:
     best = results.best_single()
+    rows = [row_of(results, method, best) for method in METHODS]
+    for row in rows:
+        row["line"] = _markdown_row(row)
     return {
         "name": results.world,
         "best_single": best,
         "start": float((results.start_margins() > 0).mean()),
         "test_pairs": len(results.scores.rows("test")),
         "parts": {str(p): int(n) for p, n in zip(*np.unique(results.scores.part_N, return_counts=True), strict=True)},
-        "rows": [row_of(results, method, best) for method in METHODS],
+        "rows": rows,
         "claims": claims_of(results),
         "rule": rule_of(results),
         "proposition2": proposition2_after_training(results),
@@ -252,12 +260,12 @@ def markdown(worlds: Sequence[Mapping[str, Any]], commands: Sequence[Mapping[str
             f"{world['test_pairs']} test pairs; the untrained policy: {world['start']:.1%}; best single reference on validation "
             f"pairs: {world['best_single'] or 'none run'}.",
             "",
-            "| method | seeds | accuracy | to DPO on the anchor | d | to best single | d | moved right | "
+            "| method | seeds | accuracy | to DPO on the anchor | d | to best single | d | margin to DPO, nats | moved right | "
             "paper's accuracy (at step 0) | reason |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_markdown_row(row) for row in world["rows"]]
-        lines += [f"| {name} | 0 | | | | | | | | {reason} |" for name, reason in world["never"].items()]
+        lines += [f"| {name} | 0 | | | | | | | | | {reason} |" for name, reason in world["never"].items()]
         lines += ["", "| claim | answer | difference |", "|---|---|---|"]
         lines += [f"| {c['name']} | {c['answer']} | {_interval(c)} |" for c in world["claims"]]
         lines.append("")
@@ -289,12 +297,14 @@ def _number(value: float | None, form: str) -> str:
 
 def _markdown_row(row: Mapping[str, Any]) -> str:
     if not row["seeds"]:
-        return f"| {row['title']} | 0 | | | | | | | | {row['reason']} |"
+        return f"| {row['title']} | 0 | | | | | | | | | {row['reason']} |"
     spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
     cells = [row["title"], str(row["seeds"]), f"{row['accuracy']:.1%}{spread}"]
     for name in ("to_dpo", "to_best_single"):
         difference = row[name] or {}
         cells += [_interval(difference), _number(difference.get("cohens_d"), "+.2f")]
+    gained = row["margin_to_dpo"]
+    cells.append("" if gained is None else f"{gained['mean']:+.3f} [{gained['low']:+.3f}, {gained['high']:+.3f}]")
     paper = (
         "" if row["paper_accuracy"] is None else f"{row['paper_accuracy']:.1%} ({row['paper_accuracy_at_step_0']:.1%})"
     )

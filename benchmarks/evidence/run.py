@@ -202,7 +202,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, default=100, help="so many methods, all their seeds, before the next ones"
     )
-    parser.add_argument("--scores_only", type=int, metavar="PAIRS", help="score so many pairs, drawn by chance; train nothing")
+    parser.add_argument(
+        "--scores_only", type=int, metavar="PAIRS", help="score so many pairs, drawn by chance; train nothing"
+    )
     return parser.parse_args(argv)
 
 

@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 # compile over each other, and a lock that a killed build left behind makes every later start wait for ever.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
-.PHONY: install quickstart check test chaos gpu lint format clean
+.PHONY: install quickstart check test chaos gpu evidence lint format clean
 
 install: .venv/installed
 
@@ -35,6 +35,10 @@ chaos: install
 # Everything that waits for a GPU, in half an hour, results in runs/gpu; GPU='--dry_run' says what would run. docs/kernels.md
 gpu: install
 	$(BIN)/python benchmarks/gpu_session.py $(GPU)
+
+# Tables and pictures of docs/evidence.md from the stored runs; SCALE=small runs a study of its own, with tiny models, from nothing.
+evidence: install
+	$(BIN)/python -m benchmarks.evidence.$(if $(filter small,$(SCALE)),small,report)
 
 lint: install
 	$(BIN)/ruff check .

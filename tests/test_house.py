@@ -55,7 +55,7 @@ READING_ORDER = [
     ),
     ("mrpo_scale.base", ". hub_kernels"),
     ("mrpo_scale", "."),
-    ("mrpo_scale.base", "errors endpoint atomic_files untrusted gpus device heartbeat ranks tables"),
+    ("mrpo_scale.base", "errors endpoint atomic_files hash_keys untrusted gpus device heartbeat ranks tables"),
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",

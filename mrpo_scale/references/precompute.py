@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import TrainingError
+from mrpo_scale.base.hash_keys import is_first, sort_order
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, world_group
 from mrpo_scale.config.keys import MRPOConfig
@@ -56,9 +57,11 @@ class _Rows:
         set_N = np.repeat(np.arange(len(pairs)), [len(p) for p in pairs])
         row_N = np.concatenate([np.arange(len(p)) for p in pairs])
         length_N = np.concatenate([p.lengths[:, tokenization].sum(-1) for p in pairs])
-        key_N, first = np.unique(np.concatenate([p.row_keys for p in pairs]), return_index=True)
-        first, key_N = first[order := np.argsort(-length_N[first], kind="stable")], key_N[order]
-        return cls(pairs, set_N[first], row_N[first], key_N, length_N[first], tokenization)
+        key_N = np.concatenate([p.row_keys for p in pairs])
+        first = sort_order(key_N)
+        first = first[is_first(key_N[first])]
+        first = first[np.argsort(-length_N[first], kind="stable")]
+        return cls(pairs, set_N[first], row_N[first], key_N[first], length_N[first], tokenization)
 
     def chunks(self, tokens: int) -> list[np.ndarray]:
         """Consecutive rows of about ``tokens`` tokens, as indices."""

@@ -74,7 +74,7 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.data",
-        "remarks unread loading . sft_rows tokenization token_table pair_dataset inputs dealing window",
+        "remarks unread loading . sft_rows tokenization token_table token_files pair_dataset inputs dealing window",
     ),
     (
         "mrpo_scale.logps",

@@ -23,7 +23,8 @@ from mrpo_scale.data.layouts import AnyLayout
 from mrpo_scale.data.pair_table import PairReader, as_pairs, describe_source, source_of
 from mrpo_scale.data.pairs import NO_PAIR, SIDES, Cuts, PairTokens, PreferencePair
 from mrpo_scale.data.remarks import Remark, log_remarks
-from mrpo_scale.data.token_table import TEMPLATE_FLAGS, cuts_of, features_of, table_fingerprint, tokenize_row
+from mrpo_scale.data.token_files import TokenTable, tokenized
+from mrpo_scale.data.token_table import TEMPLATE_FLAGS, cuts_of, table_fingerprint
 from mrpo_scale.data.tokenization import ModelText, TextReader, cut_pair
 
 logger = logging.getLogger(__name__)
@@ -53,12 +54,12 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         self,
         rows: datasets.Dataset,
         layout: PairReader,
-        tokenized: datasets.Dataset,
+        table: datasets.Dataset,
         names: Sequence[str],
         fingerprint: str,
         readers: Sequence[TextReader] = (),
     ) -> None:
-        self._rows, self._layout, self._tokenized = rows, layout, tokenized
+        self._rows, self._layout, self._tokenized = rows, layout, table
         self.num_texts = len(names)
         self.fingerprint = fingerprint
         # Whole columns, never a row: each is mapped from the files, and millions of Python objects would be neither fast nor small.
@@ -242,21 +243,12 @@ def prepare_pairs(
     """
     rows, reader = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
     key = table_fingerprint(rows, reader, texts, max_length)
-    cache_file = None
-    if cache_dir is not None:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        cache_file = str(cache_dir / f"pairs-{key}.arrow")
-    tokenized = rows.map(
-        tokenize_row,
-        fn_kwargs={"layout": reader, "texts": list(texts), "max_length": max_length},
-        remove_columns=rows.column_names,
-        features=features_of(len(texts)),
-        num_proc=num_proc,
-        cache_file_name=cache_file,
-        new_fingerprint=key,
-        desc=f"Tokenizing {split} for {len(texts)} model{'s' if len(texts) > 1 else ''}",
-    )
-    pairs = PairDataset(rows, reader, tokenized, [text.name for text in texts], key, readers)
+    path = None if cache_dir is None else cache_dir / f"pairs-{key}.arrow"
+    if path is None and rows.cache_files:
+        path = Path(rows._get_cache_file_path(key))  # where `map` would keep it
+    desc = f"Tokenizing {split} for {len(texts)} model{'s' if len(texts) > 1 else ''}"
+    table = tokenized(TokenTable(rows, reader, texts, max_length, key, path), num_proc=num_proc, desc=desc)
+    pairs = PairDataset(rows, reader, table, [text.name for text in texts], key, readers)
     if write:
         _report(pairs, split, max_length, len(rows))
         if bad_rows_file is not None:

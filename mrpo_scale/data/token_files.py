@@ -120,8 +120,8 @@ class TokenTable:
 
 
 def tokenized(table: TokenTable, *, num_proc: int | None, desc: str) -> datasets.Dataset:
-    """The whole table, with what is not there yet made by ``num_proc`` processes; None: one for a table of a single block, otherwise
-    one for each core.
+    """The whole table, with what is not there yet made by ``num_proc`` processes; None: one for a table of a single block, one
+    for each core otherwise.
 
     Raises:
         ConfigError: the disk is full, or a process was killed; the blocks that were finished are there for the next start. And
@@ -178,8 +178,8 @@ def _make(table: TokenTable, numbers: Sequence[int], processes: int, desc: str) 
             ) from error
         except BrokenProcessPool as error:
             raise ConfigError(
-                f"`dataset_num_proc: {processes}`: one of the processes that tokenize was killed, for want of memory perhaps: {bar.n} "
-                f"of {len(table.rows)} rows are there and are not tokenized again; set fewer processes."
+                f"`dataset_num_proc: {processes}`: one of the processes that tokenize was killed, for want of memory perhaps: "
+                f"{bar.n} of {len(table.rows)} rows are there and are not tokenized again; set fewer processes."
             ) from error
     return made
 

@@ -4,10 +4,10 @@
     python benchmarks/ten_million.py --folder /scratch/pairs --rows 100000
 
 Every stage is a process of its own, so that its peak memory is its own; a second call goes on where the first one stopped.
-`--tokenized N` tokenizes about N of the rows and fills the other blocks with copies under keys of their own: starts read them
-all the same. Scores are random numbers, written as scoring jobs write them. For the resumed start the checkpoint of the first step is moved
-to the middle of the epoch. Models are tiny: what is measured grows with rows, not with weights. Seconds of the clock are those of
-whatever else the machine does; `cpu_seconds` are of the processes themselves.
+`--tokenized N` tokenizes about N of the rows and fills the other blocks with copies under keys of their own: starts read them all
+the same. Scores are random numbers, written as scoring jobs write them. For the resumed start the checkpoint of the first step is
+moved to the middle of the epoch. Models are tiny: what is measured grows with rows, not with weights. Seconds of the clock are
+those of whatever else the machine does; `cpu_seconds` are of the processes themselves.
 """
 
 from __future__ import annotations

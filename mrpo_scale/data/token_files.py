@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from mrpo_scale.base.atomic_files import atomic_file, is_about_disk, remove_abandoned
 from mrpo_scale.base.errors import ConfigError, one_line
-from mrpo_scale.data.pair_table import PairReader
+from mrpo_scale.data.pair_table import MAKE_ROOM, PairReader
 from mrpo_scale.data.token_table import features_of, tokenize_row
 from mrpo_scale.data.tokenization import ModelText
 
@@ -173,8 +173,7 @@ def _make(table: TokenTable, numbers: Sequence[int], processes: int, desc: str) 
                 raise
             raise ConfigError(
                 f"tokens could not be written to {table.path.parent} ({one_line(error)}): {bar.n} of {len(table.rows)} rows are "
-                "there and are not tokenized again. Make room, or name a folder on another disk with the variable "
-                "HF_DATASETS_CACHE, and start again."
+                f"there and are not tokenized again. {MAKE_ROOM}"
             ) from error
         except BrokenProcessPool as error:
             raise ConfigError(
@@ -209,7 +208,7 @@ def _at_once(table: TokenTable, numbers: Sequence[int], processes: int) -> Itera
     with ProcessPoolExecutor(processes, get_context("fork"), _begin, (table,)) as pool:
         running: dict[Future, int] = {}
         # No more than are at work, so that after an error nothing is begun.
-        for number, _ in zip(left, range(processes), strict=False):
+        for _, number in zip(range(processes), left, strict=False):
             running[pool.submit(_write, number)] = number
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -151,6 +151,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(num_proc, tmp_path):
     assert told(pairs) == told(prepare(longer, tmp_path / "roomy", num_proc=1, max_length=None))
 
 
+@pytest.mark.processes
 def test_a_killed_process_is_told_of(tmp_path, monkeypatch):
     def killed(self, number):
         os._exit(9)

@@ -258,6 +258,7 @@ def move_checkpoint(run: Path, rows: int) -> None:
     middle = rows // (BATCH * ACCUMULATION) // 2
     old, new = run / "checkpoint-1", run / f"checkpoint-{middle}"
     marker = json.loads((old / "complete.json").read_text())
+    (old / "complete.json").unlink()
     old.rename(new)
     state = json.loads((new / "trainer_state.json").read_text())
     state.update(global_step=middle, epoch=0.5)

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -208,10 +209,10 @@ def _at_once(table: TokenTable, numbers: Sequence[int], processes: int) -> Itera
     with ProcessPoolExecutor(processes, get_context("fork"), _begin, (table,)) as pool:
         running: dict[Future, int] = {}
         # No more than are at work, so that after an error nothing is begun.
-        for _, number in zip(range(processes), left, strict=False):
+        for number in islice(left, processes):
             running[pool.submit(_write, number)] = number
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
-                if (number := next(left, None)) is not None:
+                for number in islice(left, 1):
                     running[pool.submit(_write, number)] = number

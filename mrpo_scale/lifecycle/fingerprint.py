@@ -63,7 +63,7 @@ def _shown(value: Any) -> Any:
 
 def _rows(pairs: PairDataset) -> str:
     """How many, and a hash of their texts in their order."""
-    return f"{len(pairs)}, {hashlib.sha256(pairs.row_keys.view(np.uint8)).hexdigest()[:16]}"
+    return f"{len(pairs)}, {hashlib.sha256(pairs.row_keys.view(np.uint8).data).hexdigest()[:16]}"
 
 
 def _json(value: Any) -> Any:

@@ -140,5 +140,5 @@ def test_windows_that_were_trained_are_not_made_again(ranks, pairs, accumulation
     dealt = []
     resumed.deal = lambda window: (dealt.append(window), type(resumed).deal(resumed, window))[1]
     all_windows, rest = windows_of_ranks(whole), windows_of_ranks(resumed)
-    assert rest[3:] == all_windows[3:] and len(rest) == len(all_windows) and len(dealt) == len(rest) - 3
+    assert rest[3:] == all_windows[3:] and len(rest) == len(all_windows) and len(dealt) == ranks * (len(rest) - 3)
     assert {draw.row for window in rest[:3] for draws in window for draw in draws} == {len(LENGTHS_N)}

@@ -55,7 +55,7 @@ READING_ORDER = [
     ),
     ("mrpo_scale.base", ". hub_kernels"),
     ("mrpo_scale", "."),
-    ("mrpo_scale.base", "errors endpoint atomic_files untrusted gpus device host_board heartbeat ranks tables"),
+    ("mrpo_scale.base", "errors endpoint atomic_files hash_keys untrusted gpus device host_board heartbeat ranks tables"),
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
@@ -75,7 +75,7 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.data",
-        "remarks unread loading . sft_rows tokenization token_table pair_dataset inputs dealing window",
+        "remarks unread loading . sft_rows tokenization token_table token_files pair_dataset inputs dealing window",
     ),
     (
         "mrpo_scale.logps",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mrpo_scale.base.device import HostCopy, send
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.hash_keys import distinct
 from mrpo_scale.base.ranks import all_reduce_max, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.pair_dataset import PairDataset
@@ -212,7 +213,7 @@ class CachedScores(ReferenceScores):
 
     def admit(self, pairs: PairDataset) -> None:
         self.flush()
-        keys = np.unique(pairs.row_keys)
+        keys = distinct(pairs.row_keys)
         with fail_together(world_group()):
             for store in self.stores:
                 store.want(keys)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from mrpo_scale.base.device import HostCopy
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.hash_keys import find, sort_order
 from mrpo_scale.base.ranks import all_gather_object, world_group
 from mrpo_scale.data.inputs import as_datasets, prepare_set
 from mrpo_scale.data.window import PairExample, WeightedPairs
@@ -38,7 +39,7 @@ class HeldOutScores:
     @classmethod
     def joined(cls, pieces: Sequence[HeldOutScores]) -> HeldOutScores:
         keys = np.concatenate([piece.row_keys for piece in pieces])
-        order = np.argsort(keys, kind="stable")
+        order = sort_order(keys)
         return cls(
             pieces[0].names,
             keys[order],
@@ -48,7 +49,7 @@ class HeldOutScores:
 
     def select(self, row_keys: np.ndarray) -> HeldOutScores:
         """The pairs with these keys, in their order. All of them must be here."""
-        at = np.searchsorted(self.row_keys, row_keys)
+        at, _ = find(self.row_keys, row_keys)
         return replace(
             self,
             row_keys=self.row_keys[at],

@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 # compile over each other, and a lock that a killed build left behind makes every later start wait for ever.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
-.PHONY: install quickstart check test chaos gpu lint format clean
+.PHONY: install quickstart check test chaos gpu evidence lint format clean
 
 install: .venv/installed
 
@@ -21,10 +21,11 @@ quickstart: install
 check: lint
 	$(BIN)/python -m pytest -q -m "not processes and not slow" --numprocesses $${CHECK_WORKERS:-2} --dist worksteal
 
-# First what starts no process, on two workers; then what has ranks of its own, in order.
+# First what starts no process, on two workers; then what has ranks of its own, a file on each of two workers, which most often wait:
+# for imports, for each other, for a timeout. TEST_WORKERS=0 and RANK_WORKERS=0 run the two in order, in one process.
 test: install
 	$(BIN)/python -m pytest -m "not processes" --numprocesses $${TEST_WORKERS:-2} --dist worksteal
-	$(BIN)/python -m pytest -m processes
+	$(BIN)/python -m pytest -m processes --numprocesses $${RANK_WORKERS:-2} --dist loadfile --no-loadscope-reorder
 
 # Scoring jobs killed 50 times, a training run 25 times, hosts lost, and what takes minutes under the real launcher. MRPO_CHAOS_SEED=n chooses other moments.
 chaos: install
@@ -34,6 +35,10 @@ chaos: install
 # Everything that waits for a GPU, in half an hour, results in runs/gpu; GPU='--dry_run' says what would run. docs/kernels.md
 gpu: install
 	$(BIN)/python benchmarks/gpu_session.py $(GPU)
+
+# Tables and pictures of docs/evidence.md from the stored runs; SCALE=small runs a study of its own, with tiny models, from nothing.
+evidence: install
+	$(BIN)/python -m benchmarks.evidence.$(if $(filter small,$(SCALE)),small,report)
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from mrpo_scale import MRPOConfig, MRPOTrainer
 from tests.tiny import pair_dataset, write_models
 
 BETAS = (0.01, 0.1, 0.3, 1.0)
-WINDOW = 32  #: prompts of a step
+WINDOW = 64  #: prompts of a step
 
 
 def write_reward(folder: Path, base: str) -> str:
@@ -31,7 +31,7 @@ def write_reward(folder: Path, base: str) -> str:
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     with torch.no_grad():
-        model.get_submodule("score").weight.normal_(0, 1)
+        model.get_submodule("score").weight.normal_(0, 0.3)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return str(folder)
@@ -45,10 +45,10 @@ def curve(models: dict[str, str], reward: str, beta: float, steps: int, folder: 
         reward_model=reward,
         beta=beta,
         ref_weights=["0.5", "0.25", "0.25"],
-        max_completion_length=3,
+        max_completion_length=2,
         per_device_train_batch_size=WINDOW,
         max_steps=steps,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         gradient_checkpointing=False,
         logging_steps=1,
         save_strategy="no",
@@ -56,7 +56,7 @@ def curve(models: dict[str, str], reward: str, beta: float, steps: int, folder: 
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = MRPOTrainer(models["llama"], [models["qwen2"], models["gpt_neox"]], args, pair_dataset(2 * WINDOW))
+    trainer = MRPOTrainer(models["llama"], [models["qwen2"], models["gpt_neox"]], args, pair_dataset(WINDOW))
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "sampled/reward" in entry]
     return [

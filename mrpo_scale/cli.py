@@ -18,7 +18,8 @@ USAGE = """usage: mrpo COMMAND [--config RECIPE] [--key value ...]
            recipe, YAML or command line, in this project's keys, and what could not be carried; takes no recipe
   merge    ADAPTER [--base MODEL] --output FOLDER: the whole model of a LoRA run's folder, as its source was; takes no recipe
   reward   a reward model (Bradley-Terry) of a recipe's pairs, with TRL: --model_name_or_path MODEL --output_dir FOLDER
-  score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...]; --list says what is there, --verify checks it
+  score    fill the score cache (ref_cache_dir) of a recipe: [--reference NAME ...] [--job 3/100, of an array];
+           --list says what is there, --verify checks it
   inspect  what each reference is worth, from the scores in the cache: [--output FOLDER]
   eval     measure saved models: --model FOLDER ... [--dataset_name SET] [--tasks NAME,NAME] [--judge_model NAME --judge_url URL]
   report   FOLDER [FOLDER ...] [--output FILE]: the HTML report of a run's folder again, or of several side by side; takes no recipe

@@ -55,7 +55,10 @@ READING_ORDER = [
     ),
     ("mrpo_scale.base", ". hub_kernels"),
     ("mrpo_scale", "."),
-    ("mrpo_scale.base", "errors endpoint atomic_files untrusted gpus device heartbeat ranks tables"),
+    (
+        "mrpo_scale.base",
+        "errors endpoint atomic_files hash_keys untrusted gpus device host_board heartbeat ranks tables",
+    ),
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",
@@ -64,7 +67,8 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.data",
-        "pairs messages repeated_prompt turns response_turns prefill chat_template model_text ranking mixing toy_skills toy_world",
+        "pairs messages repeated_prompt turns response_turns prefill chat_template model_text alignment ranking mixing toy_skills "
+        "toy_world",
     ),
     ("mrpo_scale.data.layouts", "base"),
     ("mrpo_scale.data", "pair_table"),
@@ -74,12 +78,12 @@ READING_ORDER = [
     ),
     (
         "mrpo_scale.data",
-        "remarks unread loading . sft_rows tokenization token_table pair_dataset inputs dealing window",
+        "remarks unread loading . sft_rows tokenization token_table token_files pair_dataset inputs dealing window",
     ),
     (
         "mrpo_scale.logps",
-        ". logit_transform varlen_layout masked_attention attention_ways span_attention layer_masks pair_batch attention_choice "
-        "micro_batches routers pair_forward generation self_check flops",
+        ". logit_transform varlen_layout masked_attention sequence_parallel attention_ways span_attention layer_masks pair_batch "
+        "attention_choice micro_batches routers pair_forward generation self_check flops",
     ),
     (
         "mrpo_scale.models",
@@ -99,8 +103,8 @@ READING_ORDER = [
     ("mrpo_scale.reports", ". pictures html_curves html_report model_card run_facts artifacts"),
     (
         "mrpo_scale.training",
-        ". sampled_loss metrics preflight arguments whole_policy sampling prepare callbacks step held_out saver before_first_step "
-        "facts run_report trainer",
+        ". sampled_loss aligned_loss metrics preflight arguments sequences whole_policy sampling prepare callbacks step "
+        "held_out saver before_first_step facts run_report trainer",
     ),
     ("mrpo_scale.commands", ". train score inspect_references convert merge reward"),
     (

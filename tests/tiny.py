@@ -10,7 +10,13 @@ from typing import Any
 import datasets
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = [
     *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -159,6 +165,11 @@ def write_wrapper(folder: Path, kind: str, **options: Any) -> str:
     model.save_pretrained(folder, **options)
     tok.save_pretrained(folder)
     return str(folder)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """By its name in this release of transformers: 5.17 has the older one."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def pair_rows(count: int, seed: int = 0) -> list[dict[str, object]]:

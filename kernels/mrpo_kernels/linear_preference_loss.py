@@ -45,6 +45,7 @@ LossOfPairs = Callable[[Tensor, slice], Tensor]
 class LinearPreferenceLoss(NamedTuple):
     loss: Tensor  #: scalar, differentiable in hidden, weight and bias, once
     policy_logps_P2: Tensor  #: for metrics; carries no gradient
+    token_logps_T: Tensor | None = None  #: the same of each token, under ``per_token``
 
 
 def linear_preference_loss(
@@ -58,6 +59,7 @@ def linear_preference_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    per_token: bool = False,
 ) -> LinearPreferenceLoss:
     """``loss_of_pairs(log-probs).sum()`` of :func:`~mrpo_kernels.sequence_logps`' log-probs, and its gradients, in one pass.
 
@@ -70,6 +72,9 @@ def linear_preference_loss(
             and must treat pairs independently; whatever else it needs (combined references, weights) it slices by ``pairs``::
 
                 lambda logps_C2, pairs: weight_P[pairs] * loss_against(logps_C2, references[pairs], objective).losses_P
+
+        per_token: ``loss_of_pairs`` gets the log-prob of each token of those pairs, [bounds[pairs.stop] - bounds[pairs.start]],
+            for a loss that weighs the tokens of a response differently.
 
     Returns:
         LinearPreferenceLoss, float32 (float64 for float64 inputs). Where no gradient is wanted, none is computed. With no tokens
@@ -86,9 +91,9 @@ def linear_preference_loss(
     bounds = cu_seqlens[::2].tolist() if bounds is None else list(bounds)
     if len(bounds) != len(cu_seqlens) // 2 + 1 or bounds[-1] > len(labels_T):
         raise ValueError(f"bounds {bounds} are not those of {len(cu_seqlens) // 2} pairs in {len(labels_T)} tokens")
-    inputs = (hidden_TD, head_weight_VD, bias, labels_T, cu_seqlens, bounds, loss_of_pairs)
-    loss, policy_logps_P2 = _LinearPreferenceLoss.apply(*inputs, softcap, logit_scale, wants_gradients)
-    return LinearPreferenceLoss(loss, policy_logps_P2)
+    inputs = (hidden_TD, head_weight_VD, bias, labels_T, cu_seqlens, bounds, loss_of_pairs, per_token)
+    loss, policy_logps_P2, token_logps_T = _LinearPreferenceLoss.apply(*inputs, softcap, logit_scale, wants_gradients)
+    return LinearPreferenceLoss(loss, policy_logps_P2, token_logps_T if per_token else None)
 
 
 class _LinearPreferenceLoss(torch.autograd.Function):
@@ -102,15 +107,15 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         cu_seqlens: Tensor,
         bounds: list[int],
         loss_of_pairs: LossOfPairs,
+        per_token: bool,
         softcap: float | None,
         logit_scale: float,
         wants_gradients: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         needs = [wants_gradients and need for need in ctx.needs_input_grad[:3]]
         dtype = accumulation_dtype(hidden_TD.dtype)
-        batch = _Batch(
-            hidden_TD, OutputHead(weight_VD, bias_V, softcap, logit_scale), labels_T, cu_seqlens, bounds, loss_of_pairs
-        )
+        head = OutputHead(weight_VD, bias_V, softcap, logit_scale)
+        batch = _Batch(hidden_TD, head, labels_T, cu_seqlens, bounds, loss_of_pairs, per_token)
         fresh = torch.zeros if not len(labels_T) else torch.empty
         totals = HeadGradients(
             torch.empty_like(hidden_TD, dtype=operand_dtype(hidden_TD)) if needs[0] else None,
@@ -118,14 +123,14 @@ class _LinearPreferenceLoss(torch.autograd.Function):
             fresh(weight_VD.shape[:1], dtype=dtype, device=weight_VD.device) if needs[2] else None,
         )
         with torch.autocast(hidden_TD.device.type, enabled=False):  # it would round products whose dtype is chosen here
-            loss, policy_logps_P2 = _loss_and_gradients(batch, totals, any(needs))
+            loss, policy_logps_P2, token_logps_T = _loss_and_gradients(batch, totals, any(needs))
         ctx.totals = totals
         ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.mark_non_differentiable(policy_logps_P2)
-        return loss, policy_logps_P2
+        ctx.mark_non_differentiable(policy_logps_P2, token_logps_T)
+        return loss, policy_logps_P2, token_logps_T
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         totals, ctx.totals = ctx.totals, None
         if totals is None:
             raise RuntimeError("linear_preference_loss gives its gradients away in backward; it cannot run twice")
@@ -135,7 +140,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
             None if total is None else _scaled(total, d_loss, dtype, one)
             for total, dtype in zip(totals, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None, None
 
 
 def _scaled(total: Tensor, d_loss: Tensor, dtype: torch.dtype, one: bool) -> Tensor:
@@ -151,10 +156,19 @@ class _Batch(NamedTuple):
     cu_seqlens: Tensor
     bounds: list[int]
     loss_of_pairs: LossOfPairs
+    per_token: bool
 
 
-def _loss_and_gradients(batch: _Batch, totals: HeadGradients, gradients: bool) -> tuple[Tensor, Tensor]:
-    """(scalar loss, policy_logps_P2); fills ``totals``."""
+class _Scored(NamedTuple):
+    """Whole pairs after the head: C tokens, or C pairs of 2 responses."""
+
+    losses_C: Tensor
+    logps_C2: Tensor
+    token_logps_C: Tensor
+
+
+def _loss_and_gradients(batch: _Batch, totals: HeadGradients, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(scalar loss, policy_logps_P2, token_logps_T, empty unless asked for); fills ``totals``."""
     vocabulary, device = batch.head.weight_VD.shape[0], batch.hidden_TD.device
     dtype = accumulation_dtype(batch.hidden_TD.dtype)
     bounds = batch.bounds
@@ -167,16 +181,20 @@ def _loss_and_gradients(batch: _Batch, totals: HeadGradients, gradients: bool) -
 
     loss = torch.zeros((), dtype=torch.float64, device=device)
     logps_P2 = torch.zeros(len(bounds) - 1, 2, dtype=dtype, device=device)
+    token_logps_T = torch.zeros(bounds[-1] if batch.per_token else 0, dtype=dtype, device=device)
     first = True
     for pairs in chunks:
         tokens = slice(bounds[pairs.start], bounds[pairs.stop])
         if gradients and 0 < tokens.stop - tokens.start <= capacity:
-            losses_C, logps_P2[pairs] = _one_pass(batch, pairs, tokens, totals, first, memory)
+            scored = _one_pass(batch, pairs, tokens, totals, first, memory)
         else:
-            losses_C, logps_P2[pairs] = _two_passes(batch, pairs, tokens, totals, first, gradients)
-        loss += losses_C.double().sum()
+            scored = _two_passes(batch, pairs, tokens, totals, first, gradients)
+        loss += scored.losses_C.double().sum()
+        logps_P2[pairs] = scored.logps_C2
+        if batch.per_token:
+            token_logps_T[tokens] = scored.token_logps_C
         first = first and tokens.stop == tokens.start
-    return loss.to(dtype), logps_P2
+    return loss.to(dtype), logps_P2, token_logps_T
 
 
 def chunks_of_pairs(bounds: list[int], capacity: int) -> list[slice]:
@@ -194,8 +212,8 @@ def chunks_of_pairs(bounds: list[int], capacity: int) -> list[slice]:
 
 def _one_pass(
     batch: _Batch, pairs: slice, tokens: slice, totals: HeadGradients, first: bool, memory_TV: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Logits once: (losses_C, logps_C2) of whole pairs, gradients into totals."""
+) -> _Scored:
+    """Logits once, gradients into totals."""
     operand = operand_dtype(batch.hidden_TD)
     hidden_CD, labels_C = batch.hidden_TD[tokens].to(operand), batch.labels_T[tokens]
     logits_CV = memory_TV[: len(labels_C)]
@@ -205,7 +223,7 @@ def _one_pass(
     logits_CV, slope_CV = batch.head.cap_with_slope_(part_CV if len(tiles) == 1 else logits_CV)
     label_logits_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
     max_C, log_sum_C = softmax_(logits_CV)
-    losses_C, logps_C2, d_token_C = _coefficients(batch, pairs, tokens, (label_logits_C - max_C) - log_sum_C)
+    scored, d_token_C = _coefficients(batch, pairs, tokens, (label_logits_C - max_C) - log_sum_C)
     d_logits_CV = d_logits_(logits_CV, labels_C, 0, d_token_C)
     d_hidden_CD = None if totals.hidden_TD is None else totals.hidden_TD[tokens]
     for words in tiles:
@@ -222,36 +240,38 @@ def _one_pass(
             first_words=words.start == 0,
             first_tokens=first,
         )
-    return losses_C, logps_C2
+    return scored
 
 
 def _two_passes(
     batch: _Batch, pairs: slice, tokens: slice, totals: HeadGradients, first: bool, gradients: bool
-) -> tuple[Tensor, Tensor]:
+) -> _Scored:
     """The same by recomputing logits, for a pair larger than a chunk; or without gradients, or without tokens."""
     hidden_CD, labels_C = batch.hidden_TD[tokens], batch.labels_T[tokens]
     logps_C, max_C, log_sum_C = token_logps(hidden_CD, batch.head, labels_C)
-    losses_C, logps_C2, d_token_C = _coefficients(batch, pairs, tokens, logps_C)
+    scored, d_token_C = _coefficients(batch, pairs, tokens, logps_C)
     if gradients:
         own = totals._replace(hidden_TD=None if totals.hidden_TD is None else totals.hidden_TD[tokens])
         head_gradients(hidden_CD, batch.head, labels_C, d_token_C, (max_C, log_sum_C), own, add=not first)
-    return losses_C, logps_C2
+    return scored
 
 
-def _coefficients(batch: _Batch, pairs: slice, tokens: slice, token_logps_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses_C, logps_C2, d_token): the loss of whole pairs and its derivative in each token's log-prob."""
+def _coefficients(batch: _Batch, pairs: slice, tokens: slice, token_logps_C: Tensor) -> tuple[_Scored, Tensor]:
+    """The loss of whole pairs, and its derivative in each token's log-prob."""
     cu_seqlens = batch.cu_seqlens[2 * pairs.start : 2 * pairs.stop + 1] - tokens.start
     logps_C2 = response_sums(token_logps_C, cu_seqlens).view(-1, 2)
     with torch.enable_grad():
-        leaf_C2 = logps_C2.clone().requires_grad_()
-        losses_C = batch.loss_of_pairs(leaf_C2, pairs)
-        if losses_C.shape != leaf_C2.shape[:1]:
+        leaf = (token_logps_C if batch.per_token else logps_C2).clone().requires_grad_()
+        losses_C = batch.loss_of_pairs(leaf, pairs)
+        if losses_C.shape != logps_C2.shape[:1]:
             raise ValueError(
-                f"loss_of_pairs gave {tuple(losses_C.shape)} for {len(leaf_C2)} pairs; expected one loss each"
+                f"loss_of_pairs gave {tuple(losses_C.shape)} for {len(logps_C2)} pairs; expected one loss each"
             )
-        (d_logps_C2,) = torch.autograd.grad(losses_C.sum(), leaf_C2)
-    d_token_C = torch.repeat_interleave(d_logps_C2.flatten(), cu_seqlens.diff().long(), output_size=len(token_logps_C))
-    return losses_C.detach(), logps_C2, d_token_C
+        (d_token_C,) = torch.autograd.grad(losses_C.sum(), leaf)
+    if not batch.per_token:
+        counts = cu_seqlens.diff().long()
+        d_token_C = torch.repeat_interleave(d_token_C.flatten(), counts, output_size=len(token_logps_C))
+    return _Scored(losses_C.detach(), logps_C2, token_logps_C.detach()), d_token_C
 
 
 def _weight_tiles(head: OutputHead, operand: torch.dtype) -> list[slice]:

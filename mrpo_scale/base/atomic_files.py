@@ -5,16 +5,24 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 logger = logging.getLogger(__name__)
 
 #: Names that begin so are of writers at work, or of writers that were killed.
 TEMPORARY = ".tmp-"
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SAYS_NO_ROOM = re.compile(
+    r"StorageFull|QuotaExceeded|FileTooLarge|PytorchStreamWriter failed|unexpected pos|"
+    + "|".join(rf"code: {code}\b|{re.escape(os.strerror(code))}" for code in _NO_ROOM)
+)
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
 
@@ -45,6 +53,37 @@ def atomic_write(folder: Path, name: Callable[[], str], data: bytes | bytearray,
         temporary.unlink(missing_ok=True)
     sync_folder(folder)
     return final
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to be written piece by piece. It appears, or takes an older one's place, when the block ends without an error.
+
+    Raises:
+        OSError: from the system; no such file has appeared then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def is_about_disk(error: BaseException | None) -> bool:
+    """Whether a write failed for want of room. safetensors and torch say so in words of their own, and ranks pass on words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return True
+        if _SAYS_NO_ROOM.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def remove_abandoned(folder: Path, older_than: float) -> None:

@@ -28,7 +28,7 @@ from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.window import Draw, PairExample
 from mrpo_scale.logps.flops import NO_WORK, UnitCosts, Work, forward_flops, training_flops, unit_costs, work_of_batch
 from mrpo_scale.logps.layer_masks import body_of
-from mrpo_scale.logps.micro_batches import MicroBatch
+from mrpo_scale.logps.micro_batches import MicroBatch, PeerBatch
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.objective import Objective
 from mrpo_scale.references.live import Reference
@@ -169,7 +169,7 @@ class BenchTrainer(MRPOTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[PairExample]], num_batches: int, device: torch.device
-    ) -> tuple[list[list[MicroBatch]], Tensor]:
+    ) -> tuple[list[list[MicroBatch | PeerBatch]], Tensor]:
         step = self.steps[self.state.global_step]
         self._turn_to(step.arm)
         self._put_clocks()
@@ -182,7 +182,9 @@ class BenchTrainer(MRPOTrainer):
             dist.barrier()  # what one rank still had to do is not this step's time
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def compute_loss(self, model: nn.Module, inputs: MicroBatch, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: MicroBatch | PeerBatch, *args: Any, **kwargs: Any
+    ) -> Tensor:
         assert self._now is not None and self._policy_costs is not None
         work = work_of_batch(inputs.pairs, self._policy_costs.attn_implementation)
         flops = training_flops(
@@ -194,7 +196,8 @@ class BenchTrainer(MRPOTrainer):
         self._now.policy_flops += flops.total
         self._now.useful_flops += flops.useful
         self._now.tokens.append(inputs.pairs.num_tokens)
-        self._now.rows += [row for row, weight in zip(inputs.rows, inputs.weights, strict=True) if weight]
+        if isinstance(inputs, MicroBatch):
+            self._now.rows += [row for row, weight in zip(inputs.rows, inputs.weights, strict=True) if weight]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     # ---- clocks and counters -----------------------------------------------------------------------------------------

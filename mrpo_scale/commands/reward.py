@@ -172,7 +172,16 @@ def _arguments(config: RewardConfig) -> Any:
 
     known = {field.name for field in fields(trl.RewardConfig) if field.init}
     values = {name: value for name, value in config.non_default_keys.items() if name in known}
-    here = ("output_dir", "learning_rate", "bf16", "report_to", "ddp_backend", "deepspeed", "disable_dropout")
+    here = (
+        "output_dir",
+        "use_cpu",
+        "learning_rate",
+        "bf16",
+        "report_to",
+        "ddp_backend",
+        "deepspeed",
+        "disable_dropout",
+    )
     values |= {name: getattr(config, name) for name in (*here, "center_rewards_coefficient")}
     # Pairs come cut; TRL would leave out longer ones without a word.
     return trl.RewardConfig(**{**values, "max_length": None, "remove_unused_columns": False})

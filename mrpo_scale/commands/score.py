@@ -19,7 +19,7 @@ from mrpo_scale.data.toy_world import resolve
 from mrpo_scale.lifecycle.output_folder import check_output_folder
 from mrpo_scale.lifecycle.template_date import decide_date, record_date
 from mrpo_scale.models.plan import RunPlan, plan_models
-from mrpo_scale.references.precompute import score_ahead
+from mrpo_scale.references.precompute import Share, score_ahead
 from mrpo_scale.references.served import compare_served
 from mrpo_scale.references.store.cache import CacheEntry, ReferenceStore, list_cache
 from mrpo_scale.references.store.part_files import PART_NAME
@@ -84,13 +84,14 @@ def _score(flags: argparse.Namespace, recipe: Recipe) -> int:
         raise ConfigError(f"`--reference {min(unknown)}`: the recipe's references are {', '.join(recipe.plan.names)}.")
     stores = open_stores(recipe.plan, recipe.config, recipe.pair_sets, read=not flags.verify)
     chosen = [k for k, name in enumerate(recipe.plan.names) if not flags.reference or name in flags.reference]
+    share = _share(flags.job) if flags.job else None
     if flags.verify:
         return _verify([stores[k] for k in chosen], recipe.config)
     keys = distinct_rows(recipe.pair_sets)
     missing = count_missing(stores, keys)
     if not flags.list:
         compare_served(recipe.plan, stores, missing, is_main=recipe.config.process_index == 0)
-        score_ahead(recipe.plan, stores, [k for k in chosen if missing[k]], recipe.pair_sets, recipe.config)
+        score_ahead(recipe.plan, stores, [k for k in chosen if missing[k]], recipe.pair_sets, recipe.config, share)
     if recipe.config.process_index == 0:
         print(f"\n{_overview(recipe, stores, len(keys))}\n", flush=True)
     return 0
@@ -99,9 +100,20 @@ def _score(flags: argparse.Namespace, recipe: Recipe) -> int:
 def _flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mrpo score", add_help=False, allow_abbrev=False)
     parser.add_argument("--reference", nargs="+", default=[])
+    parser.add_argument("--job")
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--list", action="store_true")
     return parser
+
+
+def _share(job: str) -> Share:
+    """Of ``--job 3/100``. Raises ConfigError."""
+    words = job.split("/")
+    if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[0]) < int(words[1]):
+        return Share(int(words[0]), int(words[1]))
+    raise ConfigError(
+        f"`--job {job}` is not a job's number, from 0, and how many there are; write 3/100 for the fourth of 100."
+    )
 
 
 def _verify(stores: Sequence[ReferenceStore], config: MRPOConfig) -> int:

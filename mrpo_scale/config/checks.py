@@ -44,6 +44,33 @@ def training_mistakes(args: TrainingArguments) -> Iterator[str]:
         yield f"`learning_rate: {args.learning_rate}` must be 0 or more"
 
 
+def long_context_mistakes(config: Any) -> Iterator[str]:
+    """Keys that what is done for long contexts does not go with."""
+    if config.activation_offloading and not config.gradient_checkpointing:
+        yield (
+            "`activation_offloading: true` needs `gradient_checkpointing: true`: of a layer only its input is worth the way to "
+            "host memory"
+        )
+    size = config.sequence_parallel_size
+    if size <= 1:
+        return
+    remedies: dict[str, tuple[Any, str]] = {
+        "head_backward": (
+            config.head_backward == "in_forward",
+            "no rank has a whole response in its forward; set auto",
+        ),
+        "objective": (config.samples, "responses are sampled without it; choose mrpo, dpo or multi_dpo"),
+        "torch_compile": (config.torch_compile, "what is compiled has no attention over spans; remove it"),
+        "neftune_noise_alpha": (
+            config.neftune_noise_alpha,
+            "its noise is scaled by the length of a row, of which a rank has a part; remove it",
+        ),
+    }
+    for key, (given, remedy) in remedies.items():
+        if given:
+            yield f"`{key}: {getattr(config, key)}` with `sequence_parallel_size: {size}`: {remedy}"
+
+
 def loader_mistakes(args: TrainingArguments) -> Iterator[str]:
     """Keys of accelerate's that would hand the pairs of a window to other ranks than they were dealt to."""
     for key in ("split_batches", "dispatch_batches"):
@@ -77,6 +104,10 @@ def unsupported(args: TrainingArguments) -> Iterator[str]:
         "use_liger_kernel": (
             args.use_liger_kernel,
             "Liger replaces the forward that scores pairs; the fused head here does its work already, remove the key",
+        ),
+        "parallelism_config": (
+            getattr(args, "parallelism_config", None),
+            "it would replace the attention of the references, too; use `sequence_parallel_size`",
         ),
         "bf16_full_eval": (args.bf16_full_eval, whole),
         "fp16_full_eval": (args.fp16_full_eval, whole),

@@ -227,8 +227,10 @@ OPENRLHF = Trainer(
             "a setting of a DeepSpeed file: `deepspeed: FILE`",
         ),
         **dict.fromkeys(
-            ("ring_attn_size", "ring_head_stride", "ds_tensor_parallel_size"), "sequences are not split over GPUs"
+            ("ring_attn_size", "ring_head_stride"),
+            "`sequence_parallel_size` splits sequences, and heads with them",
         ),
+        "ds_tensor_parallel_size": "weights are sharded by ZeRO-3 alone",
         **OF_DATA,
         "kl_loss_coef": "no such term is added",
     },
@@ -282,7 +284,6 @@ MS_SWIFT = Trainer(
     lost={
         "val_dataset": "name a split of the data with `dataset_test_split`",
         "system": "write a `system` column",
-        "sequence_parallel_size": "sequences are not split over GPUs",
         **dict.fromkeys(("freeze_vit", "freeze_aligner", "freeze_llm"), "text alone is trained"),
     },
 )

@@ -18,11 +18,13 @@ from transformers import TrainingArguments
 
 from mrpo_scale.base.errors import ConfigError, one_line, refuse
 from mrpo_scale.base.heartbeat import TIMEOUT
+from mrpo_scale.base.ranks import all_gather_object, world_group
 from mrpo_scale.config.adapter_keys import AdapterKeys
 from mrpo_scale.config.checks import (
     check_world_size,
     iso_date,
     loader_mistakes,
+    long_context_mistakes,
     training_mistakes,
     unsupported,
     value_mistakes,
@@ -51,7 +53,7 @@ from mrpo_scale.config.fields import (
     keys_with,
     non_default_keys,
 )
-from mrpo_scale.config.hardware import Hardware, missing_hardware
+from mrpo_scale.config.hardware import Hardware, choose_bf16, missing_hardware, say_bf16
 from mrpo_scale.config.launcher import (
     check_build_locks,
     check_restarts,
@@ -121,7 +123,9 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
         True, "Recompute activations in the backward pass: less memory, about 25%% slower."
     )
     bf16: Common[Decides[bool | None]] = key(  # type: ignore[assignment]
-        None, "bf16 mixed precision. Default: where the device has it in hardware and fp16 is not set."
+        None,
+        "bf16 mixed precision: true, false, or auto: where the device has it in hardware (a CPU: AMX or AVX512-BF16) and fp16 is "
+        "not set. Default: auto on a GPU, false on a CPU.",
     )
     report_to: Other[None | str | list[str]] = key(
         "tensorboard", "Where metrics go: tensorboard, wandb, trackio, none, ..."
@@ -237,6 +241,16 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
         "`gradient_accumulation_steps` of `per_device_train_batch_size` pairs. Their product is a rank's pairs of a step still.",
     )
 
+    # Long contexts
+    sequence_parallel_size: Annotated[Other[int], AtLeast(1)] = key(
+        1,
+        "Ranks that compute the tokens of one pair together, for contexts that one rank cannot hold; divides the ranks and the "
+        "policy's attention heads.",
+    )
+    activation_offloading: Other[bool] = key(
+        False, "Keep what `gradient_checkpointing` saves of each layer, its input, in host memory."
+    )
+
     # Output head
     head_impl: Other[Literal["auto", "triton", "torch"]] = key(
         "auto", "Log-prob kernels: Triton or torch; auto is logged."
@@ -290,7 +304,13 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
     def _join(self) -> None:
         """Become a rank of the job, as TrainingArguments does when it is made. What would make the ranks wait for ever is refused
         here; :func:`prepare_launch` mends it, before."""
-        refuse(list(missing_hardware(self, self.head_impl, Hardware.of_this_machine(self.use_cpu))))
+        machine = Hardware.of_this_machine(self.use_cpu)
+        refuse(list(missing_hardware(self, self.head_impl, machine)))
+        if not machine.gpu:
+            say_bf16(self.non_default_keys.get("bf16"), bool(self.bf16))
+            self.use_cpu = self.use_cpu or bool(
+                self.bf16
+            )  # without which transformers refuses bf16 where there is no GPU
         check_restarts()
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
             check_build_locks()
@@ -300,6 +320,7 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
             self.ddp_backend = None  # of a process alone, which transformers would look for other ranks with
         self._fill_in()
         check_world_size(self.world_size)
+        self._check_bf16()
         if self.deepspeed_plugin is not None:
             if self.save_only_model and self.load_best_model_at_end:
                 raise ConfigError(
@@ -307,6 +328,18 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
                     "checkpoint; set one of them to false."
                 )
             let_weights_be_saved(self.deepspeed_plugin)
+
+    def _check_bf16(self) -> None:
+        """``bf16: auto`` is every rank's own answer. Collective over the world where it was asked."""
+        if self.non_default_keys.get("bf16") != "auto" or self.world_size == 1:
+            return
+        chosen = all_gather_object(self.bf16, world_group())
+        if len(set(chosen)) > 1:
+            with_it, without = chosen.index(True), chosen.index(False)
+            raise ConfigError(
+                f"`bf16: auto`: the device of rank {with_it} has bf16 in hardware, that of rank {without} has not; "
+                "set `bf16: false`, or `bf16: true`, for all of them."
+            )
 
     def _fill_in(self) -> None:
         """transformers' own checks and derived values."""
@@ -340,8 +373,8 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
         elif self.deepspeed is not None:
             read_ds_config(self.deepspeed)
         on_gpu = torch.cuda.is_available() and not self.use_cpu
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        undecided = self.bf16 is None or self.bf16 == "auto"
+        self.bf16 = not (undecided and self.fp16) and choose_bf16(self.bf16, gpu=on_gpu)
         launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
         if self.ddp_backend is None and not on_gpu and launched:
             # Without a named backend, DeepSpeed on CPU lets each process train alone as a world of one.
@@ -385,6 +418,7 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
         yield from unsupported(self)
         yield from value_mistakes(self)
         yield from training_mistakes(self)
+        yield from long_context_mistakes(self)
         yield from self.adapter_mistakes()
         yield from self.sampling_mistakes(self.objective, self.ref_scoring, self.ref_placement)
         if self.ref_scoring == "follow" and not self.ref_cache_dir:
@@ -442,6 +476,8 @@ class MRPOConfig(AdapterKeys, SamplingKeys, TrainingArguments):
     def gradients_in_forward(self) -> bool:
         """``head_backward: auto`` is what was measured faster: in the forward on a CPU (benchmarks/results). On a GPU neither was
         measured yet, so it stays with the one that holds no float32 weight gradient through the body's backward."""
+        if self.sequence_parallel_size > 1:  # a response's loss is known when all of its ranks have summed it up
+            return False
         return self.head_backward == "in_forward" or (self.head_backward == "auto" and self.device.type == "cpu")
 
     @property

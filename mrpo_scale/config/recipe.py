@@ -6,6 +6,7 @@ same errors, and the command line wins.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,19 @@ _MERGE = "tag:yaml.org,2002:merge"
 _UNFINISHED = -1
 
 
+def _bool_or_word(text: str) -> str | bool:
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        return text  # auto; MRPOConfig refuses the others
+
+
 class _Parser(HfArgumentParser):
+    def __init__(self, kinds: Sequence[Any], **options: Any) -> None:
+        super().__init__(kinds, **options)
+        if "--bf16" in self._option_string_actions:  # the library's parser knows no bool that may also be a word
+            self._option_string_actions["--bf16"].type = _bool_or_word
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}.")
 
@@ -117,7 +130,7 @@ def parse(
         ConfigError: unknown keys, values of another type, contradictions: of the keys all, each with its remedy.
     """
     # MRPOConfig has __post_init__ checks that need every value, so it is built once, by the parser.
-    parser = _Parser([ScriptArguments, config], allow_abbrev=False, prog=prog)  # type: ignore[list-item]
+    parser = _Parser([ScriptArguments, config], allow_abbrev=False, prog=prog)
     argv = list(argv)
     recipe: Path | None = None
     for i, word in enumerate(argv):
@@ -150,7 +163,7 @@ def parse_keys(keys: type[T], argv: Sequence[str], prog: str) -> T:
     Raises:
         ConfigError: unknown keys, wrong type, contradiction.
     """
-    parser = _Parser([keys], allow_abbrev=False, prog=prog)  # type: ignore[list-item]
+    parser = _Parser([keys], allow_abbrev=False, prog=prog)
     refuse(_unknown_words(parser, argv))  # before the dataclass makes its own complaints
     return parser.parse_args_into_dataclasses(list(argv))[0]
 
@@ -169,7 +182,7 @@ def _recipe_words(parser: _Parser, key: str, value: Any) -> list[str]:
             raise ConfigError(f"`{key}` is empty; give it a value, or remove the key.")
         parser.set_defaults(**{key: None})
         return []
-    if value is False and action.type is not string_to_bool:
+    if value is False and action.type not in (string_to_bool, _bool_or_word):
         # YAML's `no`, unquoted, of a key whose values are words.
         value = next((word for word in ("no", "none", "false") if word in (action.choices or ("none",))), value)
     if isinstance(value, list) and action.nargs is None:
@@ -191,7 +204,7 @@ def may_be_empty() -> set[str]:
 
 def wrong_values(values: Mapping[str, Any]) -> dict[str, str]:
     """{key: what is wrong} of the keys of a recipe that are unknown or whose values are of another kind, each by itself."""
-    parser = _Parser([ScriptArguments, MRPOConfig], allow_abbrev=False, prog="mrpo train")  # type: ignore[list-item]
+    parser = _Parser([ScriptArguments, MRPOConfig], allow_abbrev=False, prog="mrpo train")
     wrong = {}
     for key, value in values.items():
         try:

@@ -27,7 +27,9 @@ class SamplingKeys:
         1.0, "Of sampling. Only 1: the gradient needs samples of the policy itself."
     )
     kd_level: Annotated[Decides[Literal["sequence", "aligned"]], UsedBy(("kd",))] = key(
-        "sequence", "KL of whole responses, or of the pieces between byte boundaries that two tokenizations share."
+        "sequence",
+        "What a token's gradient is weighed by: the KL of its whole response, or that of the pieces which are not over before it, "
+        "between byte boundaries that two tokenizations share.",
     )
     kd_normalize: Annotated[Decides[Literal["tokens", "none"]], UsedBy(("kd",))] = key(
         "tokens", "Divide a response's KL by the policy's tokens, as GKD does, or by nothing."
@@ -57,8 +59,6 @@ class SamplingKeys:
             )
         if not 0 < self.sampled_fraction <= 1:
             yield f"`sampled_fraction: {self.sampled_fraction}` must be above 0 and at most 1"
-        if self.kd_level == "aligned":
-            yield "`kd_level: aligned` is not there yet; use `sequence`"
         if objective == "rlhf" and not self.reward_model:
             yield "`objective: rlhf` needs `reward_model`, which `mrpo reward` trains"
         if ref_scoring != "live":

@@ -34,7 +34,6 @@ TRL_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "sync_ref_model": ((False,), "references are frozen"),
     "ref_model_mixup_alpha": ((0.6,), "references are frozen"),
     "ref_model_sync_steps": ((512,), "references are frozen"),
-    "activation_offloading": ((False,), "use `gradient_checkpointing: true`"),
     "dataset_streaming": (
         (False,),
         "data sets of any size are written to disk as Arrow files once and memory-mapped, so memory stays small without it",

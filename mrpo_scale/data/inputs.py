@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from mrpo_scale.base.errors import ConfigError, one_line
+from mrpo_scale.base.hash_keys import contains
 from mrpo_scale.base.ranks import share_within_node
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.data import find_layout, load_rows
@@ -187,7 +188,7 @@ def prepare_set(
 
 def _leaks(pairs: PairDataset, other: PairDataset, split: str) -> list[Remark]:
     """How many of ``pairs`` are in ``other`` (of the name ``split``) too, whole, or with the same prompt."""
-    whole = np.isin(pairs.row_keys, other.row_keys)
+    whole = contains(pairs.row_keys, other.row_keys)
     prompt = np.isin(pairs.prompt_keys, other.prompt_keys) & ~whole
     counts = {f"known_pair:{split}": int(whole.sum()), f"known_prompt:{split}": int(prompt.sum())}
     return [Remark(word, n, {}) for word, n in counts.items() if n]
@@ -255,7 +256,7 @@ def _make_toy_world(script: ScriptArguments) -> None:
     """Make the quickstart's world where a recipe names it and it is not there, in a process of its own: in this one a live ZeRO-3
     configuration would partition the little models over ranks that are not making any."""
     names = [script.model_name_or_path, *(spec.name for spec in script.datasets), *script.ref_models]
-    if any(str(name).startswith("toy:") for name in names) and not world_at().is_made:
+    if any("toy:" in str(name) for name in names) and not world_at().is_made:
         subprocess.run(
             [sys.executable, "-c", "from mrpo_scale.data.toy_world import make_world; make_world()"],
             env=without_ranks(),

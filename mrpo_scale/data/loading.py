@@ -18,11 +18,12 @@ import numpy as np
 import yaml
 from huggingface_hub.errors import HTTPError
 
+from mrpo_scale.base.atomic_files import is_about_disk
 from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.config.data_keys import Columns, DatasetSpec, Entry, PairOptions, parse_datasets
 from mrpo_scale.data.layouts import LAYOUTS, AnyLayout
 from mrpo_scale.data.mixing import mix
-from mrpo_scale.data.pair_table import FEATURES, PairTable, group_numbers, pair_table
+from mrpo_scale.data.pair_table import FEATURES, MAKE_ROOM, PairTable, group_numbers, pair_table
 from mrpo_scale.data.remarks import log_remarks
 from mrpo_scale.data.unread import unread_columns
 
@@ -267,6 +268,10 @@ def _load_splits(dataset_name: str, config: str | None) -> datasets.DatasetDict:
         splits = _read(path, dataset_name, config)
     except _UNREADABLE as error:
         reason = one_line(error.__cause__ or error)
+        if is_about_disk(error):
+            raise ConfigError(
+                f"`dataset_name: {dataset_name}` cannot be kept on the disk: {reason}. {MAKE_ROOM}"
+            ) from error
         remedy = "check the file's contents" if path.exists() else "check the name, the network and HF_TOKEN"
         raise ConfigError(f"`dataset_name: {dataset_name}` cannot be read: {reason}; {remedy}.") from error
     return splits

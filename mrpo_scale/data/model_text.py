@@ -177,6 +177,12 @@ class ModelText:
         """Tokens of a response: its end of turn included unless ``cut``; ``raw`` responses, without a template, end with eos."""
         return list(self._ended(text, raw=raw, cut=cut))
 
+    def continuation_ids(self, text: str, *, raw: bool, cut: bool) -> list[int]:
+        """The same of a text that goes on after a letter: a function of ``text``, whatever stood before."""
+        letter, ids = self._encode("a"), self._ended("a" + text, raw=raw, cut=cut)
+        joined = ids[: len(letter)] == letter
+        return list(ids[len(letter) :] if joined else self._ended(text, raw=raw, cut=cut))
+
     def read(self, pair: PreferencePair) -> Reading:
         """Both responses after the prompt, as the template renders the two whole conversations.
 

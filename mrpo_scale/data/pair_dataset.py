@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +17,21 @@ import pyarrow.compute as pc
 import torch
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.hash_keys import distinct
 from mrpo_scale.config.data_keys import PairOptions
 from mrpo_scale.data.layouts import AnyLayout
 from mrpo_scale.data.pair_table import PairReader, as_pairs, describe_source, source_of
 from mrpo_scale.data.pairs import NO_PAIR, SIDES, Cuts, PairTokens, PreferencePair
 from mrpo_scale.data.remarks import Remark, log_remarks
-from mrpo_scale.data.token_table import TEMPLATE_FLAGS, cuts_of, features_of, table_fingerprint, tokenize_row
+from mrpo_scale.data.token_files import TokenTable, tokenized
+from mrpo_scale.data.token_table import TEMPLATE_FLAGS, cuts_of, table_fingerprint
 from mrpo_scale.data.tokenization import ModelText, TextReader, cut_pair
 
 logger = logging.getLogger(__name__)
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _CONTEXT = ("chosen_context", "rejected_context")
+_AT_ONCE = 1000  #: bad rows that are read together
 
 
 class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
@@ -52,43 +54,51 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         self,
         rows: datasets.Dataset,
         layout: PairReader,
-        tokenized: datasets.Dataset,
+        table: datasets.Dataset,
         names: Sequence[str],
         fingerprint: str,
         readers: Sequence[TextReader] = (),
     ) -> None:
-        self._rows, self._layout, self._tokenized = rows, layout, tokenized
+        self._rows, self._layout, self._tokenized = rows, layout, table
         self.num_texts = len(names)
         self.fingerprint = fingerprint
-        reasons = tokenized["reason"][:]
-        self.counts = dict(Counter(reason for reason in reasons if reason).most_common())
-        self._good = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
-        cut = np.array([tokenized[f"{side}_messages"][:] for side in SIDES], dtype=np.int64)[:, self._good] > 0
-        self.cut_rows = np.flatnonzero(cut.any(axis=0))
+        # Whole columns, never a row: each is mapped from the files, and millions of Python objects would be neither fast nor small.
+        reasons = self._column("reason")
+        good = pc.equal(reasons, "")
+        words = pc.value_counts(reasons.filter(pc.invert(good))).to_pylist()
+        self.counts = {one["values"]: one["counts"] for one in sorted(words, key=lambda one: -one["counts"])}
+        self._good = np.flatnonzero(good.to_numpy())
+        chosen, rejected = (self._column(f"{side}_messages").to_numpy()[self._good] > 0 for side in SIDES)
+        self.cut_rows = np.flatnonzero(chosen | rejected)
         self.truncated = len(self.cut_rows)
         flags = (self._by_model(flag, names) for flag in TEMPLATE_FLAGS)
         self.merged, self.trimmed, self.changed, self.no_tools = flags
         self.remarks = self._remarks([_models_of(i, name, readers) for i, name in enumerate(names)])
 
     def _by_model(self, flag: str, names: Sequence[str]) -> dict[str, int]:
-        counts = _flags(self._tokenized, [f"{flag}_{i}" for i in range(len(names))])[:, self._good].sum(axis=1)
-        return {name: int(n) for name, n in zip(names, counts, strict=True) if n}
+        counts = [self._how_many(f"{flag}_{i}") for i in range(len(names))]
+        return {name: n for name, n in zip(names, counts, strict=True) if n}
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return self._tokenized.data.column(name)
+
+    def _how_many(self, flag: str) -> int:
+        """Pairs of this set for which a column of booleans is true."""
+        return int(self._column(flag).to_numpy()[self._good].sum())
 
     def _remarks(self, models: Sequence[list[str]]) -> list[Remark]:
         """Of what each row's words and flags say; ``models``: of every ModelText, those that read it."""
         counts: dict[str, dict[str, int]] = {}
         for i, names in enumerate(models):
-            found = {
-                flag: int(_flags(self._tokenized, [f"{flag}_{i}"])[0, self._good].sum()) for flag in TEMPLATE_FLAGS
-            }
-            words = pc.value_counts(pc.list_flatten(self._tokenized.data.column(f"remarks_{i}")))
+            found = {flag: self._how_many(f"{flag}_{i}") for flag in TEMPLATE_FLAGS}
+            words = pc.value_counts(pc.list_flatten(self._column(f"remarks_{i}")))
             found |= {one["values"].as_py(): one["counts"].as_py() for one in words}
             for word, n in found.items():
                 if n:
                     counts.setdefault(word, {}).update(dict.fromkeys(names, n))
         remarks = [Remark(word, max(by_model.values()), by_model) for word, by_model in counts.items()]
-        repeated = int(_flags(self._tokenized, ["repeats_prompt"])[0, self._good].sum())
-        twice = len(self._good) - len(np.unique(self.row_keys))
+        repeated = self._how_many("repeats_prompt")
+        twice = len(self._good) - len(distinct(self.row_keys))
         alone = {"stripped_prompt" if self._layout.strips else "repeated_prompt": repeated, "duplicate": twice}
         remarks += [Remark(word, n, {}) for word, n in alone.items() if n]
         return sorted(remarks, key=lambda remark: remark.place)
@@ -96,34 +106,37 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
     @cached_property
     def prompt_keys(self) -> np.ndarray:
         """[N] int64: equal for pairs that answer the same prompt."""
-        return np.asarray(self._tokenized["prompt_key"][:], dtype=np.int64)[self._good]
+        return self._column("prompt_key").to_numpy()[self._good]
 
     @cached_property
     def row_keys(self) -> np.ndarray:
-        halves = np.stack([np.asarray(self._tokenized[f"row_key_{i}"][:], dtype="<i8") for i in (0, 1)], axis=1)
-        return np.ascontiguousarray(halves[self._good]).view("S16").reshape(-1)
+        halves_N2 = np.empty((len(self._good), 2), dtype="<i8")
+        for i in range(2):
+            halves_N2[:, i] = self._column(f"row_key_{i}").to_numpy()[self._good]
+        return halves_N2.view("S16").reshape(-1)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[N, texts, 3] int64: tokens of prompt, chosen and rejected for each ModelText."""
+        """[N, texts, 3] int32: tokens of prompt, chosen and rejected for each ModelText."""
         return self._counts(_IDS, _list_lengths)
 
     @cached_property
     def scored(self) -> np.ndarray:
-        """[N, texts, 2] int64: tokens of chosen and rejected that are scored, for each ModelText: all but the context in them."""
+        """[N, texts, 2] int32: tokens of chosen and rejected that are scored, for each ModelText: all but the context in them."""
         return self.lengths[..., 1:] - self._counts(_CONTEXT, _run_lengths)
 
     def _counts(self, fields: Sequence[str], count: Callable[[pa.ChunkedArray], np.ndarray]) -> np.ndarray:
-        """[N, texts, fields] int64: ``count`` of these columns of each ModelText."""
-        columns = [f"{field}_{i}" for i in range(self.num_texts) for field in fields]
-        counts = [count(self._tokenized.data.column(name)) for name in columns]
-        return np.stack(counts, axis=1).astype(np.int64)[self._good].reshape(-1, self.num_texts, len(fields))
+        """[N, texts, fields] int32: ``count`` of these columns of each ModelText."""
+        counts = np.empty((len(self._good), self.num_texts, len(fields)), dtype=np.int32)
+        for text, place in np.ndindex(counts.shape[1:]):
+            counts[:, text, place] = count(self._column(f"{fields[place]}_{text}"))[self._good]
+        return counts
 
     def largest_id(self, text: int) -> tuple[int, int]:
         """The largest token id of a ModelText, and the first pair that has it; (-1, -1) without pairs."""
         largest, where = -1, -1
         for field in _IDS:
-            column = self._tokenized.data.column(f"{field}_{text}")
+            column = self._column(f"{field}_{text}")
             # Bad rows have no tokens, and `parents` counts the rows of the table.
             start = 0
             for chunk in column.chunks:
@@ -179,11 +192,14 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
         """The text that is scored, after cuts."""
         return cut_pair(self.uncut(row), self._cuts(row))
 
-    def bad_rows(self) -> list[dict[str, Any]]:
+    def bad_rows(self) -> Iterator[dict[str, Any]]:
         """``{row, reason, detail}`` of every pair left out, in order; ``other_row`` and ``dataset``: see ``source_of``."""
-        bad = np.setdiff1d(np.arange(len(self._tokenized)), self._good)
-        verdicts = self._tokenized.select_columns(["reason", "detail"]).select(bad)
-        return [{**source_of(self._rows, int(i)), **row} for i, row in zip(bad, verdicts, strict=True)]
+        bad = np.flatnonzero(pc.not_equal(self._column("reason"), "").to_numpy())
+        for start in range(0, len(bad), _AT_ONCE):
+            some = bad[start : start + _AT_ONCE]
+            reasons, details = (self._column(name).take(pa.array(some)).to_pylist() for name in ("reason", "detail"))
+            for i, reason, detail in zip(some.tolist(), reasons, details, strict=True):
+                yield {**source_of(self._rows, i), "reason": reason, "detail": detail}
 
     def _cuts(self, row: int) -> Cuts:
         return cuts_of(self._stored(row))
@@ -227,29 +243,19 @@ def prepare_pairs(
     """
     rows, reader = as_pairs(rows.with_format(None), layout, options or PairOptions(), num_proc)
     key = table_fingerprint(rows, reader, texts, max_length)
-    cache_file = None
-    if cache_dir is not None:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        cache_file = str(cache_dir / f"pairs-{key}.arrow")
-    tokenized = rows.map(
-        tokenize_row,
-        fn_kwargs={"layout": reader, "texts": list(texts), "max_length": max_length},
-        remove_columns=rows.column_names,
-        features=features_of(len(texts)),
-        num_proc=num_proc,
-        cache_file_name=cache_file,
-        new_fingerprint=key,
-        desc=f"Tokenizing {split} for {len(texts)} model{'s' if len(texts) > 1 else ''}",
-    )
-    pairs = PairDataset(rows, reader, tokenized, [text.name for text in texts], key, readers)
-    bad = pairs.bad_rows()
+    path = None if cache_dir is None else cache_dir / f"pairs-{key}.arrow"
+    if path is None and rows.cache_files:
+        path = Path(rows._get_cache_file_path(key))  # where `map` would keep it
+    desc = f"Tokenizing {split} for {len(texts)} model{'s' if len(texts) > 1 else ''}"
+    table = tokenized(TokenTable(rows, reader, texts, max_length, key, path), num_proc=num_proc, desc=desc)
+    pairs = PairDataset(rows, reader, table, [text.name for text in texts], key, readers)
     if write:
         _report(pairs, split, max_length, len(rows))
         if bad_rows_file is not None:
-            _list_bad_rows(bad, split, bad_rows_file)
-    problem = _problem_with_bad_rows(pairs, bad, split, on_bad_row, max_bad_rows, max_length)
+            _list_bad_rows(pairs, split, bad_rows_file)
+    problem = _problem_with_bad_rows(pairs, split, on_bad_row, max_bad_rows, max_length)
     if problem:
-        problem += f" All bad rows are listed in {bad_rows_file}." if bad and bad_rows_file is not None else ""
+        problem += f" All bad rows are listed in {bad_rows_file}." if pairs.counts and bad_rows_file is not None else ""
         raise BadRowsError(problem, pairs)
     return pairs
 
@@ -262,13 +268,14 @@ class BadRowsError(ConfigError):
         self.pairs = pairs
 
 
-def _list_bad_rows(bad: Sequence[Mapping[str, Any]], split: str, file: Path) -> None:
+def _list_bad_rows(pairs: PairDataset, split: str, file: Path) -> None:
     """As JSON lines; without bad rows there is no file, not even that of an earlier run."""
-    if not bad:
+    if not pairs.counts:
         file.unlink(missing_ok=True)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({"split": split, **row}) + "\n" for row in bad), encoding="utf-8")
+    with file.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"split": split, **row}) + "\n" for row in pairs.bad_rows())
 
 
 def check_token_ids(pairs: PairDataset, texts: Sequence[ModelText], readers: Sequence[TextReader], split: str) -> None:
@@ -312,19 +319,15 @@ def _models_of(text: int, name: str, readers: Sequence[TextReader]) -> list[str]
     return [reader.name for reader in readers if reader.tokenization == text] or [name]
 
 
-def _flags(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
-    """[columns, rows] of booleans."""
-    return np.array([table[column][:] for column in columns], dtype=bool)
-
-
 def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     return pc.list_value_length(column).to_numpy()
 
 
 def _run_lengths(column: pa.ChunkedArray) -> np.ndarray:
     """[rows] of lists of bounds [start, end, start, end, ...]: the sum of end - start."""
-    bounds = _list_lengths(column)
-    values = pc.list_flatten(column).to_numpy()
+    bounds, values = _list_lengths(column), pc.list_flatten(column).to_numpy()
+    if not len(values):  # no response of several turns
+        return np.zeros(len(bounds), dtype=np.int32)
     runs = values[1::2] - values[::2]
     return np.bincount(np.repeat(np.arange(len(bounds)), bounds // 2), weights=runs, minlength=len(bounds))
 
@@ -343,28 +346,28 @@ def _by_reason(counts: Mapping[str, int]) -> str:
 
 def _problem_with_bad_rows(
     pairs: PairDataset,
-    bad: Sequence[Mapping[str, Any]],
     split: str,
     on_bad_row: str,
     max_bad_rows: float,
     max_length: int | None,
 ) -> str:
     """Why the pairs may not be used; empty where they may."""
-    bad = [row for row in bad if row["reason"] not in NO_PAIR]
-    total = len(pairs) + len(bad)
+    counts = {reason: n for reason, n in pairs.counts.items() if reason not in NO_PAIR}
+    bad = sum(counts.values())
+    total = len(pairs) + bad
     if not total:
         return f"the {split} set gives no pair: {_by_reason(pairs.counts)}; choose other data or `score_columns`."
-    reasons = _by_reason({reason: n for reason, n in pairs.counts.items() if reason not in NO_PAIR})
+    reasons = _by_reason(counts)
+    first = next((row for row in pairs.bad_rows() if row["reason"] not in NO_PAIR), {}) if bad else {}
     if bad and on_bad_row == "error":
-        first = bad[0]
         return (
             f"`on_bad_row: error`: {describe_source(first)} of the {split} set is bad: {first['reason']} ({first['detail']}); "
-            f"repair the {len(bad)} bad rows ({reasons}) or set `on_bad_row: skip`."
+            f"repair the {bad} bad rows ({reasons}) or set `on_bad_row: skip`."
         )
-    if len(bad) > max_bad_rows * total or not len(pairs):
-        example = f" For example {describe_source(bad[0])}: {bad[0]['reason']} ({bad[0]['detail']})." if bad else ""
+    if bad > max_bad_rows * total or not len(pairs):
+        example = f" For example {describe_source(first)}: {first['reason']} ({first['detail']})." if bad else ""
         return (
-            f"`max_bad_rows: {max_bad_rows}`: {len(bad)} of {total} pairs of the {split} set are bad: {reasons}; "
+            f"`max_bad_rows: {max_bad_rows}`: {bad} of {total} pairs of the {split} set are bad: {reasons}; "
             f"{_remedy(pairs, max_length)} or raise `max_bad_rows`.{example}"
         )
     return ""

@@ -18,6 +18,8 @@ from typing import Any
 import datasets
 import numpy as np
 
+from mrpo_scale.base.atomic_files import is_about_disk
+from mrpo_scale.base.errors import ConfigError, one_line
 from mrpo_scale.config.data_keys import PairOptions
 from mrpo_scale.data.layouts.base import AnyLayout, Layout, RankedLayout
 from mrpo_scale.data.messages import (
@@ -34,6 +36,8 @@ from mrpo_scale.data.repeated_prompt import repeats_prompt, without_prompt
 #: Raised whenever the same rows would give other pairs, so that no table of an older version is read.
 SCHEME = 3
 
+#: What to do where the disk is full on which rows, pairs and tokens are kept.
+MAKE_ROOM = "Make room, or name a folder on another disk with the variable HF_DATASETS_CACHE, and start again."
 _PARTS = ("prompt", "chosen", "rejected")
 _TEXT = (*_PARTS, "tools", "chat_template_kwargs", "reason", "detail", "source")
 FEATURES = datasets.Features(
@@ -111,7 +115,7 @@ def pair_table(
         source: what the set is called in messages.
 
     Raises:
-        ConfigError: ``options`` do not fit the columns.
+        ConfigError: ``options`` do not fit the columns; the disk is full.
     """
     if isinstance(layout, RankedLayout):
         layout.check(set(rows.column_names), options)
@@ -121,19 +125,24 @@ def pair_table(
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     files = rows.cache_files
     groups = datasets.Dataset.from_dict({"start": starts[:-1], "end": starts[1:]})
-    return groups.map(
-        _read_groups,
-        batched=True,
-        batch_size=100,
-        fn_kwargs={"rows": rows, "order": order, "layout": layout, "options": options, "source": source},
-        remove_columns=groups.column_names,
-        features=FEATURES,
-        num_proc=num_proc,
-        # The table of group bounds lives in memory, so `datasets` would keep the result there too.
-        cache_file_name=str(Path(files[0]["filename"]).parent / f"pair-table-{key}.arrow") if files else None,
-        new_fingerprint=key,
-        desc=f"Making pairs of {source or layout.name}",
-    )
+    try:
+        return groups.map(
+            _read_groups,
+            batched=True,
+            batch_size=100,
+            fn_kwargs={"rows": rows, "order": order, "layout": layout, "options": options, "source": source},
+            remove_columns=groups.column_names,
+            features=FEATURES,
+            num_proc=num_proc,
+            # The table of group bounds lives in memory, so `datasets` would keep the result there too.
+            cache_file_name=str(Path(files[0]["filename"]).parent / f"pair-table-{key}.arrow") if files else None,
+            new_fingerprint=key,
+            desc=f"Making pairs of {source or layout.name}",
+        )
+    except OSError as error:
+        if not is_about_disk(error):
+            raise
+        raise ConfigError(f"pairs could not be written ({one_line(error)}). {MAKE_ROOM}") from error
 
 
 def group_numbers(rows: datasets.Dataset, layout: AnyLayout) -> np.ndarray:

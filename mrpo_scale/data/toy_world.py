@@ -43,6 +43,7 @@ from transformers import (
 )
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.untrusted import parse_json
 from mrpo_scale.data.model_text import ModelText
 from mrpo_scale.data.pairs import PreferencePair
 from mrpo_scale.data.toy_skills import SKILLS, Question
@@ -131,10 +132,17 @@ class ToyWorld:
 
 def resolve(name: str) -> str:
     """``toy:llama``, ``toy:qwen2``, ``toy:gpt_neox`` and ``toy:pairs`` as paths, made where needed; other strings unchanged.
+    In a mapping, which is written as JSON here, its ``model``.
 
     Raises:
         ConfigError: ``toy:`` followed by anything else.
     """
+    if name.startswith("{") and "toy:" in name:
+        try:
+            given = parse_json(name)
+        except ValueError:  # said where the mapping is read
+            return name
+        return json.dumps(given | {"model": resolve(str(given.get("model")))})
     if not name.startswith("toy:"):
         return name
     part = name.removeprefix("toy:")

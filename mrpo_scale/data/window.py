@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -83,6 +84,9 @@ class WindowSampler(Sampler[Draw]):
     ) -> None:
         self.lengths_N, self.shape, self.shuffle, self.seed, self.drop_last = lengths_N, shape, shuffle, seed, drop_last
         self.epoch = 0
+        self.skipped = (
+            0  #: windows of the epoch that were trained before; whoever resumes takes as many rows and drops them
+        )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -92,18 +96,20 @@ class WindowSampler(Sampler[Draw]):
         return self.shape.size * (whole + (over > 0 and not self.drop_last))
 
     def __iter__(self) -> Iterator[Draw]:
-        for window in self.windows():
+        # Not dealt: half an epoch of ten million rows would take minutes. No set has a row of this number.
+        yield from repeat(Draw(len(self.lengths_N)), self.skipped * self.shape.size)
+        for window in self.windows(self.skipped):
             yield from self.arranged(window, self.deal(window))
 
-    def windows(self) -> Iterator[list[Draw]]:
-        """The pairs of each window, in the order in which chance drew them."""
+    def windows(self, first: int = 0) -> Iterator[list[Draw]]:
+        """The pairs of each window from number ``first`` on, in the order in which chance drew them."""
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(len(self.lengths_N), generator=generator).tolist()
+            order = torch.randperm(len(self.lengths_N), generator=generator).numpy()
         else:
-            order = list(range(len(self.lengths_N)))
-        for start in range(0, len(self), self.shape.size):
-            rows = order[start : start + self.shape.size]
+            order = np.arange(len(self.lengths_N))
+        for start in range(first * self.shape.size, len(self), self.shape.size):
+            rows = order[start : start + self.shape.size].tolist()
             filler = Draw(min(rows, key=lambda row: self.lengths_N[row]), filler=True)
             yield [Draw(row) for row in rows] + [filler] * (self.shape.size - len(rows))
 

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mrpo_scale.config.fields import Role
 from mrpo_scale.config.keys import MRPOConfig, keys_of_role
 from mrpo_scale.data.pair_dataset import PairDataset
@@ -61,7 +63,7 @@ def _shown(value: Any) -> Any:
 
 def _rows(pairs: PairDataset) -> str:
     """How many, and a hash of their texts in their order."""
-    return f"{len(pairs)}, {hashlib.sha256(pairs.row_keys.tobytes()).hexdigest()[:16]}"
+    return f"{len(pairs)}, {hashlib.sha256(pairs.row_keys.view(np.uint8).data).hexdigest()[:16]}"
 
 
 def _json(value: Any) -> Any:

@@ -7,11 +7,8 @@ keeps what the Trainer forgets: the loss and the metrics summed since the last l
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
-import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -23,6 +20,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from mrpo_scale.base.atomic_files import is_about_disk
 from mrpo_scale.base.errors import ConfigError, Preempted, TrainingError
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
@@ -35,12 +33,6 @@ from mrpo_scale.lifecycle.universal import as_universal, load_universal, own_ste
 from mrpo_scale.models.saving import load_weights
 
 logger = logging.getLogger(__name__)
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SAYS_NO_ROOM = re.compile(
-    r"StorageFull|QuotaExceeded|FileTooLarge|PytorchStreamWriter failed|unexpected pos|"
-    + "|".join(rf"code: {code}\b|{re.escape(os.strerror(code))}" for code in _NO_ROOM)
-)
 
 
 class ResumableTrainer(Trainer):
@@ -342,8 +334,9 @@ class _Continue(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Over several ranks the Trainer loses the sampler from sight when it skips what was trained: a run that resumes in the
         # second epoch would get the order of the first.
-        if self.trainer.train_sampler is not None:
-            self.trainer.train_sampler.set_epoch(int(state.epoch))
+        if (sampler := self.trainer.train_sampler) is not None:
+            sampler.set_epoch(int(state.epoch))
+            sampler.skipped = state.global_step % max(1, len(sampler) // sampler.shape.size)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # After an epoch's last step comes what its end asks for, such as an evaluation. A run that resumes there starts the next
@@ -398,17 +391,6 @@ def _resumable(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.lacks:
         raise IncompleteError(f"does not hold {checkpoint.lacks} (`save_only_model`?)")
     return checkpoint
-
-
-def is_about_disk(error: BaseException | None) -> bool:
-    """Whether a write failed for want of room. safetensors and torch say so in words of their own, and ranks pass on words."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            return True
-        if _SAYS_NO_ROOM.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _progress_file(folder: Path, rank: int) -> Path:

@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mrpo_scale.logps.masked_attention import masked_attention, varlen_reference
+from mrpo_scale.logps.sequence_parallel import with_exchange
 from mrpo_scale.logps.varlen_layout import VarlenLayout
 
 
@@ -255,5 +256,5 @@ def _without_spans(
 
 
 for _way in WAYS.values():
-    AttentionInterface.register(_way.name, attention_function(_way))
+    AttentionInterface.register(_way.name, with_exchange(attention_function(_way)))
     AttentionMaskInterface.register(_way.name, sdpa_mask)

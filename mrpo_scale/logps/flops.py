@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,7 +134,10 @@ def _used_of_experts(module: nn.Module, config: PretrainedConfig) -> int:
 
 
 def work_of_batch(batch: PairBatch, attn_implementation: str = SPAN_ATTENTION) -> Work:
-    """Of one forward. ``attn_implementation``: of a batch end to end; padded rows have a mask under any."""
+    """Of one forward, on this rank. ``attn_implementation``: of a batch end to end; padded rows have a mask under any."""
+    if batch.group is not None:
+        whole = work_of_batch(replace(batch, group=None), attn_implementation)
+        return over_ranks(whole, batch.group.size)._replace(response_tokens=len(batch.labels_T))
     rows, width = batch.input_ids_BL.shape
     responses = len(batch.labels_T)
     if batch.spans is None:
@@ -181,6 +184,20 @@ def work_of_lengths(
         keys = int(sides_S.sum()) if end_to_end else positions
         return Work(positions, keys, int(_causal(sides_S).sum() - twice), 0, responses)
     return _masked_work(rows, width, responses)
+
+
+def over_ranks(work: Work, size: int) -> Work:
+    """What a rank of a sequence group has of a forward: a part of the tokens and of the heads, under whole masks. Of response
+    tokens, which stand at the end of a pair, the most that it can have."""
+    positions = -(-work.positions // size)
+    parts = (
+        positions,
+        -(-work.keys // size),
+        -(-work.scores // size),
+        work.masked,
+        min(work.response_tokens, positions),
+    )
+    return work if size == 1 else Work(*parts)
 
 
 def _causal(length: Any) -> Any:

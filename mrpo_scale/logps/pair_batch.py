@@ -9,6 +9,9 @@ the mask that keeps responses apart keeps pairs apart as well; separate ones get
 end**: one row without any padding, for an attention that is told where each segment lies:
 :mod:`~mrpo_scale.logps.attention_ways` on a GPU, :mod:`~mrpo_scale.logps.span_attention` on a CPU.
 
+**Over a sequence group**: a row end to end whose tokens lie on several ranks (:mod:`~mrpo_scale.logps.sequence_parallel`). Rows,
+spans and lengths are those of the whole row; what reaches the head is this rank's.
+
 A response of several turns has context in it (what users and tools say): it is laid out with the rest, and the head never sees it.
 
 P pairs, S = 2P responses ordered (pair 0 chosen, pair 0 rejected, pair 1 chosen, ...), B rows of L positions, T scored tokens of
@@ -30,6 +33,7 @@ from mrpo_scale.base.device import send_together
 from mrpo_scale.data.pairs import SIDES, PairTokens
 from mrpo_scale.logps.attention_ways import FLEX, WAYS, FlexSpans
 from mrpo_scale.logps.layer_masks import layer_masks
+from mrpo_scale.logps.sequence_parallel import RowOfGroup, SequenceGroup
 from mrpo_scale.logps.span_attention import Spans
 from mrpo_scale.logps.varlen_layout import varlen_index, varlen_layout
 
@@ -44,7 +48,7 @@ class PairBatch:
     position_ids_BL: Tensor
     segment_BL: Tensor  #: which pair (shared prompt) or response (separate) a position belongs to; -1 is padding
     part_BL: Tensor  #: PROMPT, CHOSEN or REJECTED
-    logit_index_T: Tensor  #: flat index into [B*L] of the position that predicts each scored token
+    logit_index_T: Tensor  #: flat index into [B*L], or a group's rank's part of it, of the position that predicts each scored token
     labels_T: Tensor
     cu_seqlens: Tensor  #: [2P+1] int32 boundaries of the responses in T
     bounds: tuple[int, ...]  #: [P+1] boundaries of the pairs in T, which the host knows without asking the device
@@ -54,6 +58,8 @@ class PairBatch:
     varlen_index: Tensor | None = (
         None  #: the same for a variable-length attention call; see :func:`~.varlen_layout.varlen_index`
     )
+    group: SequenceGroup | None = None  #: that computes the row; see :func:`over_group`
+    lengths_P2: Tensor | None = None  #: scored tokens of whole responses, where only a part of them is this rank's
 
     @property
     def num_pairs(self) -> int:
@@ -62,12 +68,23 @@ class PairBatch:
     @property
     def response_lengths(self) -> Tensor:
         """[P, 2]: scored tokens of each pair's chosen and rejected."""
-        return self.cu_seqlens.diff().view(-1, 2)
+        return self.cu_seqlens.diff().view(-1, 2) if self.lengths_P2 is None else self.lengths_P2
 
     @property
     def num_tokens(self) -> int:
-        """Positions that are not padding."""
-        return sum(self.positions)
+        """Positions that this rank computes and that are not padding."""
+        mine, total = self.own_tokens, sum(self.positions)
+        return total if self.group is None else min(mine.stop, total) - min(mine.start, total)
+
+    @property
+    def own_tokens(self) -> slice:
+        """The positions of each row that this rank computes: all, but of a sequence group's row."""
+        return slice(None) if self.group is None else self.group.tokens(self.input_ids_BL.shape[1])
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that this rank computes, padding included."""
+        return self.input_ids_BL.numel() // (1 if self.group is None else self.group.size)
 
     def to(self, device: torch.device | str) -> PairBatch:
         """On ``device``, in one copy that nobody waits for."""
@@ -84,21 +101,21 @@ def segment_length(pair: PairTokens, shared_prompt: bool) -> int:
 
 
 def collate_pairs(
-    pairs: Sequence[PairTokens], *, shared_prompt: bool, end_to_end: bool = False, pad_token_id: int = 0
+    pairs: Sequence[PairTokens],
+    *,
+    shared_prompt: bool,
+    end_to_end: bool = False,
+    pad_token_id: int = 0,
+    group: SequenceGroup | None = None,
 ) -> PairBatch:
-    """Lay P >= 1 pairs out as rows; the order of the responses in the result is the order of ``pairs``."""
-    if shared_prompt:
-        segments = [[(p.prompt_ids, PROMPT), (p.chosen_ids, CHOSEN), (p.rejected_ids, REJECTED)] for p in pairs]
-    else:
-        segments = [
-            [(p.prompt_ids, PROMPT), (ids, part)]
-            for p in pairs
-            for ids, part in ((p.chosen_ids, CHOSEN), (p.rejected_ids, REJECTED))
-        ]
+    """Lay P >= 1 pairs out as rows; the order of the responses in the result is the order of ``pairs``.
+
+    Args:
+        group: that computes the row, end to end then; all of its ranks have these pairs.
+    """
+    segments = _segments(pairs, shared_prompt)
     lengths = [sum(len(ids) for ids, _ in segment) for segment in segments]
-    width = sum(lengths) if end_to_end else max(lengths)
-    alone = [[s] for s in range(len(segments))]
-    rows = [list(range(len(segments)))] if end_to_end else packed_rows(lengths, width) if shared_prompt else alone
+    rows, width = _rows(lengths, shared_prompt, end_to_end, 1 if group is None else group.size)
     shape = (len(rows), width)
     input_ids_BL = torch.full(shape, pad_token_id)
     position_ids_BL = torch.zeros(shape, dtype=torch.long)
@@ -127,8 +144,8 @@ def collate_pairs(
                 start += len(ids)
     counts = [len(ids) for _, ids in responses]
     per_pair = 1 if shared_prompt else 2  # segments
-    spans = _spans(segments, shared_prompt) if end_to_end else None
-    return PairBatch(
+    spans = _spans(segments, shared_prompt, width - sum(lengths)) if end_to_end else None
+    batch = PairBatch(
         input_ids_BL=input_ids_BL,
         position_ids_BL=position_ids_BL,
         segment_BL=segment_BL,
@@ -142,11 +159,50 @@ def collate_pairs(
         spans=spans,
         varlen_index=None if spans is None else varlen_index(spans.lengths),
     )
+    return batch if group is None else over_group(batch, group)
 
 
-def _spans(segments: Sequence[Sequence[tuple[Sequence[int], int]]], shared_prompt: bool) -> Spans:
+def _segments(pairs: Sequence[PairTokens], shared_prompt: bool) -> list[list[tuple[Sequence[int], int]]]:
+    """Texts that see nothing of each other: their parts, as (ids, PROMPT or a response)."""
+    if shared_prompt:
+        return [[(p.prompt_ids, PROMPT), (p.chosen_ids, CHOSEN), (p.rejected_ids, REJECTED)] for p in pairs]
+    return [
+        [(p.prompt_ids, PROMPT), (ids, part)]
+        for p in pairs
+        for ids, part in ((p.chosen_ids, CHOSEN), (p.rejected_ids, REJECTED))
+    ]
+
+
+def _rows(lengths: Sequence[int], shared_prompt: bool, end_to_end: bool, multiple: int) -> tuple[list[list[int]], int]:
+    """(segments of each row, positions of a row); of one end to end a multiple of ``multiple``."""
+    if end_to_end:
+        return [list(range(len(lengths)))], -(-sum(lengths) // multiple) * multiple
+    width = max(lengths)
+    return packed_rows(lengths, width) if shared_prompt else [[s] for s in range(len(lengths))], width
+
+
+def _spans(segments: Sequence[Sequence[tuple[Sequence[int], int]]], shared_prompt: bool, padding: int) -> Spans:
+    """``padding`` at the row's end is a text of its own."""
     lengths = [tuple(len(ids) for ids, _ in segment) for segment in segments]
-    return Spans(tuple((n[0], n[1:]) if shared_prompt else (sum(n), ()) for n in lengths))
+    texts = tuple((n[0], n[1:]) if shared_prompt else (sum(n), ()) for n in lengths)
+    return Spans((*texts, (padding, ())) if padding else texts)
+
+
+def over_group(batch: PairBatch, group: SequenceGroup) -> PairBatch:
+    """One row end to end, of a length that ``group.size`` divides, as its rank computes it: of the scored tokens those that it
+    predicts, so that ``cu_seqlens`` has its part of every response, which may be empty."""
+    assert batch.spans is not None and batch.input_ids_BL.shape[1] % group.size == 0
+    mine = group.tokens(batch.input_ids_BL.shape[1])
+    here_T = (batch.logit_index_T >= mine.start) & (batch.logit_index_T < mine.stop)
+    before_T = torch.cat([torch.zeros(1, dtype=torch.int32), here_T.cumsum(0, dtype=torch.int32)])
+    return replace(
+        batch,
+        logit_index_T=batch.logit_index_T[here_T] - mine.start,
+        labels_T=batch.labels_T[here_T],
+        cu_seqlens=before_T[batch.cu_seqlens.long()],
+        lengths_P2=batch.response_lengths,
+        group=group,
+    )
 
 
 def packed_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -172,6 +228,9 @@ def is_flash(config: PretrainedConfig) -> bool:
 
 def attention_inputs(batch: PairBatch, model: PreTrainedModel) -> dict[str, Any]:
     """Keyword arguments that tell ``model`` which positions of ``batch`` see each other."""
+    if batch.group is not None:
+        inputs = attention_inputs(replace(batch, group=None), model)
+        return {**inputs, "spans": RowOfGroup(inputs["spans"], batch.group)}
     config = model.config
     if batch.spans is None and not batch.shared_prompt:
         # Rows are padded at their ends, which nothing before them sees. A mask, or positions, would be looked at by the host.

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ from mrpo_kernels import LinearPreferenceLoss, linear_preference_loss, sequence_
 from mrpo_kernels.cpu_linear import CpuLinear, has_fast_products
 from mrpo_kernels.linear_preference_loss import LossOfPairs
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from mrpo_scale.base.errors import ConfigError
@@ -27,6 +30,11 @@ from mrpo_scale.logps.pair_batch import PairBatch, attention_inputs
 from mrpo_scale.logps.routers import RouterBalance, router_balance
 
 logger = logging.getLogger(__name__)
+
+
+def every_token(labels_T: Tensor) -> Tensor:
+    """[T+1] boundaries that make a response of each token, where log-probs of tokens are wanted."""
+    return torch.arange(len(labels_T) + 1, dtype=torch.int32, device=labels_T.device)
 
 
 class FusedHead(nn.Linear):
@@ -44,11 +52,12 @@ class FusedHead(nn.Linear):
         cu_seqlens: Tensor | None = None,
         loss_of_pairs: LossOfPairs | None = None,
         bounds: Sequence[int] | None = None,
+        per_token: bool = False,
     ) -> Tensor | LinearPreferenceLoss:
         if labels_T is None or cu_seqlens is None:
             logits = super().forward(hidden)
             return logits if self.tap is None else self.tap.plain(hidden, logits)
-        return self._score(hidden, labels_T, cu_seqlens, loss_of_pairs, bounds)
+        return self._score(hidden, labels_T, cu_seqlens, loss_of_pairs, bounds, per_token)
 
     @torch.compiler.disable  # large products in chunks whose number depends on the batch: nothing to fuse, much to recompile
     def _score(
@@ -58,6 +67,7 @@ class FusedHead(nn.Linear):
         cu_seqlens: Tensor,
         loss_of_pairs: LossOfPairs | None,
         bounds: Sequence[int] | None,
+        per_token: bool,
     ) -> Tensor | LinearPreferenceLoss:
         if self.tap is not None:
             self.tap.scored(hidden)
@@ -67,16 +77,21 @@ class FusedHead(nn.Linear):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         options: Any = {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         if loss_of_pairs is not None:
-            return linear_preference_loss(hidden, weight, labels_T, cu_seqlens, loss_of_pairs, bounds=bounds, **options)
+            options |= {"bounds": bounds, "per_token": per_token}
+            return linear_preference_loss(hidden, weight, labels_T, cu_seqlens, loss_of_pairs, **options)
+        if per_token:
+            cu_seqlens = every_token(labels_T)
         return sequence_logps(hidden, weight, labels_T, cu_seqlens, impl=self.impl, **options)
 
 
-def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -> None:
+def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto", *, offload: bool = False) -> None:
     """Give ``model``, in place, a forward that takes ``pairs=``; every other call is what it was.
 
     Args:
         name: how errors call the model.
         impl: of the head: ``auto``, ``triton`` or ``torch``.
+        offload: keep what the body's forward saves for its backward in host memory; under gradient checkpointing, whose own
+            hooks keep all else away, the inputs of its layers.
 
     Raises:
         ConfigError: the model has no plain linear output head, or no body of its own.
@@ -99,6 +114,7 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
             if type(module) is nn.Linear:
                 module.__class__ = CpuLinear
     plain_forward, first = model.forward, first_position(model)
+    saved_where = partial(save_on_cpu, pin_memory=torch.cuda.is_available()) if offload else nullcontext
 
     def forward(
         self: PreTrainedModel,
@@ -107,29 +123,35 @@ def enable_pair_scoring(model: PreTrainedModel, name: str, impl: str = "auto") -
         with_head: bool = True,
         loss_of_pairs: LossOfPairs | None = None,
         with_routers: bool = False,
+        per_token: bool = False,
         **kwargs: Any,
     ) -> Any:
         if pairs is None:
             return plain_forward(*args, **kwargs)
-        outputs = _run_body(self, pairs, first, **({"output_router_logits": True} if with_routers else {}))
+        with saved_where():
+            outputs = _run_body(self, pairs, first, **({"output_router_logits": True} if with_routers else {}))
         # Only the positions that predict a response token reach the head.
         hidden_TD = outputs.last_hidden_state.flatten(0, 1).index_select(0, pairs.logit_index_T)
         if not with_head:
             return hidden_TD
-        scored = self.get_output_embeddings()(hidden_TD, pairs.labels_T, pairs.cu_seqlens, loss_of_pairs, pairs.bounds)
-        scored = scored.view(-1, 2) if loss_of_pairs is None else scored
+        responses = (pairs.labels_T, pairs.cu_seqlens)
+        scored = self.get_output_embeddings()(hidden_TD, *responses, loss_of_pairs, pairs.bounds, per_token)
+        scored = scored.view(-1, 2) if loss_of_pairs is None and not per_token else scored
+        scored = scored if pairs.group is None else pairs.group.total(scored)
         return (scored, router_balance(self, outputs.router_logits, pairs)) if with_routers else scored
 
     model.forward = types.MethodType(forward, model)
 
 
 def _run_body(model: PreTrainedModel, pairs: PairBatch, first: int, **options: Any) -> Any:
+    mine = pairs.own_tokens
+    position_ids_Bn = pairs.position_ids_BL[:, mine]
     inputs = {
-        "position_ids": pairs.position_ids_BL + first if first else pairs.position_ids_BL,
+        "position_ids": position_ids_Bn + first if first else position_ids_Bn,
         **attention_inputs(pairs, model),
         **options,
     }
-    return body_of(model)(input_ids=pairs.input_ids_BL, use_cache=False, **inputs)
+    return body_of(model)(input_ids=pairs.input_ids_BL[:, mine], use_cache=False, **inputs)
 
 
 def choose_shared_prompt(setting: str, model: PreTrainedModel, name: str) -> bool:
@@ -159,6 +181,11 @@ def score_pairs(model: nn.Module, pairs: PairBatch) -> Tensor:
     return model(pairs=pairs)
 
 
+def score_tokens(model: nn.Module, pairs: PairBatch) -> Tensor:
+    """Log-probs [T] of the scored tokens, else as :func:`score_pairs`, whose sums they have."""
+    return model(pairs=pairs, per_token=True)
+
+
 def score_pairs_and_routers(model: nn.Module, pairs: PairBatch) -> tuple[Tensor, RouterBalance]:
     """As :func:`score_pairs`, of a model that :func:`~mrpo_scale.logps.routers.has_router_loss`."""
     logps_P2, balance = model(pairs=pairs, with_routers=True)
@@ -166,13 +193,18 @@ def score_pairs_and_routers(model: nn.Module, pairs: PairBatch) -> tuple[Tensor,
 
 
 def preference_step(
-    model: nn.Module, pairs: PairBatch, loss_of_pairs: LossOfPairs, *, with_routers: bool = False
+    model: nn.Module,
+    pairs: PairBatch,
+    loss_of_pairs: LossOfPairs,
+    *,
+    with_routers: bool = False,
+    per_token: bool = False,
 ) -> tuple[LinearPreferenceLoss, RouterBalance | None]:
-    """(loss, policy_logps_P2) with the head's gradients made in the forward: see ``linear_preference_loss``; and on demand what the
-    routers did."""
+    """The loss with the head's gradients made in the forward, see ``linear_preference_loss``; on demand what the routers did."""
+    options = {"loss_of_pairs": loss_of_pairs, "per_token": per_token}
     if not with_routers:
-        return LinearPreferenceLoss(*model(pairs=pairs, loss_of_pairs=loss_of_pairs)), None
-    scored, balance = model(pairs=pairs, loss_of_pairs=loss_of_pairs, with_routers=True)
+        return LinearPreferenceLoss(*model(pairs=pairs, **options)), None
+    scored, balance = model(pairs=pairs, **options, with_routers=True)
     return LinearPreferenceLoss(*scored), RouterBalance(*balance)
 
 

@@ -2,7 +2,8 @@
 
 It catches what no table of architectures can: logits that are transformed, a prompt that sees what follows, padding that changes
 the scores, windows, positions, and dropout that survives. What is compared with is the model itself on one text without any
-padding. Three forwards, four where training must equal evaluation; each gathers a sharded model once.
+padding. Three forwards, one more where training must equal evaluation, one where its rows will lie over a sequence group; each
+gathers a sharded model once.
 
 R rows of logits that are compared, V words.
 """
@@ -27,6 +28,7 @@ from mrpo_scale.logps.layer_masks import body_of
 from mrpo_scale.logps.logit_transform import LogitTransform, candidates, choose, named_numbers
 from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs
 from mrpo_scale.logps.pair_forward import FusedHead, score_pairs
+from mrpo_scale.logps.sequence_parallel import SequenceGroup
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +137,7 @@ def check_pair_scoring(
     end_to_end: bool = False,
     device: torch.device,
     train_equals_eval: bool = False,
+    group: SequenceGroup | None = None,
     dtype: torch.dtype | None = None,
 ) -> float:
     """Compare the pair forward with the model's own logits on a few tokens, and choose what is done to its logits by trial. Every
@@ -143,6 +146,7 @@ def check_pair_scoring(
     Args:
         model: after :func:`~mrpo_scale.logps.pair_forward.enable_pair_scoring`; may be wrapped (DeepSpeed, DDP, FSDP2).
         train_equals_eval: also compare with the pair forward in train mode, which dropout or noise would change.
+        group: also compare with the pair forward of rows that lie over these ranks.
         dtype: that autocast computes in; default: the coarsest of the parameters.
 
     Returns:
@@ -155,7 +159,7 @@ def check_pair_scoring(
     was_training = model.training
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            return _checked(model, name, shared_prompt, end_to_end, device, train_equals_eval, dtype)
+            return _checked(model, name, shared_prompt, end_to_end, device, train_equals_eval, group, dtype)
     except (ConfigError, TrainingError, torch.OutOfMemoryError, dist.DistError):  # not the model's fault
         raise
     except Exception as error:
@@ -174,6 +178,7 @@ def _checked(
     end_to_end: bool,
     device: torch.device,
     train_equals_eval: bool,
+    group: SequenceGroup | None,
     dtype: torch.dtype | None,
 ) -> float:
     inner = _inner(model)
@@ -182,7 +187,8 @@ def _checked(
     probe = make_probe(config, head.out_features)
     pad_token_id = getattr(config.get_text_config(), "pad_token_id", None)
     pad = pad_token_id if isinstance(pad_token_id, int) and 0 <= pad_token_id < head.out_features else 0
-    pairs = collate_pairs(probe.pairs, shared_prompt=shared_prompt, end_to_end=end_to_end, pad_token_id=pad).to(device)
+    layout: Any = {"shared_prompt": shared_prompt, "end_to_end": end_to_end, "pad_token_id": pad}
+    pairs = collate_pairs(probe.pairs, **layout).to(device)
     model.eval()
     plain = _plain_forwards(model, head, probe, device)
     transform = None if plain.samples is None else choose(candidates(config), *plain.samples)
@@ -194,7 +200,9 @@ def _checked(
     if scale != 1.0 and transform is not None and head.bias is None:
         head.logit_scale *= scale
         hidden_RD, got_P2 = _pair_forward(model, head, pairs)
-    trained_P2 = None
+    together_P2 = trained_P2 = None
+    if group is not None:
+        together_P2 = score_pairs(model, collate_pairs(probe.pairs, group=group, **layout).to(device)).double()
     if train_equals_eval:
         model.train()
         trained_P2 = score_pairs(model, pairs).double()
@@ -206,6 +214,8 @@ def _checked(
     problem = _problem(plain, transform, apart, difference, allowed, shared_prompt)
     if problem is not None:
         raise ConfigError(f"{name} ({type(inner).__name__}): {problem}")
+    if together_P2 is not None:
+        _check_together(name, inner, together_P2, got_P2, _tolerated_nats(plain, allowed), pairs)
     if trained_P2 is not None:
         _check_train(name, inner, trained_P2, got_P2, max(_TRAIN_RELATIVE, torch.finfo(dtype).eps / 4))
     return difference
@@ -232,10 +242,7 @@ def _problem(
             "its logits differ from its own head's output by more than the softcaps and scales that its config names, which is not "
             "supported here; leave it out."
         )
-    # A logit moves by about its hidden states' relative error times its size, and the model rounds it to its dtype.
-    largest = plain.logits_RV.abs().max().item()
-    nats = allowed * max(1.0, largest) + 2 * torch.finfo(plain.dtype).eps * largest
-    if apart <= allowed and difference <= nats:
+    if apart <= allowed and difference <= _tolerated_nats(plain, allowed):
         return None
     if not plain.between <= allowed:
         return (
@@ -252,6 +259,23 @@ def _problem(
         f"their size where rounding makes {allowed:.1g}, so it does something to its logits, padding or attention that is not "
         f"supported here. {remedy}"
     )
+
+
+def _tolerated_nats(plain: _Plain, allowed: float) -> float:
+    """Per token: a logit moves by about its hidden states' relative error times its size, and the model rounds it to its dtype."""
+    largest = plain.logits_RV.abs().max().item()
+    return allowed * max(1.0, largest) + 2 * torch.finfo(plain.dtype).eps * largest
+
+
+def _check_together(
+    name: str, model: nn.Module, together_P2: Tensor, alone_P2: Tensor, nats: float, pairs: PairBatch
+) -> None:
+    difference = ((together_P2 - alone_P2).abs() / pairs.response_lengths).max().item()
+    if not difference <= nats:
+        raise ConfigError(
+            f"{name} ({type(model).__name__}): its log-probs over the ranks of a sequence group differ from those on one rank by "
+            f"{difference:.3g} nats per token, so something beside its attention mixes tokens; set `sequence_parallel_size: 1`."
+        )
 
 
 def _check_train(name: str, model: nn.Module, trained_P2: Tensor, evaluated_P2: Tensor, allowed: float) -> None:

@@ -9,6 +9,7 @@ compute and throw away (every pair against every other, and padding in every lay
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mrpo_scale.logps.masked_attention import causal_mask
+from mrpo_scale.logps.sequence_parallel import with_exchange
+
 #: Name of the attention below in a model's config. Without ``spans`` it is ``sdpa``.
 SPAN_ATTENTION = "sdpa_spans"
 
@@ -28,21 +32,23 @@ class Spans:
     """Lengths of a row's spans, in order: (trunk, lengths of its branches)."""
 
     lengths: tuple[tuple[int, tuple[int, ...]], ...]
-    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
-    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-        """[1, 1, queries, keys], True = seen: the last ``queries`` of ``keys`` positions see what is before them, no further than
-        the window. None where plain causal attention is just that. Made once for all layers."""
+    def mask(self, queries: int, keys: int, window: int | None, query: Tensor) -> Tensor | None:
+        """[1, 1, queries, keys], added to the scores of ``query``: the last ``queries`` of ``keys`` positions see what is before
+        them, no further than the window. None where plain causal attention is just that. Made, and kept for the backward, once for
+        all layers: of truth values each layer would make numbers of its own."""
         if window is not None and window >= keys:
             window = None
         if queries == keys and window is None:
             return None
-        key = (queries, keys, window)
+        key = (queries, keys, window, query.dtype)
         if key not in self._masks:
-            position_Q = torch.arange(keys - queries, keys, device=device)
-            back_QK = position_Q[:, None] - torch.arange(keys, device=device)
-            seen_QK = back_QK >= 0 if window is None else (back_QK >= 0) & (back_QK < window)
-            self._masks[key] = seen_QK[None, None]
+            seen_QK = causal_mask(queries, keys, window, query.device)
+            added_QK = torch.zeros_like(seen_QK, dtype=query.dtype).masked_fill_(~seen_QK, -math.inf)
+            self._masks[key] = added_QK[None, None]
         return self._masks[key]
 
 
@@ -66,7 +72,7 @@ def span_attention(
 
     def attend(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (keys, values))
-        mask = spans.mask(query.shape[2], key.shape[2], sliding_window, query.device)
+        mask = spans.mask(query.shape[2], key.shape[2], sliding_window, query)
         # A CPU's kernel takes fewer heads of keys than of queries with a mask, too: nothing is repeated, nothing more is kept.
         output = scaled_dot_product_attention(
             query,
@@ -94,5 +100,5 @@ def span_attention(
     return torch.cat(outputs, 1), None
 
 
-AttentionInterface.register(SPAN_ATTENTION, span_attention)
+AttentionInterface.register(SPAN_ATTENTION, with_exchange(span_attention))
 AttentionMaskInterface.register(SPAN_ATTENTION, sdpa_mask)

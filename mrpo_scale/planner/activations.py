@@ -10,7 +10,8 @@ Per position and decoder layer, with D hidden, F the MLP's width, H heads and G 
                     where v is a view into one product for q, k and v. Span by span, a CPU's: b 3 H d for q, the outputs of its
                     calls and their concatenation, b 2 G d for k and v, where a prompt counts once for each response
 
-and per (query, key) pair under a mask: the mask, which sdpa turns into b bytes anew in every layer; under eager b H for the
+and per (query, key) pair under a mask: the mask, which sdpa turns into b bytes anew in every layer, span by span once for all;
+under eager b H for the
 softmax, 4 H more in half precision, b H more under a softcap. With gradient checkpointing a layer keeps its input, b D, and one
 layer at a time has all of the above again.
 
@@ -58,20 +59,27 @@ class Activations:
     layer_input: Kept  #: per position: what checkpointing keeps of a layer
     outside: Kept  #: per position, once: final norm, rotary tables
     response_token: Kept  #: what the head keeps
+    shared_score: Kept = Kept()  #: per (query, key) pair under a mask that all layers share
 
     def kept(self, work: Work, itemsize: int, *, checkpointing: bool) -> int:
         """Bytes that a forward leaves for its backward."""
-        layer = self.layer_input.bytes(itemsize) * work.positions if checkpointing else self.layer(work, itemsize)
-        once = self.outside.bytes(itemsize) * work.positions
+        layer = self.layer_input.bytes(itemsize) * work.positions if checkpointing else self._layer(work, itemsize)
+        once = self.outside.bytes(itemsize) * work.positions + (0 if checkpointing else self._shared(work, itemsize))
         return self.num_layers * layer + once + self.response_token.bytes(itemsize) * work.response_tokens
 
     def layer(self, work: Work, itemsize: int) -> int:
         """Bytes of one decoder layer, which is what checkpointing computes again, one layer at a time."""
+        return self._layer(work, itemsize) + self._shared(work, itemsize)
+
+    def _layer(self, work: Work, itemsize: int) -> int:
         return (
             self.layer_position.bytes(itemsize) * work.positions
             + self.layer_key.bytes(itemsize) * work.keys
             + self.layer_score.bytes(itemsize) * work.masked
         )
+
+    def _shared(self, work: Work, itemsize: int) -> int:
+        return self.shared_score.bytes(itemsize) * work.masked
 
 
 def activations_of(model: PreTrainedModel) -> Activations:
@@ -91,6 +99,7 @@ def activations_of(model: PreTrainedModel) -> Activations:
         layer_input=Kept(compute=hidden),
         outside=outside,
         response_token=Kept(compute=hidden, float32=2),
+        shared_score=Kept(compute=model.config.get_text_config()._attn_implementation == SPAN_ATTENTION),
     )
 
 
@@ -107,7 +116,7 @@ def _attention(model: PreTrainedModel, layer: nn.Module) -> tuple[Kept, Kept, Ke
     if config._attn_implementation in SKIPS_THE_MASKED:
         return Kept(compute=2 * q_size + view, float32=heads), Kept(compute=2 * k_size), Kept()
     if config._attn_implementation == SPAN_ATTENTION:
-        return Kept(compute=3 * q_size, float32=heads), Kept(compute=2 * k_size), Kept(compute=1)
+        return Kept(compute=3 * q_size, float32=heads), Kept(compute=2 * k_size), Kept()
     return Kept(compute=2 * q_size + view, float32=heads), Kept(compute=2 * q_size), Kept(compute=1)
 
 

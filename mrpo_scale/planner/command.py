@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.base.gpus import GIB
 from mrpo_scale.config.elsewhere import ConfigElsewhere
-from mrpo_scale.config.hardware import Hardware, missing_hardware
+from mrpo_scale.config.hardware import Hardware, bf16_instructions, missing_hardware
 from mrpo_scale.config.keys import MRPOConfig, ScriptArguments
 from mrpo_scale.config.recipe import parse
 from mrpo_scale.data import find_layout
@@ -42,7 +44,7 @@ from mrpo_scale.planner.data import (
 from mrpo_scale.planner.estimate import Estimate, estimate
 from mrpo_scale.planner.job import Job, PlannedModel, Setting
 from mrpo_scale.planner.model_size import assumed_fields, model_size
-from mrpo_scale.planner.search import SEQUENCE_KEY, TRIED, Found, search, smallest_that_fits
+from mrpo_scale.planner.search import TRIED, Found, search, smallest_that_fits
 from mrpo_scale.planner.show import (
     as_json,
     assumptions,
@@ -58,6 +60,7 @@ from mrpo_scale.planner.zero import Zero, read_zero
 from mrpo_scale.references.adapters import lenders, loaded_apart
 from mrpo_scale.references.reward import plan_reward
 from mrpo_scale.training.preflight import check_best_metric, check_evaluation, preflight_problems
+from mrpo_scale.training.sequences import check_sequences
 
 HELP = """usage: mrpo check --config RECIPE [--key value ...] [--gpus N] [--gpu NAME] [--gpus_per_node N] [--network RATE]
                   [--ds_config NAME] [--output FOLDER]
@@ -133,6 +136,8 @@ class _Check:
         # What this machine is says nothing of the one that trains.
         self.gpu = cluster.name != "cpu"
         half = config.fp16 or config.non_default_keys.get("bf16", self.gpu)
+        if half == "auto":
+            half = self.gpu or bf16_instructions() is not None
         config.bf16 = bool(half and not config.fp16)
 
     def run(self) -> None:
@@ -141,7 +146,9 @@ class _Check:
                 old.unlink()
         rows = sets = plan = None
         gpu = self.gpu and not self.config.use_cpu
-        self.errors += missing_hardware(self.config, self.config.head_impl, Hardware(gpu, bf16=gpu, tf32=gpu))
+        # A cluster of CPUs is taken to be of this machine's.
+        machine = Hardware(gpu, bf16=gpu or (not self.gpu and bf16_instructions() is not None), tf32=gpu)
+        self.errors += missing_hardware(self.config, self.config.head_impl, machine)
         decide_date(self.config)  # as the run would, in its own folder
         with self._collected():
             self.errors += preflight_problems(self.config, self.script.ref_models)
@@ -158,6 +165,8 @@ class _Check:
             with self._collected():
                 names = plan.names[:1] if self.config.objective == "dpo" else plan.names
                 check_best_metric(self.config, names, ())
+            with self._collected():
+                check_sequences(plan, self.config, self.cluster.gpus, torch.device("cuda" if self.gpu else "cpu"))
         self._look_at_sampling()
         if plan is not None:
             self._look_for_weights(plan)
@@ -371,7 +380,7 @@ class _Check:
             window=config.per_device_train_batch_size * self._accumulation() * self.cluster.gpus,
             tokens_per_forward=config.ref_tokens_per_forward,
             gradients_in_forward=config.head_backward == "in_forward"
-            or (config.head_backward == "auto" and device_type == "cpu"),
+            or (config.head_backward == "auto" and device_type == "cpu" and config.sequence_parallel_size == 1),
             device_type=device_type,
         )
 
@@ -386,7 +395,7 @@ class _Check:
             offload=config.ref_offload,
             live=config.ref_scoring == "live",
             max_tokens=config.max_tokens_per_micro_batch,
-            sequence_parallel=getattr(config, SEQUENCE_KEY, 1),
+            sequence_parallel=config.sequence_parallel_size,
         )
 
     def _accumulation(self) -> int:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from mrpo_kernels.chunked_head import token_blocks, word_tiles
 
-from mrpo_scale.logps.flops import TrainingFlops, Work, training_flops
+from mrpo_scale.logps.flops import TrainingFlops, Work, over_ranks, training_flops
 from mrpo_scale.planner.cluster import Cluster, Traffic
 from mrpo_scale.planner.job import MOVED_BACKWARD, MOVED_FORWARD, Job, Phase, Setting, seconds_of
 from mrpo_scale.planner.live import ScoredLive
 from mrpo_scale.planner.model_size import ModelSize
-from mrpo_scale.planner.workload import Share, part_of
+from mrpo_scale.planner.workload import Share
 from mrpo_scale.planner.zero import Zero, policy_states, policy_traffic
 
 
@@ -124,7 +124,7 @@ def _policy_moment(job: Job, setting: Setting) -> dict[str, int]:
     """Activations and head at the start of the backward of the largest micro-batch."""
     size, ranks = job.policy, setting.sequence_parallel
     most = None if setting.max_tokens is None else setting.max_tokens * ranks
-    work = part_of(job.workload.largest_micro_batch(size, setting.micro_batch, most), ranks)
+    work = over_ranks(job.workload.largest_micro_batch(size, setting.micro_batch, most), ranks)
     moment = {
         "activations": size.activations.kept(work, size.itemsize, checkpointing=setting.checkpointing),
         "head": head_bytes(size, work.response_tokens, job.device_type, in_forward=job.gradients_in_forward),

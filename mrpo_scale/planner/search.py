@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.planner.cluster import Cluster
 from mrpo_scale.planner.estimate import Estimate, estimate
 from mrpo_scale.planner.job import Job, Setting
 from mrpo_scale.planner.zero import read_zero
 
-SEQUENCE_KEY = "sequence_parallel_size"
 DS_CONFIGS = ("zero2", "zero3", "zero3_hpz", "zero3_offload")
 PLACEMENTS: tuple[Literal["spread", "partition"], ...] = ("spread", "partition")
 
@@ -85,8 +83,8 @@ def settings(job: Job, cluster: Cluster, max_tokens: int | None = None, *, live:
 
 
 def sequence_sizes(job: Job, cluster: Cluster) -> list[int]:
-    """Doublings of one rank within a node that divide the policy's heads; one alone where this version has no such key."""
-    if SEQUENCE_KEY not in {field.name for field in fields(MRPOConfig)} or not job.policy.end_to_end:
+    """Doublings of one rank within a node that divide the policy's heads; one alone where its attention is not over spans."""
+    if not job.policy.end_to_end:
         return [1]
     return [n for n in (1, 2, 4, 8, 16) if cluster.per_node % n == 0 and job.policy.heads % n == 0]
 
@@ -107,8 +105,8 @@ def shard_sizes(cluster: Cluster) -> list[int]:
 #: What was tried, for the reader.
 TRIED = (
     "per_device_train_batch_size (divisors of a rank's share of the step), gradient_checkpointing, ds_config "
-    f"({', '.join(DS_CONFIGS)}), {SEQUENCE_KEY} (1, 2, ... a node, where this "
-    "version has it), ref_placement, ref_shard_size (1, 2, 4, ... a node, 2 nodes, ... all), ref_offload"
+    f"({', '.join(DS_CONFIGS)}), sequence_parallel_size (1, 2, 4, ... a node), ref_placement, ref_shard_size (1, 2, 4, ... a node, "
+    "2 nodes, ... all), ref_offload"
 )
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from mrpo_scale.data.dealing import WindowShape, cut_by_tokens, deal, deal_to_ranks, efficiency, pair_lengths
-from mrpo_scale.logps.flops import NO_WORK, Work, total_work, work_of_lengths
+from mrpo_scale.logps.flops import NO_WORK, Work, over_ranks, total_work, work_of_lengths
 from mrpo_scale.planner.model_size import ModelSize
 
 STEPS, RANKS = 4, 16  #: windows that are drawn for an estimate, and of how many ranks at most the mean is taken
@@ -90,7 +90,9 @@ class Workload:
                 for part in found.micro_batches
             ]
             return Share(
-                tuple(part_of(_work(counts_N4[found.pairs_RL[rank, part]], size), sequence) for rank, part in slowest),
+                tuple(
+                    over_ranks(_work(counts_N4[found.pairs_RL[rank, part]], size), sequence) for rank, part in slowest
+                ),
                 _mean(some, len(_some(ranks))),
                 efficiency(loads_GSM.reshape(len(loads_GSM), -1)),
             )
@@ -161,13 +163,6 @@ class Workload:
 
 def _lengths(counts_P4: np.ndarray, size: ModelSize) -> np.ndarray:
     return pair_lengths(counts_P4[:, :3], shared_prompt=size.shared_prompt, end_to_end=size.end_to_end)
-
-
-def part_of(work: Work, ranks: int) -> Work:
-    """What one of the ranks that compute rows together has of it: of tokens and of heads an equal part; scored tokens stand at the
-    ends of rows, so one rank may have nothing else."""
-    each = Work(*(-(-units // ranks) for units in work))
-    return each._replace(response_tokens=min(each.positions, work.response_tokens))
 
 
 def _some(ranks: int) -> range:

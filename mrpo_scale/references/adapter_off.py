@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mrpo_scale.base.ranks import all_reduce_max, world_group
 from mrpo_scale.data.dealing import cut_by_tokens
 from mrpo_scale.data.window import PairExample
-from mrpo_scale.logps.pair_batch import collate_pairs
-from mrpo_scale.logps.pair_forward import score_pairs
+from mrpo_scale.logps.pair_batch import PairBatch, collate_pairs
+from mrpo_scale.logps.pair_forward import score_pairs, score_tokens
 from mrpo_scale.references.live import padded_lengths
 
 
@@ -36,9 +38,22 @@ class AdapterOffAnchor:
     pad_token_id: int
     tokens_per_forward: int
 
-    @torch.no_grad()
     def score(self, examples: Sequence[PairExample]) -> Tensor:
         """Log-probs [P, 2] float32 of P >= 1 examples, in their order."""
+        return torch.stack(self._in_order(examples, lambda batch: list(score_pairs(self.model, batch).float())))
+
+    def score_tokens(self, examples: Sequence[PairExample]) -> Tensor:
+        """The same of each token [T], example after example."""
+
+        def scored(batch: PairBatch) -> list[Tensor]:
+            lengths = [end - start for start, end in pairwise(batch.bounds)]
+            return list(score_tokens(self.model, batch).float().split(lengths))
+
+        return torch.cat(self._in_order(examples, scored))
+
+    @torch.no_grad()
+    def _in_order(self, examples: Sequence[PairExample], scored: Callable[[PairBatch], list[Tensor]]) -> list[Tensor]:
+        """What a forward over a batch says of each of its pairs, in the order of ``examples``."""
         tokens = [example.tokens[0] for example in examples]
         lengths = padded_lengths(tokens, self.shared_prompt)
         order = sorted(range(len(tokens)), key=lambda i: -lengths[i])
@@ -50,14 +65,16 @@ class AdapterOffAnchor:
         try:
             with self.policy.disable_adapter():
                 # A rank that is through with its pairs still takes part in the gathers of the others.
-                logps = [self._forward(ordered[part]) for part in [*parts, *[slice(0, 1)] * (forwards - len(parts))]]
+                found = [
+                    scored(self._batch(ordered[part])) for part in [*parts, *[slice(0, 1)] * (forwards - len(parts))]
+                ]
         finally:
             self.model.train(training)
-        places_P = torch.tensor(order, device=self.device).argsort()
-        return torch.cat(logps[: len(parts)])[places_P]
+        by_length = [of_pair for part in found[: len(parts)] for of_pair in part]
+        return [by_length[place] for place in np.argsort(order)]
 
-    def _forward(self, pairs: Sequence[Any]) -> Tensor:
+    def _batch(self, pairs: Sequence[Any]) -> PairBatch:
         batch = collate_pairs(
             pairs, shared_prompt=self.shared_prompt, end_to_end=self.end_to_end, pad_token_id=self.pad_token_id
         )
-        return score_pairs(self.model, batch.to(self.device)).float()
+        return batch.to(self.device)

@@ -26,7 +26,7 @@ from mrpo_scale.data.dealing import cut_by_tokens, deal_to_ranks
 from mrpo_scale.data.tokenization import PairTokens
 from mrpo_scale.data.window import PairExample, TokenizedPairs
 from mrpo_scale.logps.pair_batch import PairBatch, segment_length
-from mrpo_scale.logps.pair_forward import FusedHead
+from mrpo_scale.logps.pair_forward import FusedHead, every_token
 from mrpo_scale.models.plan import PlannedReference
 from mrpo_scale.objective import Objective, combine
 from mrpo_scale.references.adapters import can_share
@@ -118,6 +118,25 @@ class SpreadScorer:
                 for r in references
             ]
         return torch.stack(logps_K).view(len(which), -1, 2)[:, places_P]
+
+    @torch.no_grad()
+    def score_tokens(self, examples: Sequence[PairExample], which: Sequence[int]) -> list[Tensor]:
+        """Of each of ``which`` the log-probs [T] of its tokens, example after example. Else as :meth:`score`."""
+        with self._scorable(examples, which) as (references, places_P):
+            tokens_K = [
+                sequence_logps(
+                    *(r.hidden_TD, r.head.weight, r.labels_T, every_token(r.labels_T)),
+                    bias=r.head.bias,
+                    softcap=r.head.softcap,
+                    logit_scale=r.head.logit_scale,
+                    impl=self.impl,
+                )
+                for r in references
+            ]
+        return [
+            _placed(logps_T, r.cu_seqlens[::2].diff(), places_P)
+            for logps_T, r in zip(tokens_K, references, strict=True)
+        ]
 
     @torch.no_grad()
     def combined(
@@ -252,6 +271,14 @@ def _run_body(reference: Reference, batches: Sequence[PairBatch], forwards: int)
     # A rank that is through with its own rows still takes part in the gathers of its group.
     padded = [*batches, *[None] * (max(forwards, 1) - len(batches))]
     return torch.cat([reference.model.response_hidden(batch) for batch in padded])
+
+
+def _placed(logps_T: Tensor, lengths_P: Tensor, places_P: Tensor) -> Tensor:
+    """[T] the tokens of P pairs, pair ``places_P[0]`` first."""
+    if not len(places_P):
+        return logps_T
+    parts = logps_T.split(lengths_P.tolist())
+    return torch.cat([parts[place] for place in places_P.tolist()])
 
 
 def _length(pair: PairTokens) -> int:

@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import TrainingError
+from mrpo_scale.base.hash_keys import is_first, sort_order
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import broadcast_from_rank0, fail_together, get_rank, world_group
 from mrpo_scale.config.keys import MRPOConfig
@@ -35,8 +36,32 @@ from mrpo_scale.references.store.cache import PartWriter, ReferenceStore
 
 logger = logging.getLogger(__name__)
 
+#: A job of an array has its own share of the rows, which nobody waits for: it looks what the others have this often, not before
+#: each chunk, and writes parts less often the more jobs there are. Hundreds of jobs would otherwise list a folder of tens of
+#: thousands of files all the time.
+SECONDS_PER_LOOK = 10.0
 FORWARDS_PER_CHUNK = 4  #: of each rank: enough to even out the ranks, little enough to meet another job's rows soon
 SECONDS_PER_PART = 60.0  #: what a killed job loses at most
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which job of an array this is, from 0, and how many there are."""
+
+    number: int
+    jobs: int
+
+    @property
+    def seconds_per_part(self) -> float:
+        """Ten jobs or fewer write as a single one does; a hundred and more every ten minutes, which is what a killed one loses."""
+        return SECONDS_PER_PART * min(10, max(1, self.jobs // 10))
+
+    def order(self, chunks: int, rng: random.Random) -> list[int]:
+        """Its own chunks first to last; then those of the others last to first, so that a helper meets a job late."""
+        others = [number for number in range(self.jobs) if number != self.number]
+        rng.shuffle(others)
+        helped = (chunk for number in others for chunk in reversed(range(number, chunks, self.jobs)))
+        return [*range(self.number, chunks, self.jobs), *helped]
 
 
 @dataclass(frozen=True)
@@ -56,9 +81,11 @@ class _Rows:
         set_N = np.repeat(np.arange(len(pairs)), [len(p) for p in pairs])
         row_N = np.concatenate([np.arange(len(p)) for p in pairs])
         length_N = np.concatenate([p.lengths[:, tokenization].sum(-1) for p in pairs])
-        key_N, first = np.unique(np.concatenate([p.row_keys for p in pairs]), return_index=True)
-        first, key_N = first[order := np.argsort(-length_N[first], kind="stable")], key_N[order]
-        return cls(pairs, set_N[first], row_N[first], key_N, length_N[first], tokenization)
+        key_N = np.concatenate([p.row_keys for p in pairs])
+        first = sort_order(key_N)
+        first = first[is_first(key_N[first])]
+        first = first[np.argsort(-length_N[first], kind="stable")]
+        return cls(pairs, set_N[first], row_N[first], key_N[first], length_N[first], tokenization)
 
     def chunks(self, tokens: int) -> list[np.ndarray]:
         """Consecutive rows of about ``tokens`` tokens, as indices."""
@@ -90,6 +117,7 @@ def score_ahead(
     which: Sequence[int],
     pair_sets: Mapping[str, PairDataset],
     args: MRPOConfig,
+    share: Share | None = None,
 ) -> None:
     """Give the references ``which`` a score for every row, each spread over the world's shard groups. Collective over the world.
 
@@ -119,7 +147,7 @@ def score_ahead(
         reference = None  # what lends nothing goes before the next one comes
         _release(args)
         reference = load_reference(plan.references[k], groups.get(ranks), args, beside)
-        fill(reference, stores[k], pair_sets, args)
+        fill(reference, stores[k], pair_sets, args, share)
     reference = None
     _release(args)
 
@@ -130,8 +158,18 @@ def _release(args: MRPOConfig) -> None:
         torch.cuda.empty_cache()
 
 
-def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, PairDataset], args: MRPOConfig) -> None:
-    """Score every row that ``store`` lacks. Collective over the world."""
+def fill(
+    reference: Reference,
+    store: ReferenceStore,
+    pair_sets: Mapping[str, PairDataset],
+    args: MRPOConfig,
+    share: Share | None = None,
+) -> None:
+    """Score every row that ``store`` lacks. Collective over the world.
+
+    Args:
+        share: of a job of an array; without one, jobs visit rows in orders of chance.
+    """
     rows = _Rows.of(pair_sets, reference.tokenization)
     chunks = rows.chunks(FORWARDS_PER_CHUNK * args.ref_tokens_per_forward * args.world_size)
 
@@ -149,7 +187,7 @@ def fill(reference: Reference, store: ReferenceStore, pair_sets: Mapping[str, Pa
             if failure is not None:
                 raise failure
 
-    _fill(reference.name, rows, chunks, score, store, args)
+    _fill(reference.name, rows, chunks, score, store, args, share)
 
 
 def _connect(
@@ -192,20 +230,23 @@ def _fill(
     score: Callable[[np.ndarray, PartWriter, tqdm], None],
     store: ReferenceStore,
     args: MRPOConfig,
+    share: Share | None = None,
 ) -> None:
     """``score`` what ``store`` lacks of each chunk, in an order of this job's own. Collective over the world."""
     # Another job's order is another one, so that the two rarely work on the same rows.
-    random.Random(broadcast_from_rank0(time.time_ns(), world_group())).shuffle(chunks)
+    rng = random.Random(broadcast_from_rank0(time.time_ns(), world_group()))
+    order = rng.sample(range(len(chunks)), len(chunks)) if share is None else share.order(len(chunks), rng)
+    look = _Look(store, 0.0 if share is None else SECONDS_PER_LOOK)
     missing_N = broadcast_from_rank0(store.missing(rows.key_N), world_group())
     missing = int(missing_N.sum())
     started, scored, done, repeats = time.perf_counter(), 0, 0, store.repeats
     disable = args.disable_tqdm or args.process_index != 0
     with (
-        PartWriter(store, seconds=SECONDS_PER_PART) as writer,
+        _writer(store, share) as writer,
         tqdm(total=missing, desc=f"Scoring with {name}", unit="row", disable=disable) as bar,
     ):
-        for chunk in chunks:
-            todo = chunk[_still_missing(store, rows.key_N[chunk])]
+        for chunk in (chunks[i] for i in order):
+            todo = chunk[look.missing(rows.key_N[chunk])]
             score(todo, writer, bar)
             scored += len(todo)
             done += int(missing_N[chunk].sum())  # those that another job has scored meanwhile too
@@ -220,10 +261,24 @@ def _fill(
     logger.info("%s: scored %d rows in %.1f s, %.1f rows/s%s", name, scored, seconds, scored / seconds, others)
 
 
-def _still_missing(store: ReferenceStore, keys: np.ndarray) -> np.ndarray:
-    """[n] bool, the same on all ranks: as the first rank sees the folder now."""
-    mask = np.zeros(0, dtype=bool)
-    if get_rank() == 0:
-        store.refresh()
-        mask = store.missing(keys)
-    return broadcast_from_rank0(mask, world_group())
+def _writer(store: ReferenceStore, share: Share | None) -> PartWriter:
+    if share is None or share.seconds_per_part <= SECONDS_PER_PART:
+        return PartWriter(store, seconds=SECONDS_PER_PART)
+    return PartWriter(store, rows=1 << 16, seconds=share.seconds_per_part)
+
+
+class _Look:
+    """What a store lacks, as the first rank sees the folder, at which it looks every ``seconds``. Collective over the world."""
+
+    def __init__(self, store: ReferenceStore, seconds: float) -> None:
+        self._store, self._seconds, self._next = store, seconds, 0.0
+
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """[n] bool, the same on all ranks."""
+        mask = np.zeros(0, dtype=bool)
+        if get_rank() == 0:
+            if time.monotonic() >= self._next:
+                self._store.refresh()
+                self._next = time.monotonic() + self._seconds
+            mask = self._store.missing(keys)
+        return broadcast_from_rank0(mask, world_group())

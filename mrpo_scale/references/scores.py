@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mrpo_scale.base.device import HostCopy, send
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.hash_keys import distinct
 from mrpo_scale.base.ranks import all_reduce_max, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.data.pair_dataset import PairDataset
@@ -24,7 +25,7 @@ from mrpo_scale.data.window import PairExample, TokenizedPairs
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.objective import Objective, combine
 from mrpo_scale.references.adapter_off import AdapterOffAnchor
-from mrpo_scale.references.live import Reference
+from mrpo_scale.references.live import Reference, SpreadScorer
 from mrpo_scale.references.loading import LiveReferences, Pool, load_references
 from mrpo_scale.references.precompute import score_ahead
 from mrpo_scale.references.served import compare_served
@@ -137,6 +138,16 @@ class LiveScores(ReferenceScores):
     def logps(self, examples: Sequence[PairExample], pairs: TokenizedPairs) -> Tensor:
         return self._logps(examples, pairs, self._live(len(self.names)))
 
+    def token_logps(self, examples: Sequence[PairExample]) -> list[Tensor]:
+        """Raw log-probs [T_k] float32 of each reference's own tokens, example after example."""
+        assert isinstance(self.scorer, SpreadScorer), "a sample is known to its own rank alone"
+        live = self._live(len(self.names))
+        others = self.scorer.score_tokens(examples, live) if live else []
+        if 0 in live:
+            return others
+        assert self.anchor is not None
+        return [self.anchor.score_tokens(examples), *others]
+
     def _live(self, count: int) -> list[int]:
         """Of the first ``count`` references, those that are not the policy."""
         return [k for k in self.live if k < count]
@@ -202,7 +213,7 @@ class CachedScores(ReferenceScores):
 
     def admit(self, pairs: PairDataset) -> None:
         self.flush()
-        keys = np.unique(pairs.row_keys)
+        keys = distinct(pairs.row_keys)
         with fail_together(world_group()):
             for store in self.stores:
                 store.want(keys)

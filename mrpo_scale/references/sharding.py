@@ -173,8 +173,10 @@ class ShardedReference:
 
     def batch(self, pairs: Sequence[PairTokens], pad_token_id: int = 0) -> PairBatch:
         """P >= 1 pairs, in their order, laid out as this model takes them, on its device."""
-        layout = {"shared_prompt": self.shared_prompt, "end_to_end": self.end_to_end}
-        return collate_pairs(pairs, **layout, pad_token_id=pad_token_id).to(self.device)
+        batch = collate_pairs(
+            pairs, shared_prompt=self.shared_prompt, end_to_end=self.end_to_end, pad_token_id=pad_token_id
+        )
+        return batch.to(self.device)
 
     @torch.no_grad()
     def score(self, pairs: PairBatch | None) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.hash_keys import distinct
 from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import all_gather_object, all_reduce_max, broadcast_from_rank0, fail_together, world_group
 from mrpo_scale.config.keys import MRPOConfig
@@ -28,7 +29,8 @@ POLL_SECONDS = 5.0  #: between two looks at the cache while `follow` waits
 
 def distinct_rows(pair_sets: Mapping[str, PairDataset]) -> np.ndarray:
     """[N] keys of the rows of all sets, each once: a text that stands in two sets is scored once."""
-    return np.unique(np.concatenate([pairs.row_keys for pairs in pair_sets.values()]))
+    keys = [pairs.row_keys for pairs in pair_sets.values()]
+    return distinct(keys[0] if len(keys) == 1 else np.concatenate(keys))
 
 
 def open_stores(

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from mrpo_scale.base.device import HostCopy
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.base.hash_keys import find, sort_order
 from mrpo_scale.base.ranks import all_gather_object, world_group
 from mrpo_scale.data.inputs import as_datasets, prepare_set
 from mrpo_scale.data.window import PairExample, WeightedPairs
-from mrpo_scale.logps.micro_batches import MicroBatch
+from mrpo_scale.logps.micro_batches import MicroBatch, PeerBatch
 from mrpo_scale.logps.pair_forward import score_pairs
 from mrpo_scale.objective import loss_against
 from mrpo_scale.training.metrics import MetricSums, pair_metrics
@@ -38,7 +39,7 @@ class HeldOutScores:
     @classmethod
     def joined(cls, pieces: Sequence[HeldOutScores]) -> HeldOutScores:
         keys = np.concatenate([piece.row_keys for piece in pieces])
-        order = np.argsort(keys, kind="stable")
+        order = sort_order(keys)
         return cls(
             pieces[0].names,
             keys[order],
@@ -48,7 +49,7 @@ class HeldOutScores:
 
     def select(self, row_keys: np.ndarray) -> HeldOutScores:
         """The pairs with these keys, in their order. All of them must be here."""
-        at = np.searchsorted(self.row_keys, row_keys)
+        at, _ = find(self.row_keys, row_keys)
         return replace(
             self,
             row_keys=self.row_keys[at],
@@ -151,12 +152,14 @@ class HeldOut:
         """The policy's loss and metrics on one batch of the set, added to those of this evaluation."""
         run = self.run
         references = CombinedReferences.joined([self._references[e.row] for e in examples])
-        (batch,) = micro_batches(run, examples, references)
-        logps_P2 = score_pairs(model, batch.pairs)
-        loss = loss_against(logps_P2, batch.references, run.objective, batch.pairs.response_lengths)
-        metrics = pair_metrics(logps_P2, batch.references, loss, run.objective, run.plan.names)
-        self._sums.add({"loss": loss.losses_P, **metrics}, batch.weight_P)
-        self._rows.append((batch, HostCopy(torch.stack([logps_P2, *batch.references.ref_logps_KP2]).float())))
+        for batch in micro_batches(run, examples, references):
+            logps_P2 = score_pairs(model, batch.pairs)
+            if isinstance(batch, PeerBatch):
+                continue
+            loss = loss_against(logps_P2, batch.references, run.objective, batch.pairs.response_lengths)
+            metrics = pair_metrics(logps_P2, batch.references, loss, run.objective, run.plan.names)
+            self._sums.add({"loss": loss.losses_P, **metrics}, batch.weight_P)
+            self._rows.append((batch, HostCopy(torch.stack([logps_P2, *batch.references.ref_logps_KP2]).float())))
 
     def _scores_of(self, batch: MicroBatch, copy: HostCopy) -> HeldOutScores:
         assert self._set is not None

@@ -155,6 +155,11 @@ def _ds_config(config: MRPOConfig) -> dict[str, Any]:
 
 
 def _zero(config: MRPOConfig) -> Iterator[str]:
+    if _ds_config(config).get("sequence_parallel_size"):
+        yield (
+            "`sequence_parallel_size` of the DeepSpeed config belongs to a way that replaces the attention of the references, too; "
+            "remove it there and set the recipe's key of that name"
+        )
     given = _ds_config(config).get("zero_optimization")
     if given:
         from deepspeed.runtime.zero.config import (

@@ -34,6 +34,7 @@ from mrpo_scale.lifecycle.template_date import decide_date, record_date
 from mrpo_scale.logps.attention_choice import choose_end_to_end
 from mrpo_scale.logps.pair_forward import choose_shared_prompt, enable_pair_scoring
 from mrpo_scale.logps.routers import router_loss_coef
+from mrpo_scale.logps.sequence_parallel import SequenceGroup, make_sequence_group
 from mrpo_scale.models.adapter import add_adapter, four_bits
 from mrpo_scale.models.plan import RunPlan, disable_dropout, load_policy, plan_models
 from mrpo_scale.models.same_weights import repeated_references
@@ -47,6 +48,7 @@ from mrpo_scale.references.validation_weights import with_validation_weights
 from mrpo_scale.training.arguments import check_arguments, check_optimizer
 from mrpo_scale.training.preflight import check_best_metric
 from mrpo_scale.training.sampling import PolicySampler
+from mrpo_scale.training.sequences import check_attention, check_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class PreparedRun:
     router_loss_coef: float  #: of the routers' auxiliary loss, see logps/routers.py; 0: there is none
     shared_prompt: bool  #: layout of the policy's batches, see logps/pair_batch.py
     end_to_end: bool
+    sequence_group: SequenceGroup | None  #: of this rank, see logps/sequence_parallel.py
     tokenizer_of_source: bool  #: no ``processing_class`` was passed
     sampler: PolicySampler | None = None  #: of `kd` and `rlhf`, which train on samples too, or only
 
@@ -115,7 +118,6 @@ def prepare_run(
     if TRAIN_SET in pair_sets:
         check_steps(args, len(pair_sets[TRAIN_SET]), args.window_size)
     plan = _used(plan, args)
-    check_reward(args)
     if trainer_arguments.get("compute_metrics") is None:  # whose names nobody knows
         check_best_metric(args, plan.names, eval_dataset if isinstance(eval_dataset, dict) else ())
     _set_allocation(args)  # before the policy: what is scored ahead of training has the memory to itself
@@ -124,9 +126,7 @@ def prepare_run(
     policy = _policy(model, plan, args)
     use_cache = getattr(policy.config, "use_cache", None)
     check_optimizer(trainer_arguments, policy)
-    enable_pair_scoring(policy, "policy", args.head_impl)
-    layout = {"end_to_end": _choose_attention(policy, args)}
-    layout["shared_prompt"] = choose_shared_prompt(args.shared_prompt, policy, "policy")
+    layout = _enable_scoring(policy, args)
     router_loss = router_loss_coef(policy, args.router_aux_loss_coef)
     # Around the forward that scores pairs, which peft passes everything on to.
     policy = add_adapter(policy, plan.policy, args) if args.use_peft else policy
@@ -144,6 +144,7 @@ def prepare_run(
         dropouts=disable_dropout(policy) if args.disable_dropout else [],
         router_loss_coef=router_loss,
         **layout,
+        sequence_group=make_sequence_group(args.sequence_parallel_size, datetime.timedelta(seconds=args.ddp_timeout)),
         tokenizer_of_source=processing_class is None,
         sampler=_sampler(args, plan, policy, pair_sets, scores, objective, layout),
     )
@@ -151,11 +152,12 @@ def prepare_run(
 
 def window_sampler(args: MRPOConfig, pairs: TokenizedPairs, shared_prompt: bool, end_to_end: bool) -> WindowSampler:
     """The order in which a run with these arguments trains its rows, for a policy that lays pairs out in this way."""
+    tokens = args.max_tokens_per_micro_batch  # of which a rank of a sequence group computes a part
     shape = WindowShape(
         args.world_size,
         args.train_batch_size,
         args.gradient_accumulation_steps,
-        max_tokens=args.max_tokens_per_micro_batch,
+        max_tokens=None if tokens is None else tokens * args.sequence_parallel_size,
         padded=not end_to_end,
     )
     return WindowSampler(
@@ -178,11 +180,13 @@ def _plan(
     check_output_folder(args, model, ref_models)
     decide_date(args)  # the same for all models and ranks
     plan = plan_models(model, ref_models, args, processing_class)
+    check_sequences(plan, args, args.world_size, args.device)
     record_date(args, plan.dated, run=args.folder)
     check_small_files(Path(plan.policy.path))
     if args.process_index == 0:
         for sentence in repeated_references(plan, args):
             logger.warning("%s", sentence)
+    check_reward(args)
     return plan
 
 
@@ -234,8 +238,10 @@ def _policy(model: str | PreTrainedModel, plan: RunPlan, args: MRPOConfig) -> Pr
     return load_policy(plan.policy, four_bits(args))
 
 
-def _choose_attention(policy: PreTrainedModel, args: MRPOConfig) -> bool:
-    return choose_end_to_end(
+def _enable_scoring(policy: PreTrainedModel, args: MRPOConfig) -> dict[str, bool]:
+    """Give the policy the forward that scores pairs, and the attention that their batches need, whose layout is returned."""
+    enable_pair_scoring(policy, "policy", args.head_impl, offload=args.activation_offloading)
+    end_to_end = choose_end_to_end(
         policy,
         args.device,
         name="policy",
@@ -244,6 +250,9 @@ def _choose_attention(policy: PreTrainedModel, args: MRPOConfig) -> bool:
         dropout=not args.disable_dropout,
         compiled=bool(args.torch_compile),
     )
+    check_attention(policy, args)
+    shared_prompt = choose_shared_prompt(args.shared_prompt, policy, "policy")
+    return {"end_to_end": end_to_end, "shared_prompt": shared_prompt}
 
 
 def _used(plan: RunPlan, args: MRPOConfig) -> RunPlan:

@@ -39,6 +39,7 @@ class SampledLoss:
 
     losses_P: Tensor
     coefficients_P2: Tensor  #: d losses_P / d log pi: what each response's log-prob is multiplied by
+    coefficients_T: Tensor | None = None  #: of each token, under `kd_level: aligned`, in their place
 
 
 def sampled_loss(
@@ -71,13 +72,13 @@ def sampled_loss(
 
     slope_P2 = scale_P2 * weights_K[taught].sum(0)
     joint_P1 = values(references.clipped_KP2).mean(-1, keepdim=True)
-    alone_P2 = values(clip_to_anchor(references.ref_logps_KP2, _own_epsilon(references, objective)))
+    alone_P2 = values(clip_to_anchor(references.ref_logps_KP2, own_epsilon(references, objective)))
     coefficients_P2 = joint_P1 + slope_P2 / 2 - (alone_P2 + slope_P2 / 2).flip(-1)
     losses_P = joint_P1.squeeze(-1) + (coefficients_P2 * (policy_logps_P2 - logps_P2)).sum(-1)
     return SampledLoss(losses_P, coefficients_P2)
 
 
-def _own_epsilon(references: CombinedReferences, objective: Objective) -> Tensor:
+def own_epsilon(references: CombinedReferences, objective: Objective) -> Tensor:
     """[P, 2] epsilon of each sample that depends on no other: Eq. 9's mean over a pair, where Eq. 9 looks at both."""
     if objective.modes["clip"] != "adaptive":
         return references.epsilon_P2

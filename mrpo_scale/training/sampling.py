@@ -11,16 +11,19 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from mrpo_kernels import CombinedReferences
+from mrpo_kernels.chunked_head import response_sums
 from torch import Tensor, nn
 
 from mrpo_scale.base.device import send
 from mrpo_scale.base.ranks import all_gather_object, all_reduce_max, fail_together, sum_over_ranks, world_group
 from mrpo_scale.config.keys import MRPOConfig
+from mrpo_scale.data.alignment import AlignedResponse, SettledPieces, read_pieces, settled_pieces
 from mrpo_scale.data.dealing import cut_by_tokens, pair_lengths
 from mrpo_scale.data.pair_dataset import PairDataset
 from mrpo_scale.data.pairs import BadRow, PairTokens, PreferencePair
@@ -28,9 +31,10 @@ from mrpo_scale.data.window import PairExample
 from mrpo_scale.logps.generation import sample_responses, until
 from mrpo_scale.logps.micro_batches import MicroBatch, policy_batches
 from mrpo_scale.models.plan import RunPlan
-from mrpo_scale.objective import Objective
+from mrpo_scale.objective import Objective, combine
 from mrpo_scale.references.reward import RewardModel
-from mrpo_scale.references.scores import ReferenceScores
+from mrpo_scale.references.scores import LiveScores, ReferenceScores
+from mrpo_scale.training.aligned_loss import SettledPlaces, SettledValues, aligned_loss, settled_values
 from mrpo_scale.training.sampled_loss import SampledLoss, sampled_loss
 from mrpo_scale.training.whole_policy import whole_policy
 
@@ -47,6 +51,9 @@ class SampledBatch(MicroBatch):
     rewards_P2: Tensor | None
     cut_P: Tensor  #: share of the two samples that were cut
     identical_P: Tensor  #: 1 where both are the same tokens, else 0
+    settled: SettledValues | None  #: of `kd_level: aligned`, as are
+    pieces_P: Tensor  #: the mean number of pieces of the two samples, between settled cuts
+    reread_P: Tensor  #: 1 where a reference reads the pieces in other tokens than the whole text, else 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Samples:
     examples: list[PairExample]
     pairs: list[PreferencePair]  #: prompt and the texts of both samples
     cut: list[tuple[bool, bool]]
+    aligned: list[AlignedResponse]  #: two to a prompt; without a cut unless `kd_level: aligned`
     rewards_P2: Tensor | None = None
 
 
@@ -92,6 +100,8 @@ class PolicySampler:
         # What ends a response: the template's end of turn, or, of a text without a template, the tokenizer's own.
         self.ends = {plan.texts[0].response_ids("a", raw=raw, cut=False)[-1] for raw in (False, True)}
 
+        self.aligned = args.objective == "kd" and args.kd_level == "aligned"
+
     @property
     def replaces_pairs(self) -> bool:
         """Whether samples alone are trained on, not the labelled pairs."""
@@ -107,11 +117,23 @@ class PolicySampler:
         responses = self._responses([self._prompt_ids(row) for row, _ in rows], [row for row, _ in rows], step)
         return self._rewarded(self._tokenized(rows, responses))
 
-    def score(self, samples: Samples) -> CombinedReferences:
-        """The references of the samples, in their order."""
-        return self.scores.score(samples.examples, self.pairs, self.objective)
+    def score(self, samples: Samples) -> tuple[CombinedReferences, SettledValues | None]:
+        """The references of the samples, in their order; of `kd_level: aligned` also what they say of settled beginnings."""
+        if not self.aligned:
+            return self.scores.score(samples.examples, self.pairs, self.objective), None
+        assert isinstance(self.scores, LiveScores)
+        token_logps, device = self.scores.token_logps(samples.examples), self.args.device
+        tokenizations = [reference.tokenization for reference in self.plan.references]
+        bounds = [send(_bounds(samples.examples, v), device) for v in tokenizations]
+        raw_KP2 = torch.stack([response_sums(x, cu).view(-1, 2) for x, cu in zip(token_logps, bounds, strict=True)])
+        references = combine(raw_KP2, self.objective, self.args.head_impl)
+        places = SettledPlaces.of(samples.aligned, tokenizations).to(device)
+        policy_bounds = send(_bounds(samples.examples, 0), device)
+        return references, settled_values(token_logps, bounds, places, policy_bounds, references, self.objective)
 
-    def micro_batches(self, samples: Samples, references: CombinedReferences) -> list[SampledBatch]:
+    def micro_batches(
+        self, samples: Samples, references: CombinedReferences, settled: SettledValues | None
+    ) -> list[SampledBatch]:
         """As many on every rank."""
         parts, device = self._parts(samples.examples), references.virtual_logps_P2.device
         examples = [
@@ -130,6 +152,10 @@ class PolicySampler:
         cut_P = send(torch.tensor(samples.cut, dtype=torch.float32).mean(-1), device)
         identical = [e.tokens[0].chosen_ids == e.tokens[0].rejected_ids for e in examples]
         identical_P = send(torch.tensor(identical, dtype=torch.float32), device)
+        counts = torch.tensor([len(r.pieces.texts) for r in samples.aligned], dtype=torch.float32)
+        pieces_P = send(counts.view(-1, 2).mean(-1), device)
+        reread_P = send(torch.tensor([r.reread for r in samples.aligned[::2]], dtype=torch.float32), device)
+        bounds = _bounds(samples.examples, 0)[::2].tolist()
         return [
             SampledBatch(
                 **{f.name: getattr(batch, f.name) for f in fields(batch)},
@@ -137,15 +163,30 @@ class PolicySampler:
                 rewards_P2=None if samples.rewards_P2 is None else samples.rewards_P2[part],
                 cut_P=cut_P[part],
                 identical_P=identical_P[part],
+                pieces_P=pieces_P[part],
+                reread_P=reread_P[part],
+                settled=None if settled is None else settled[bounds[part.start] : bounds[part.stop]],
             )
             for part, batch in zip(parts, batches, strict=True)
         ]
 
-    def loss(self, batch: SampledBatch, logps_C2: Tensor, pairs: slice = slice(None)) -> SampledLoss:
-        """Of some ``pairs`` of a micro-batch, whose policy log-probs these are."""
+    def loss(self, batch: SampledBatch, logps: Tensor, pairs: slice = slice(None)) -> SampledLoss:
+        """Of some ``pairs`` of a micro-batch, whose policy log-probs these are: [P, 2], or of each token where the batch has
+        settled values."""
         by_tokens = self.objective.name == "kd" and self.args.kd_normalize == "tokens"
+        if batch.settled is not None:
+            first, last, _ = pairs.indices(batch.pairs.num_pairs)
+            tokens = slice(batch.pairs.bounds[first], batch.pairs.bounds[last])
+            return aligned_loss(
+                logps,
+                batch.pairs.cu_seqlens[2 * first : 2 * last + 1] - tokens.start,
+                batch.references[pairs],
+                self.objective,
+                batch.settled[tokens],
+                by_tokens=by_tokens,
+            )
         return sampled_loss(
-            logps_C2,
+            logps,
             batch.references[pairs],
             self.objective,
             lengths_P2=batch.pairs.response_lengths[pairs] if by_tokens else None,
@@ -204,41 +245,50 @@ class PolicySampler:
         self, rows: Sequence[tuple[int, float]], responses: Sequence[tuple[list[int], list[int]]]
     ) -> Samples:
         """The samples as pairs of every model. One that a model cannot read counts for nothing, and is counted."""
-        tokenizer: Any = self.plan.texts[0].tokenizer
-        found: list[tuple[PairExample, PreferencePair, tuple[bool, bool]]] = []
+        found: list[tuple[PairExample, PreferencePair, tuple[bool, bool], list[AlignedResponse]]] = []
         for (row, weight), ids in zip(rows, responses, strict=True):
             cut = (ids[0][-1] not in self.ends, ids[1][-1] not in self.ends)
-            chosen, rejected = (
-                tokenizer.decode(until(sample, self.ends), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                for sample in ids
-            )
+            chosen, rejected = (self._decode(until(sample, self.ends)) for sample in ids)
             pair = replace(self.pairs.pair(row), chosen=chosen, rejected=rejected)
             try:
-                example = PairExample(row, weight, self._tokens(pair, ids, cut))
+                tokens, aligned = self._tokens(pair, ids, cut)
+                example = PairExample(row, weight, tokens)
             except BadRow as error:
                 logger.warning("samples for %s are left out: %s", self.pairs.source(row), error)
                 example = PairExample(row, 0.0, self.pairs.tokens(row))
-            found.append((example, pair, cut))
+                aligned = [AlignedResponse(length) for length in example.tokens[0].scored_lengths]
+            found.append((example, pair, cut, aligned))
         # Longest first, so that neighbours pad little.
         found.sort(key=lambda one: -_positions(one[0]))
-        return Samples([one[0] for one in found], [one[1] for one in found], [one[2] for one in found])
+        examples, pairs, cuts, aligned_of = (list(column) for column in zip(*found, strict=True))
+        return Samples(examples, pairs, cuts, [response for both in aligned_of for response in both])
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        tokenizer: Any = self.plan.texts[0].tokenizer
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _tokens(
         self, pair: PreferencePair, ids: tuple[list[int], list[int]], cut: tuple[bool, bool]
-    ) -> tuple[PairTokens, ...]:
-        """For each tokenization; the policy's own are the ids that were sampled. Raises BadRow."""
-        tokens = [PairTokens(self.plan.texts[0].prompt_ids(pair), *ids)]
-        for text in self.plan.texts[1:]:
-            ends = tuple(
-                len(response) if short else None
-                for response, short in zip((pair.chosen, pair.rejected), cut, strict=True)
-            )
-            read = text.ids(text.read(pair), (ends[0], ends[1]))
-            length = len(read.prompt_ids) + max(len(read.chosen_ids), len(read.rejected_ids))
+    ) -> tuple[tuple[PairTokens, ...], list[AlignedResponse]]:
+        """For each tokenization, the policy's own being the ids that were sampled, and where both are settled. Raises BadRow."""
+        tokens, reads = [PairTokens(self.plan.texts[0].prompt_ids(pair), *ids)], []
+        others = self.plan.texts[1:]
+        if self.aligned and others:
+            first, second = (settled_pieces(self._decode, until(sample, self.ends)) for sample in ids)
+        else:
+            first, second = (SettledPieces((str(text),), (), ()) for text in (pair.chosen, pair.rejected))
+        for text in others:
+            read = read_pieces(text, pair, (first, second), cut)
+            length = len(read.tokens.prompt_ids) + max(len(read.tokens.chosen_ids), len(read.tokens.rejected_ids))
             if text.max_context is not None and length > text.max_context:
                 raise BadRow(f"context_exceeded:{text.name}", f"{length} tokens, its context is {text.max_context}")
-            tokens.append(read)
-        return tuple(tokens)
+            tokens.append(read.tokens)
+            reads.append(read)
+        reread = not all(read.as_whole for read in reads)
+        return tuple(tokens), [
+            AlignedResponse(len(sample), pieces, tuple(read.before[side] for read in reads), reread)
+            for side, (sample, pieces) in enumerate(zip(ids, (first, second), strict=True))
+        ]
 
     def _parts(self, examples: Sequence[PairExample]) -> list[slice]:
         """Micro-batches of this rank's pairs, the same slices on every rank: of `per_device_train_batch_size` pairs, or within
@@ -274,9 +324,17 @@ def sampled_metrics(policy_logps_P2: Tensor, batch: SampledBatch, names: Sequenc
     }
     for k, name in enumerate(names):
         metrics[f"kl/{name}"] = (logps_P2 - batch.references.ref_logps_KP2[k]).mean(-1)
+    if batch.settled is not None:
+        metrics |= {"pieces": batch.pieces_P, "reread": batch.reread_P}
     if batch.rewards_P2 is not None:
         metrics["reward"] = batch.rewards_P2.mean(-1)
     return {PREFIX + name: value.float() for name, value in metrics.items()}
+
+
+def _bounds(examples: Sequence[PairExample], tokenization: int) -> Tensor:
+    """[2P+1] int64 boundaries of the responses of P examples in one of their tokenizations."""
+    lengths = [length for example in examples for length in example.tokens[tokenization].scored_lengths]
+    return torch.tensor([0, *accumulate(lengths)])
 
 
 def _positions(example: PairExample) -> int:

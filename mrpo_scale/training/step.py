@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from mrpo_kernels import CombinedReferences
+from mrpo_kernels.chunked_head import response_sums
 from torch import Tensor, nn
 
 from mrpo_scale.base.device import send
@@ -22,8 +23,8 @@ from mrpo_scale.base.heartbeat import set_activity
 from mrpo_scale.base.ranks import all_gather_object, fail_together, sum_over_ranks, world_group
 from mrpo_scale.data.inputs import TRAIN_SET
 from mrpo_scale.data.window import PairExample
-from mrpo_scale.logps.micro_batches import MicroBatch, policy_batches
-from mrpo_scale.logps.pair_forward import preference_step, score_pairs, score_pairs_and_routers
+from mrpo_scale.logps.micro_batches import MicroBatch, PeerBatch, group_batches, policy_batches
+from mrpo_scale.logps.pair_forward import preference_step, score_pairs, score_pairs_and_routers, score_tokens
 from mrpo_scale.logps.routers import RouterBalance
 from mrpo_scale.logps.self_check import check_pair_scoring
 from mrpo_scale.objective import PreferenceLoss, loss_against
@@ -38,7 +39,7 @@ from mrpo_scale.training.sampling import PREFIX, PolicySampler, SampledBatch, sa
 logger = logging.getLogger(__name__)
 
 #: (model, micro-batch) -> its share of the window's mean loss, to be sent backward.
-LossOfBatch = Callable[[nn.Module, MicroBatch], Tensor]
+LossOfBatch = Callable[[nn.Module, MicroBatch | PeerBatch], Tensor]
 
 
 @dataclass
@@ -61,9 +62,8 @@ def optimizer_step(
     step: int,
     sums: StepSums,
     clock: StepClock,
-) -> tuple[list[MicroBatch], Tensor, LossOfBatch]:
-    """Take this rank's share of the next window from ``loader``, which yields it in ``num_batches`` pieces. Collective over the
-    world, as is the function returned.
+) -> tuple[list[MicroBatch | PeerBatch], Tensor, LossOfBatch]:
+    """Take this rank's share of the next window, ``num_batches`` pieces of ``loader``. Collective, as is the function returned.
 
     Returns:
         the micro-batches, as many on every rank, the number of pairs in the whole window, and the loss of a micro-batch.
@@ -73,7 +73,7 @@ def optimizer_step(
     clock.start_step()
     with clock.phase("data"):
         window = [example for _ in range(num_batches) for example in next(loader)]
-        batches: list[MicroBatch] = []
+        batches: list[MicroBatch | PeerBatch] = []
         if run.sampler is None or not run.sampler.replaces_pairs:
             with clock.phase("references"):
                 references = run.scores.score(window, run.pair_sets[TRAIN_SET], run.objective)
@@ -84,9 +84,11 @@ def optimizer_step(
             send(torch.tensor(sum(e.weight for e in window), dtype=torch.float32), run.args.device)
         )
 
-    def loss_of_batch(model: nn.Module, batch: MicroBatch) -> Tensor:
+    def loss_of_batch(model: nn.Module, batch: MicroBatch | PeerBatch) -> Tensor:
         set_activity(f"computing step {step}")
         with clock.phase("head and loss"):  # the model's body is a phase of its own within
+            if isinstance(batch, PeerBatch):
+                return peer_part(model, batch, sums)
             policy_logps_P2, loss, share, balance = policy_loss(run, model, batch, num_pairs)
             measure(run, policy_logps_P2, loss, share, balance, batch, sums)
         return share
@@ -96,15 +98,13 @@ def optimizer_step(
 
 def micro_batches(
     run: PreparedRun, examples: Sequence[PairExample], references: CombinedReferences
-) -> list[MicroBatch]:
-    """The examples with their virtual reference, as the micro-batches that they were dealt to."""
-    return policy_batches(
-        examples,
-        references,
-        shared_prompt=run.shared_prompt,
-        end_to_end=run.end_to_end,
-        pad_token_id=run.plan.references[0].pad_token_id,
-    )
+) -> list[MicroBatch | PeerBatch]:
+    """The examples with their virtual reference, as the micro-batches that they were dealt to; over a sequence group, which is
+    collective then, those of its other ranks between them."""
+    layout: Any = {"shared_prompt": run.shared_prompt, "pad_token_id": run.plan.references[0].pad_token_id}
+    if run.sequence_group is not None:
+        return group_batches(examples, references, run.sequence_group, **layout)
+    return list(policy_batches(examples, references, end_to_end=run.end_to_end, **layout))
 
 
 def sampled_batches(
@@ -115,8 +115,8 @@ def sampled_batches(
     with clock.phase("samples"):
         samples = sampler.draw(window, step)
     with clock.phase("references"):
-        references = sampler.score(samples)
-    return sampler.micro_batches(samples, references)
+        references, settled = sampler.score(samples)
+    return sampler.micro_batches(samples, references, settled)
 
 
 def policy_loss(
@@ -127,32 +127,44 @@ def policy_loss(
     sampler, objective, lengths_P2 = run.sampler, run.objective, batch.pairs.response_lengths
     share_P = batch.weight_P / (batch.total if isinstance(batch, SampledBatch) else num_pairs) * run.args.world_size
 
-    def loss_of(logps_C2: Tensor, pairs: slice) -> PreferenceLoss | SampledLoss:
+    def loss_of(logps: Tensor, pairs: slice) -> PreferenceLoss | SampledLoss:
         if sampler is not None and isinstance(batch, SampledBatch):
-            return sampler.loss(batch, logps_C2, pairs)
-        return loss_against(logps_C2, batch.references[pairs], objective, lengths_P2[pairs])
+            return sampler.loss(batch, logps, pairs)
+        return loss_against(logps, batch.references[pairs], objective, lengths_P2[pairs])
 
     # Once a window: KD's labelled pairs keep them even, its samples would do it twice.
     repeated = sampler is not None and not sampler.replaces_pairs and isinstance(batch, SampledBatch)
     with_routers, balance = run.router_loss_coef > 0 and not repeated, None
+    per_token = isinstance(batch, SampledBatch) and batch.settled is not None  # `loss_of` takes log-probs of tokens
     if not run.args.gradients_in_forward:
         if with_routers:
             policy_logps_P2, balance = score_pairs_and_routers(model, batch.pairs)
+            logps = policy_logps_P2
+        elif per_token:
+            logps = score_tokens(model, batch.pairs)
+            policy_logps_P2 = response_sums(logps.detach(), batch.pairs.cu_seqlens).view(-1, 2)
         else:
-            policy_logps_P2 = score_pairs(model, batch.pairs)
-        loss = loss_of(policy_logps_P2, slice(None))
+            logps = policy_logps_P2 = score_pairs(model, batch.pairs)
+        loss = loss_of(logps, slice(None))
         share = (loss.losses_P * share_P).sum()
     else:
 
-        def loss_of_pairs(logps_C2: Tensor, pairs: slice) -> Tensor:
-            return share_P[pairs] * loss_of(logps_C2, pairs).losses_P
+        def loss_of_pairs(logps: Tensor, pairs: slice) -> Tensor:
+            return share_P[pairs] * loss_of(logps, pairs).losses_P
 
-        scored, balance = preference_step(model, batch.pairs, loss_of_pairs, with_routers=with_routers)
-        share, policy_logps_P2 = scored
-        loss = loss_of(policy_logps_P2, slice(None))
+        options = {"with_routers": with_routers, "per_token": per_token}
+        scored, balance = preference_step(model, batch.pairs, loss_of_pairs, **options)
+        share, policy_logps_P2, token_logps_T = scored
+        loss = loss_of(policy_logps_P2 if token_logps_T is None else token_logps_T, slice(None))
     if balance is not None:
         share = share + run.router_loss_coef * balance.loss * share_P.sum()
     return policy_logps_P2, loss, share, balance
+
+
+def peer_part(model: nn.Module, batch: PeerBatch, sums: StepSums) -> Tensor:
+    """This rank's part of another's micro-batch: a loss of 0, through which the owner's gradient reaches the tokens here."""
+    sums.tokens += batch.pairs.num_tokens
+    return 0 * score_pairs(model, batch.pairs).sum()
 
 
 def finish_window(run: PreparedRun, sums: StepSums, grad_norm: Tensor | None = None) -> float | None:
@@ -255,5 +267,6 @@ def begin_with_policy(run: PreparedRun, model: nn.Module, device: torch.device) 
             end_to_end=run.end_to_end,
             device=device,
             train_equals_eval=args.disable_dropout,
+            group=run.sequence_group,
             dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         )

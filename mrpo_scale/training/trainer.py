@@ -39,7 +39,7 @@ from mrpo_scale.data.window import PairExample, WeightedPairs, WindowSampler, he
 from mrpo_scale.lifecycle.fingerprint import fingerprint
 from mrpo_scale.lifecycle.resume import ResumableTrainer
 from mrpo_scale.logps.flops import active_parameters
-from mrpo_scale.logps.micro_batches import MicroBatch
+from mrpo_scale.logps.micro_batches import MicroBatch, PeerBatch
 from mrpo_scale.models.adapter import count_parameters, has_adapter
 from mrpo_scale.models.plan import RunPlan
 from mrpo_scale.models.saving import cast_as_stored, share_weights
@@ -172,7 +172,7 @@ class MRPOTrainer(ResumableTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[PairExample]], num_batches: int, device: torch.device
-    ) -> tuple[list[list[MicroBatch]], Tensor]:
+    ) -> tuple[list[list[MicroBatch | PeerBatch]], Tensor]:
         """Begin :func:`optimizer_step`: this rank's share of the next window, and the number of pairs in the whole window.
 
         The Trainer takes ``num_batches`` turns to a step, however many micro-batches it has: each turn gets a part of them in their
@@ -186,7 +186,10 @@ class MRPOTrainer(ResumableTrainer):
         return [batches[start:end] for start, end in itertools.pairwise(ends)], num_pairs
 
     def training_step(  # type: ignore[override]
-        self, model: nn.Module, inputs: Sequence[MicroBatch], num_items_in_batch: Tensor | int | None = None
+        self,
+        model: nn.Module,
+        inputs: Sequence[MicroBatch | PeerBatch],
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Forward and backward of one turn's micro-batches. Gradients meet, and DeepSpeed steps, after the window's last."""
         loss = torch.zeros((), device=self.args.device)
@@ -200,7 +203,7 @@ class MRPOTrainer(ResumableTrainer):
     def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
-        inputs: MicroBatch,
+        inputs: MicroBatch | PeerBatch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
@@ -262,15 +265,15 @@ class MRPOTrainer(ResumableTrainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of one turn's micro-batches."""
-        tokens = sum(batch.pairs.num_tokens for batch in inputs if isinstance(batch, MicroBatch))
+        tokens = sum(batch.pairs.num_tokens for batch in inputs if isinstance(batch, MicroBatch | PeerBatch))
         return self.flops_per_token * tokens
 
-    def _track_num_input_tokens(self, inputs: Sequence[MicroBatch]) -> None:
+    def _track_num_input_tokens(self, inputs: Sequence[MicroBatch | PeerBatch]) -> None:
         """`include_num_input_tokens_seen`: positions that the policy computes, or those of them that hold a token of a pair."""
         how = self.args.include_num_input_tokens_seen
         if how == "no":
             return
-        tokens = sum(b.pairs.input_ids_BL.numel() if how == "all" else b.num_pair_tokens for b in inputs)
+        tokens = sum(b.pairs.num_positions if how == "all" else b.num_pair_tokens for b in inputs)
         self.state.num_input_tokens_seen += int(sum_of_ranks(tokens))
 
     @property

@@ -19,6 +19,7 @@ from mrpo_scale.cli import train_main
 from mrpo_scale.compare.plan import Arm, Run
 from mrpo_scale.compare.results import read_run
 from mrpo_scale.training.held_out import HeldOutScores
+from tests.distributed.jobs import Job
 from tests.tiny import pair_rows, write_models
 
 ROOT = Path(__file__).parents[2]
@@ -251,19 +252,11 @@ def test_exit_code_through_the_launcher(words, tmp_path):
     assert done.stderr.count("error: unknown key `betta`; did you mean `beta`?") == 1
 
 
-@pytest.mark.processes
-def test_a_process_that_does_not_see_its_peers_stops(tmp_path):
+def test_a_process_that_does_not_see_its_peers_stops(jobs, tmp_path):
     """WORLD_SIZE says two, nothing tells this process which one it is: it must not train alone."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch/train.py"), "--config", "quickstart", "--output_dir", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "WORLD_SIZE": "2"},
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "WORLD_SIZE=2 processes but this process sees a world of 1" in done.stderr
+    ((ended,),) = jobs.run(Job(["train", "--config", "quickstart", "--output_dir", tmp_path], env={"WORLD_SIZE": "2"}))
+    assert ended.status == 2
+    assert "WORLD_SIZE=2 processes but this process sees a world of 1" in ended.err
 
 
 # An ordinary TRL DPO recipe; {model}, {pairs} and the last lines stand in for hub names and make it short.

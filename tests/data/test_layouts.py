@@ -383,7 +383,7 @@ def test_ties_are_counted_but_are_no_bad_rows():
     )
     assert prepared.counts == {"tied_scores": 2, "single_answer": 1}
     assert len(prepared) == 5
-    assert prepared.bad_rows()[-1] == {
+    assert list(prepared.bad_rows())[-1] == {
         "row": 5,
         "other_row": 6,
         "reason": "tied_scores",

@@ -259,6 +259,10 @@ def test_resolve_finds_the_parts_in_the_cache_of_the_environment(
     monkeypatch.setenv("MRPO_CACHE", str(world.root.parent))
     monkeypatch.setattr(toyworld, "ToySettings", lambda: SMALL)
     assert resolve("toy:qwen2") == str(world.models["qwen2"])
+    assert json.loads(resolve('{"model": "toy:qwen2", "name": "q"}')) == {
+        "model": str(world.models["qwen2"]),
+        "name": "q",
+    }
     assert sorted(path.name for path in Path(resolve("toy:pairs")).iterdir()) == ["test.jsonl", "train.jsonl"]
 
 

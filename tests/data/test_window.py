@@ -130,3 +130,15 @@ def test_micro_batches_hold_their_pairs_with_their_own_scores():
             assert own_P2.flatten(1).tolist() == [[float(row)] * own_P2[0].numel() for row in batch.rows]
         assert batch.weight_P.tolist() == [float(row != 9) for row in batch.rows]
         assert batch.pairs.num_pairs == 2
+
+
+@pytest.mark.parametrize(("ranks", "pairs", "accumulation"), [(1, 4, 1), (3, 2, 4)])
+def test_windows_that_were_trained_are_not_made_again(ranks, pairs, accumulation):
+    """Whoever resumes drops as many batches: what follows is the rest of the epoch, and of the skipped rows nothing can be read."""
+    whole, resumed = (sampler_of(WindowShape(ranks, pairs, accumulation)) for _ in range(2))
+    resumed.skipped = 3
+    dealt = []
+    resumed.deal = lambda window: (dealt.append(window), type(resumed).deal(resumed, window))[1]
+    all_windows, rest = windows_of_ranks(whole), windows_of_ranks(resumed)
+    assert rest[3:] == all_windows[3:] and len(rest) == len(all_windows) and len(dealt) == ranks * (len(rest) - 3)
+    assert {draw.row for window in rest[:3] for draws in window for draw in draws} == {len(LENGTHS_N)}

@@ -11,7 +11,6 @@ import gc
 import importlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ if __name__ == "__main__":  # started with -P; under its own name, so that pickl
 
 from tests.distributed import jobs as this_module  # noqa: E402
 from tests.distributed.pool import _load  # noqa: E402
+from tests.distributed.ports import free_port  # noqa: E402
 
 START_TIMEOUT = 240.0  #: seconds until the imports are done
 ENV = {
@@ -36,6 +36,7 @@ ENV = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a fork copies one thread
+    "LOCAL_SIZE": "1",  # what DeepSpeed takes where there is no numactl, which it would look for at each reduction of a gradient
 }
 IMPORTS = [
     *("mrpo_scale.commands.train", "mrpo_scale.commands.score", "mrpo_scale.commands.inspect_references"),
@@ -220,10 +221,7 @@ def _text(folder: Path, job: int, rank: int, kind: str) -> str:
 
 def _fork(j: int, job: Any, folder: Path, pipe: Connection) -> list[_Rank]:
     words, count, before, args, env = job
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    forked = []
+    port, forked = free_port(), []
     for rank in range(count):
         pid = os.fork()
         if not pid:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
+from mrpo_scale.config.hardware import bf16_instructions
 from tests.distributed.jobs import Job
 from tests.distributed.test_score_jobs import opened_files
 from tests.tiny import pair_rows, write_models
@@ -141,8 +142,10 @@ def test_hardware_is_the_clusters(jobs, world, tmp_path):
     assert found["setting"]["ds_config"] == "zero2", "read here, and no process group joined for it"
     words = ["--tf32", "true", "--bf16", "true", "--head_impl", "triton", "--gpu", "cpu"]
     ended = check(jobs, world, *words, status=2)
-    for key in ("`tf32: True`", "`bf16: True`", "`head_impl: triton`"):
-        assert sum(key in line for line in ended.out.splitlines() if line.startswith("error: ")) == 1
+    errors = [line for line in ended.out.splitlines() if line.startswith("error: ")]
+    for key in ("`tf32: True`", "`head_impl: triton`"):
+        assert sum(key in line for line in errors) == 1
+    assert sum("`bf16: True`" in line for line in errors) == (bf16_instructions() is None)
 
 
 def test_too_many_bad_rows_are_an_error_and_shown(jobs, world):

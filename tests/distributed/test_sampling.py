@@ -47,7 +47,9 @@ def words(tmp_path_factory, request):
     keys = {"objective": request.param, "ref_weights": [0.2, 0.5, 0.3], "max_completion_length": 10, "max_steps": 4}
     keys |= {"disable_dropout": True, "save_total_limit": None, "logging_steps": 1, "eval_steps": 4, "seed": 5}
     line = write_recipe(folder, **keys, sampled_fraction=0.7)
-    if request.param == "rlhf":
+    if request.param == "kd":
+        line += ["--kd_level", "aligned"]
+    else:
         line += ["--reward_model", write_reward(folder / "reward", folder / "qwen2")]
     return line
 
@@ -60,25 +62,43 @@ def run(jobs, words, output_dir, ranks, *more, before=None, args=()):
 
 def close(log, whole):
     for entry, expected in zip(log, whole, strict=True):
-        for key in ("loss", "grad_norm", "eval_loss", "sampled/kl/llama", "sampled/cut", "sampled/reward"):
+        for key in (
+            "loss",
+            "grad_norm",
+            "eval_loss",
+            "sampled/kl/llama",
+            "sampled/cut",
+            "sampled/reward",
+            "sampled/pieces",
+        ):
             if key in expected:
                 assert entry[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), (expected["step"], key)
 
 
-def test_two_ranks_one_and_two_that_go_on(jobs, words, tmp_path):
-    run(jobs, words, tmp_path / "whole", 2, before=recording, args=(str(tmp_path / "samples"),))
-    log, weights = final_log(tmp_path / "whole"), final_weights(tmp_path / "whole")
-    assert len({entry["sampled/kl/llama"] for entry in log if "loss" in entry}) > 2
+@pytest.fixture(scope="module")
+def whole(jobs, words, tmp_path_factory):
+    """Two ranks from the first step to the last: (folder, samples)."""
+    root = tmp_path_factory.mktemp("whole")
+    run(jobs, words, root / "out", 2, before=recording, args=(str(root / "samples"),))
+    return root / "out", root / "samples"
 
+
+def test_one_process_takes_the_steps_of_two_ranks(jobs, words, whole, tmp_path):
+    folder, samples = whole
+    log = final_log(folder)
+    assert len({entry["sampled/kl/llama"] for entry in log if "loss" in entry}) > 2
     more = ("--gradient_accumulation_steps", 4)
-    run(jobs, words, tmp_path / "one", 1, *more, before=repeating, args=(tmp_path / "samples",))
+    run(jobs, words, tmp_path / "one", 1, *more, before=repeating, args=(samples,))
     close(final_log(tmp_path / "one"), log)
 
-    shutil.copytree(tmp_path / "whole" / f"checkpoint-{AT}", tmp_path / "again" / f"checkpoint-{AT}")
+
+def test_two_ranks_go_on(jobs, words, whole, tmp_path):
+    folder, _ = whole
+    shutil.copytree(folder / f"checkpoint-{AT}", tmp_path / "again" / f"checkpoint-{AT}")
     run(jobs, words, tmp_path / "again", 2)
-    assert final_log(tmp_path / "again") == log
+    assert final_log(tmp_path / "again") == final_log(folder)
     again = final_weights(tmp_path / "again")
-    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    assert all(torch.equal(again[name], value) for name, value in final_weights(folder).items())
 
 
 @pytest.mark.parametrize("words", ["kd"], indirect=True)

@@ -1,6 +1,5 @@
 """A reference on a shard group: it scores as the whole model does and holds its share, nothing more, before and after."""
 
-import os
 import time
 
 import pytest
@@ -17,7 +16,6 @@ from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.logps.self_check import check_pair_scoring
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.references.sharding import ReferenceSource, ShardedReference
-from tests.distributed.pool import Pool, WorkerError
 from tests.tiny_types import tiny_model
 
 CPU = torch.device("cpu")
@@ -301,48 +299,3 @@ def default_group():
 
 def test_default_group_is_a_node(pool2):
     assert pool2.run(default_group) == [2, 2]
-
-
-# ------------------------------------------------------------------------------------------------------------- the pool itself
-
-
-def fail_on(rank):
-    if dist.get_rank() == rank:
-        raise ValueError("broken on purpose")
-    return dist.get_rank()
-
-
-def hang_on(rank):
-    if dist.get_rank() == rank:
-        time.sleep(1000)
-
-
-def exit_on(rank):
-    if dist.get_rank() == rank:
-        os._exit(3)
-
-
-def worker_pid():
-    return os.getpid()
-
-
-@pytest.fixture
-def own_pool():
-    pool = Pool(2)
-    yield pool
-    pool.close()
-
-
-@pytest.mark.slow
-def test_pool_reports_and_recovers(own_pool):
-    with pytest.raises(WorkerError, match=r"(?s)rank 0 failed in fail_on.*ValueError: broken on purpose"):
-        own_pool.run(fail_on, 0)
-    pids = own_pool.run(worker_pid)
-    with pytest.raises(WorkerError, match=r"(?s)rank 1 hangs in hang_on.*in hang_on") as caught:
-        own_pool.run(hang_on, 1, timeout=1.0)
-    assert "rank 0" not in str(caught.value)
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-    with pytest.raises(WorkerError, match=r"rank 0 failed in exit_on.*\n?.*ended with status 3"):
-        own_pool.run(exit_on, 0)

@@ -1,13 +1,13 @@
 """A checkpoint of two ranks goes on on one, two and four: the same steps, the same Adam state."""
 
 import shutil
-import socket
 from itertools import groupby
 
 import pytest
 
 from mrpo_scale.lifecycle import checkpoints
 from tests.distributed.jobs import Job
+from tests.distributed.ports import free_port
 from tests.distributed.train_runs import ZERO3, final_log, read_lines, record, write_recipe
 
 AT = 12  # the checkpoint that all of them continue from, in the second epoch
@@ -24,9 +24,7 @@ def run(jobs, words, output_dir, logs, ranks=2, *more):
     logs.mkdir()
     env = dict(ZERO3)
     if ranks == 1:  # DeepSpeed on one rank, as `accelerate launch --num_processes 1` starts it
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            env |= {**ALONE, "MASTER_PORT": str(probe.getsockname()[1])}
+        env |= {**ALONE, "MASTER_PORT": str(free_port())}
         more = (*more, "--ddp_backend", "gloo")
     line = [*words, "--output_dir", output_dir, *more]
     (ended,) = jobs.run(Job(line, ranks, record, (str(logs),), env=env), timeout=240)

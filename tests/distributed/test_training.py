@@ -18,9 +18,11 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks import dealing
 from mrpo_scale.base.errors import ConfigError, Preempted, TrainingError
+from mrpo_scale.config import hardware as hardware_module
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.config.recipe import resource
 from mrpo_scale.lifecycle import checkpoints
+from mrpo_scale.logps.micro_batches import PeerBatch
 from mrpo_scale.objective import combine
 from mrpo_scale.references.placement import shard_group
 from mrpo_scale.training.held_out import HeldOutScores
@@ -29,6 +31,7 @@ from tests.distributed.jobs import Job
 from tests.tiny import pair_dataset, pair_rows, write_models
 
 ROWS = 19  # a last window of 4 that holds 3
+TOGETHER = {"sequence_parallel_size": 2, "max_length": 512}  # of the tiny models' context
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,8 @@ class Recorder(MRPOTrainer):
 
     def compute_loss(self, model, inputs, **kwargs):
         self.micro_batches += 1
+        if isinstance(inputs, PeerBatch):
+            return super().compute_loss(model, inputs, **kwargs)
         for i, (row, weight) in enumerate(zip(inputs.rows, inputs.weight_P.tolist(), strict=True)):
             if weight:
                 self.rows.append((self.state.global_step, row))
@@ -56,7 +61,7 @@ class Recorder(MRPOTrainer):
         return super().compute_loss(model, inputs, **kwargs)
 
 
-def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, poison=None, **keys):
+def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, poison=None, resume=None, **keys):
     """Two epochs of K=3 MRPO; {log, rows trained here, scores, ...}. Runs in a worker of a pool or in this process."""
     if dist.is_initialized():
         deepspeed_comm.init_distributed(
@@ -92,7 +97,7 @@ def train(folders, output_dir, *, batch_size, accumulation, deepspeed=True, pois
     trainer.remove_callback(PrinterCallback)
     trainer.poison = poison
     try:
-        trainer.train()
+        trainer.train(resume)
         held_out = trainer.evaluate()
         trainer.save_model()
     finally:
@@ -128,17 +133,19 @@ def alone(folders, tmp_path_factory):
         (2, 1, {"max_tokens_per_micro_batch": 60}),
         (1, 2, {"max_tokens_per_micro_batch": 60, "deepspeed": False}),
         (1, 2, {"max_tokens_per_micro_batch": 10_000}),
+        (1, 2, {**TOGETHER, "gradient_checkpointing": True, "activation_offloading": True}),
     ],
-    ids=["accumulate", "larger-batch", "token-budget", "token-budget-ddp", "one-micro-batch"],
+    ids=["accumulate", "larger-batch", "token-budget", "token-budget-ddp", "one-micro-batch", "sequence-parallel"],
 )
 def test_two_ranks_take_the_steps_of_one(folders, tmp_path, pool2, alone, batch_size, accumulation, keys):
     """1 process x accumulation 4 = 2 processes x accumulation 2 = 2 processes x 2 pairs = micro-batches of so many tokens, more or
-    fewer than the loader's batches, under ZeRO-3 and under DDP, with a ragged tail."""
+    fewer than the loader's batches = each micro-batch over both ranks; under ZeRO-3 and under DDP, with a ragged tail."""
     ranks = pool2.run(train, folders, tmp_path, batch_size=batch_size, accumulation=accumulation, **keys, timeout=300)
     assert ranks[0]["stage"] == (3 if keys.get("deepspeed", True) else None)
     steps = len(ranks[0]["log"])
     budget = keys.get("max_tokens_per_micro_batch")
-    expected = {None: {accumulation * steps}, 10_000: {steps}}.get(budget, set(range(steps + 1, 2 * steps + 1)))
+    turns = keys.get("sequence_parallel_size", 1)  # the ranks of a sequence group compute all of its micro-batches
+    expected = {None: {turns * accumulation * steps}, 10_000: {steps}}.get(budget, set(range(steps + 1, 2 * steps + 1)))
     assert ranks[0]["micro_batches"] == ranks[1]["micro_batches"] and ranks[0]["micro_batches"] in expected
     assert len(ranks[0]["log"]) == len(alone["log"]) == 10
     for entry, expected in zip(ranks[0]["log"], alone["log"], strict=True):
@@ -375,6 +382,56 @@ def best_step(folders, output_dir, deepspeed=True, **keys):
         )
         settle(trainer)
     return made
+
+
+def train_in_bf16(folders, output_dir):
+    """Four steps, and the last two again from the checkpoint; each run's log and this rank's float32 master weights."""
+    made = []
+    for folder, resume in ((output_dir, None), (Path(output_dir) / "again", "auto")):
+        if resume and dist_rank() == 0:
+            shutil.copytree(Path(output_dir) / "checkpoint-2", folder / "checkpoint-2")
+        dist.barrier()
+        keys = {"bf16": True, "use_cpu": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer = made_trainer(folders, folder, deepspeed=True, **keys)
+        assert trainer.args.device.type == "cpu" and trainer.policy.dtype == torch.bfloat16
+        trainer.train(resume)
+        master = torch.cat([part.flatten() for part in trainer.deepspeed.optimizer.fp32_partitioned_groups_flat])
+        log = [
+            {k: v for k, v in entry.items() if not k.startswith(("time/", "tokens_per"))}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+        made.append({"log": log, "master": master.clone()})
+        settle(trainer)
+    return made
+
+
+def test_bf16_on_cpus_under_zero3_resumes_to_the_same_bits(folders, tmp_path, pool2):
+    for whole, again in pool2.run(train_in_bf16, folders, tmp_path, timeout=300):
+        assert whole["master"].dtype == torch.float32
+        assert (whole["master"] != whole["master"].bfloat16().float()).any(), (
+            "more digits than the weights that compute"
+        )
+        assert torch.equal(whole["master"], again["master"])
+        assert len(whole["log"]) == 4 and whole["log"] == again["log"]
+
+
+def choose_bf16_apart():
+    """Rank 1's processor pretends to have no instructions for bf16; what each rank raises."""
+    has = "AMX" if dist_rank() == 0 else None
+    hardware_module.bf16_instructions, kept = lambda: has, hardware_module.bf16_instructions
+    try:
+        MRPOConfig(output_dir="/nowhere", report_to="none", use_cpu=True, bf16="auto")
+    except ConfigError as error:
+        return str(error)
+    finally:
+        hardware_module.bf16_instructions = kept
+    return None
+
+
+def test_processors_that_differ_are_told_apart(pool2):
+    said = pool2.run(choose_bf16_apart, timeout=60)
+    assert said[0] == said[1] and "rank 0 has bf16 in hardware, that of rank 1 has not" in said[0]
 
 
 def dist_rank():

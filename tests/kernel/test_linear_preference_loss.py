@@ -239,3 +239,33 @@ def test_misfits_are_errors():
         linear_preference_loss(hidden_TD, weight_VD, labels_T, cu_seqlens[:-1], lambda logps, _: logps.sum(1))
     with pytest.raises(ValueError, match="one loss each"):
         linear_preference_loss(hidden_TD, weight_VD, labels_T, cu_seqlens, lambda logps, _: logps.sum())
+
+
+@pytest.mark.parametrize("wants_gradients", [True, False])
+def test_a_loss_of_tokens(wants_gradients):
+    """Each token of a response with a weight of its own, beside autograd through the log-probs of tokens."""
+    tensors, labels_T, cu_seqlens = inputs(torch.float64)
+    weight_T = torch.randn(len(labels_T), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def loss_of_pairs(logps_C, pairs):
+        start, stop = BOUNDS[2 * pairs.start], BOUNDS[2 * pairs.stop]
+        assert logps_C.shape == (stop - start,)
+        lengths = cu_seqlens[::2].diff().tolist()[pairs]
+        return torch.stack([part.sum() for part in (weight_T[start:stop] * logps_C.square()).split(lengths)])
+
+    every = torch.arange(len(labels_T) + 1)
+    leaves = [x.clone().requires_grad_(wants_gradients) for x in tensors]
+    plain_T = sequence_logps(*leaves[:2], labels_T, every, bias=leaves[2], impl="torch")
+    expected = loss_of_pairs(plain_T, slice(0, 5)).sum()
+    mine = [x.clone().requires_grad_(wants_gradients) for x in tensors]
+    with torch.set_grad_enabled(wants_gradients):
+        found = linear_preference_loss(*mine[:2], labels_T, cu_seqlens, loss_of_pairs, bias=mine[2], per_token=True)
+    torch.testing.assert_close(found.loss, expected)
+    torch.testing.assert_close(found.token_logps_T, plain_T.detach())
+    sums_S = sequence_logps(*tensors[:2], labels_T, cu_seqlens, bias=tensors[2], impl="torch")
+    torch.testing.assert_close(found.policy_logps_P2.flatten(), sums_S)
+    if wants_gradients:
+        for own, plain in zip(
+            torch.autograd.grad(found.loss, mine), torch.autograd.grad(expected, leaves), strict=True
+        ):
+            torch.testing.assert_close(own, plain)

@@ -187,6 +187,15 @@ def test_the_score_script(cluster):
     (words,) = cluster.calls("accelerate")
     assert words.endswith("launch/score.py --config my.yaml --ref_cache_dir cache --reference qwen")
     assert "--num_processes 4 " in words
+    array = {"ID": "7", "MIN": "1", "STEP": "2", "COUNT": "5"}
+    process = cluster.start(
+        [LAUNCH / "slurm" / "score.sbatch", "my.yaml", "cache"],
+        "true",
+        **{f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()},
+    )
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    assert cluster.calls("accelerate")[-1].endswith("--ref_cache_dir cache --job 3/5")
 
 
 @pytest.mark.processes

@@ -13,9 +13,10 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from mrpo_scale import MRPOConfig, MRPOTrainer
+from mrpo_scale.base.atomic_files import is_about_disk
 from mrpo_scale.base.errors import ConfigError, Preempted, TrainingError
 from mrpo_scale.lifecycle import checkpoints
-from mrpo_scale.lifecycle.resume import choose, is_about_disk
+from mrpo_scale.lifecycle.resume import choose
 from tests.tiny import pair_dataset, write_models
 
 ROWS = 18  # 5 steps of 4 pairs an epoch, the last one of 2

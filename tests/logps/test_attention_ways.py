@@ -18,6 +18,7 @@ from mrpo_scale.logps.pair_batch import _in_window, _visible, collate_pairs
 from mrpo_scale.logps.pair_forward import enable_pair_scoring, score_pairs
 from mrpo_scale.logps.varlen_layout import varlen_index, varlen_layout
 from tests.logps.test_shared_prompt import FAMILIES, PAIRS, WINDOW, plain_logps, tiny_model
+from tests.tiny import checkpoint_activations
 
 CPU = torch.device("cpu")
 WEIGHTS = torch.linspace(-1, 2, len(PAIRS) * 2).view(-1, 2)
@@ -48,7 +49,7 @@ def test_equals_plain_forwards_and_backwards(model_type, shared_prompt, checkpoi
     enable_pair_scoring(model, model_type)
     assert choose_end_to_end(model, CPU, asked=REFERENCE) and model.config._attn_implementation == REFERENCE
     if checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name since 5.2x
+        checkpoint_activations(model)
         model.train()
     got_P2 = score_pairs(model, collate_pairs(PAIRS, shared_prompt=shared_prompt, end_to_end=True))
     assert ((got_P2 - expected_P2) / expected_P2).abs().max() < 1e-5

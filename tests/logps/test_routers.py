@@ -7,6 +7,7 @@ from benchmarks.sweep_models import PAIRS
 from mrpo_scale.logps.pair_batch import collate_pairs
 from mrpo_scale.logps.pair_forward import enable_pair_scoring, preference_step, score_pairs_and_routers
 from mrpo_scale.logps.routers import has_router_loss, router_loss_coef
+from tests.tiny import checkpoint_activations
 from tests.tiny_types import tiny_model
 
 TYPES = ["mixtral", "qwen3_moe", "qwen3_5_moe", "gpt_oss", "olmoe", "minimax_m2", "jamba", "granitemoe"]
@@ -30,7 +31,7 @@ def test_it_is_the_models_own(model_type):
     own.backward()
     expected = gradients(model)
     enable_pair_scoring(model, "policy")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     _, balance = score_pairs_and_routers(model, pairs)
     torch.testing.assert_close(balance.loss, own)
     balance.loss.backward()

@@ -1,14 +1,16 @@
-"""Two hosts on one machine: two network namespaces with a cable between them, and a host name for each.
+"""Several hosts on one machine: network namespaces, each with a host name and a cable to one switch.
 
-Processes of one host reach the other through its address only, as on a cluster; file systems are shared, as a cluster's are.
+Processes of one host reach another through its address only, as on a cluster; file systems are shared, as a cluster's are.
 Needs root and iproute2.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 29500  # a namespace has all ports to itself
+CLONE_NEWNET, CLONE_NEWUTS, CLONE_NEWNS = 0x40000000, 0x04000000, 0x00020000  # linux/sched.h
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000  # linux/mount.h
 
 
 @dataclass
@@ -46,6 +50,10 @@ class Host:
         self.processes.append(process)
         return process
 
+    def link(self, state: str) -> None:
+        """``down`` pulls this host's cable, ``up`` plugs it in again."""
+        _ip("-n", self.namespace, "link", "set", "eth0", state)
+
     def pids(self) -> list[int]:
         return [int(pid) for pid in _ip("netns", "pids", self.namespace).split()]
 
@@ -64,79 +72,98 @@ class Host:
                 _kill(pid)
 
 
-@dataclass
-class TwoHosts:
-    a: Host
-    b: Host
+def launch(
+    hosts: Sequence[Host], words: Sequence[str | Path], logs: Path, ranks_per_host: int, *options: str, **env: str
+) -> list[subprocess.Popen[bytes]]:
+    """`accelerate launch launch/train.py WORDS` on all, as docs/cluster.md says; a process each, the first is machine 0."""
+    logs.mkdir(parents=True, exist_ok=True)
+    accelerate = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu_zero3.yaml"),
+        *("--deepspeed_multinode_launcher", "standard", "--num_machines", str(len(hosts))),
+        *("--num_processes", str(len(hosts) * ranks_per_host)),
+        *("--main_process_ip", hosts[0].address, "--main_process_port", str(PORT), *options),
+    ]
+    return [
+        host.start(
+            [*accelerate, "--machine_rank", str(rank), "launch/train.py", *words], logs / f"{host.name}.log", **env
+        )
+        for rank, host in enumerate(hosts)
+    ]
 
-    def link(self, state: str) -> None:
-        """``down`` cuts the cable, ``up`` mends it."""
-        _ip("-n", self.b.namespace, "link", "set", "eth0", state)
 
-    def launch(
-        self, words: Sequence[str | Path], logs: Path, ranks_per_host: int, *options: str, **env: str
-    ) -> list[subprocess.Popen[bytes]]:
-        """`accelerate launch launch/train.py WORDS` on both, as docs/cluster.md says; a process each, `a` is machine 0."""
-        logs.mkdir(parents=True, exist_ok=True)
-        return [
-            host.start(
-                [
-                    *(sys.executable, "-m", "accelerate.commands.launch"),
-                    *(
-                        "--config_file",
-                        "launch/accelerate/cpu_zero3.yaml",
-                        "--deepspeed_multinode_launcher",
-                        "standard",
-                    ),
-                    *("--num_machines", "2", "--num_processes", str(2 * ranks_per_host), "--machine_rank", str(rank)),
-                    *("--main_process_ip", self.a.address, "--main_process_port", str(PORT), *options),
-                    *("launch/train.py", *words),
-                ],
-                logs / f"{host.name}.log",
-                **env,
-            )
-            for rank, host in enumerate((self.a, self.b))
-        ]
+def seats(hosts: Sequence[Host], ranks_per_host: int) -> tuple[tuple[tuple[str, str], ...], int, str]:
+    """What :func:`take_seat` needs to know, for ``Job.args``."""
+    return tuple((host.name, host.namespace) for host in hosts), ranks_per_host, hosts[0].address
+
+
+def take_seat(hosts: Sequence[tuple[str, str]], ranks_per_host: int, main_address: str) -> None:
+    """Move this rank, which was forked without a launcher (tests/distributed/jobs.py), to its host: four launchers and eight ranks
+    that each import for 20 s would take minutes before the first step."""
+    group, local = divmod(int(os.environ["RANK"]), ranks_per_host)
+    name, namespace = hosts[group]
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(function: str, *args: object) -> None:
+        if getattr(libc, function)(*args):
+            raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
+
+    with open(f"/run/netns/{namespace}") as file:
+        call("setns", file.fileno(), CLONE_NEWNET)
+    call("unshare", CLONE_NEWUTS | CLONE_NEWNS)
+    socket.sethostname(name)
+    call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+    call("mount", f"/etc/netns/{namespace}/hosts".encode(), b"/etc/hosts", None, MS_BIND, None)
+    launched = {"LOCAL_RANK": local, "LOCAL_WORLD_SIZE": ranks_per_host, "GROUP_RANK": group, "MASTER_PORT": PORT}
+    os.environ |= {k: str(v) for k, v in launched.items()}
+    os.environ |= {"MASTER_ADDR": main_address, "GLOO_SOCKET_IFNAME": "eth0"}
 
 
 def why_not() -> str | None:
-    """The reason why this machine cannot pretend to be two; None where it can."""
+    """The reason why this machine cannot pretend to be several; None where it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     try:
-        with two_hosts():
+        with made_hosts(2):
             return None
     except subprocess.CalledProcessError as error:
         return f"network namespaces are not allowed here: {error.stderr.strip()}"
 
 
 @contextmanager
-def two_hosts() -> Iterator[TwoHosts]:
-    """Made, and at the end taken away with all that runs on them."""
+def made_hosts(count: int) -> Iterator[list[Host]]:
+    """host-a, host-b, ... on one switch; at the end taken away with all that runs on them."""
     tag = f"mrpo{os.getpid()}"
-    a, b = (Host(f"host-{x}", f"{tag}{x}", f"10.77.0.{i}") for i, x in enumerate("ab", 1))
+    hosts = [Host(f"host-{x}", f"{tag}{x}", f"10.77.0.{i}") for i, x in enumerate("abcdefgh"[:count], 1)]
+    names = "".join(f"{host.address} {host.name}\n" for host in hosts)
+    switch = f"{tag}switch"
     made = []
     try:
-        for host in (a, b):
-            _ip("netns", "add", host.namespace)
-            made.append(host)
+        for namespace in (switch, *(host.namespace for host in hosts)):
+            _ip("netns", "add", namespace)
+            made.append(namespace)
+        _ip("-n", switch, "link", "add", "switch", "type", "bridge")
+        _ip("-n", switch, "link", "set", "switch", "up")
+        for i, host in enumerate(hosts):
             etc = Path("/etc/netns") / host.namespace  # `ip netns exec` lays these over /etc
             etc.mkdir(parents=True)
-            (etc / "hosts").write_text(f"127.0.0.1 localhost\n{a.address} {a.name}\n{b.address} {b.name}\n")
-        _ip("link", "add", "eth0", "netns", a.namespace, "type", "veth", "peer", "name", "eth0", "netns", b.namespace)
-        for host in (a, b):
+            (etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+            cable = ("type", "veth", "peer", "name", f"port{i}", "netns", switch)
+            _ip("link", "add", "eth0", "netns", host.namespace, *cable)
+            _ip("-n", switch, "link", "set", f"port{i}", "master", "switch", "up")
             _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 _ip("-n", host.namespace, "link", "set", device, "up")
         subprocess.run(["unshare", "--uts", "true"], check=True, capture_output=True, text=True)
-        yield TwoHosts(a, b)
+        yield hosts
     finally:
-        for host in made:
-            host.kill()
+        for host in hosts:
+            if host.namespace in made:
+                host.kill()
             for process in host.processes:
                 process.wait()
-            _ip("netns", "del", host.namespace)
             shutil.rmtree(Path("/etc/netns") / host.namespace, ignore_errors=True)
+        for namespace in made:
+            _ip("netns", "del", namespace)
 
 
 def wait_until(condition: Callable[[], object], seconds: float, processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mrpo_scale.lifecycle.checkpoints import MARKER
 from tests.distributed.jobs import ENV, Job
-from tests.multihost.hosts import ROOT, two_hosts, wait_until, why_not
+from tests.multihost.hosts import ROOT, launch, made_hosts, wait_until, why_not
 from tests.tiny import pair_rows, write_models
 from tests.tools import lacking, require_tool
 
@@ -34,7 +34,7 @@ def namespaces():
 
 @pytest.fixture
 def hosts():
-    with two_hosts() as both:
+    with made_hosts(2) as both:
         yield both
 
 
@@ -79,7 +79,7 @@ class Run:
         extensions = (
             {"TORCH_EXTENSIONS_DIR": str(ROOT / ".venv" / "torch_extensions")} if (ROOT / ".venv").is_dir() else {}
         )
-        return hosts.launch(self.words, self.logs, ranks_per_host, *options, **{**ENV, **extensions, **env})
+        return launch(hosts, self.words, self.logs, ranks_per_host, *options, **{**ENV, **extensions, **env})
 
     def finish(self, hosts, ranks_per_host):
         processes = self.start(hosts, ranks_per_host)
@@ -138,13 +138,13 @@ def test_a_cut_link_ends_both_and_the_restarted_run_is_the_same(hosts, recipe, o
     run = Run(recipe, tmp_path, heartbeat_timeout="6")
     processes = run.start(hosts, 1)
     run.reach(8, processes)
-    hosts.link("down")
+    hosts[1].link("down")
     assert all(code != 0 for code in ended(processes, time.monotonic()))
     assert re.search(r"no sign of life for 6 s from rank 1 on host-b, last seen \w+", run.message("a"))
     assert "the job's store on host-a (10.77.0.1:29500), the host of rank 0, is gone" in run.message("b")
     assert "rank 0 on host-a was last seen" in run.message("b")
     assert not (run.folder / "model.safetensors").exists()
-    hosts.link("up")
+    hosts[1].link("up")
     run.finish(hosts, 1)
     assert re.search(r"resuming from .*/checkpoint-\d+, step \d+", run.log("a"))
     assert re.search(r"anchor +llama +0 1 ", run.log("a")), "a group of references on each host"
@@ -154,7 +154,7 @@ def test_a_cut_link_ends_both_and_the_restarted_run_is_the_same(hosts, recipe, o
 
 
 @chaos
-@pytest.mark.parametrize("lost", ["a", "b"])
+@pytest.mark.parametrize("lost", [0, 1], ids="ab")
 def test_four_ranks_and_a_host_without_power(hosts, recipe, one_host, tmp_path, lost):
     """All processes of a host are killed, its launcher too: of host a, where the store lives, and of host b."""
     whole = Run(recipe, tmp_path / "whole", ref_shard_size="2")
@@ -164,10 +164,10 @@ def test_four_ranks_and_a_host_without_power(hosts, recipe, one_host, tmp_path, 
     run = Run(recipe, tmp_path / "killed", ref_shard_size="2")
     processes = run.start(hosts, 2)
     run.reach(8, processes)
-    getattr(hosts, lost).kill()
+    hosts[lost].kill()
     since = time.monotonic()
     assert all(code != 0 for code in ended(processes, since))
-    if lost == "b":
+    if lost == 1:
         assert re.search(r"from rank 2 on host-b, last seen .*; rank 3 on host-b, last seen", run.message("a"))
     else:
         assert "the job's store on host-a (10.77.0.1:29500), the host of rank 0, is gone" in run.message("b")
@@ -181,7 +181,7 @@ def test_the_default_timeout_over_a_cut_link(hosts, recipe, tmp_path):
     run = Run(recipe, tmp_path)
     processes = run.start(hosts, 1)
     run.reach(8, processes)
-    hosts.link("down")
+    hosts[1].link("down")
     assert all(code != 0 for code in ended(processes, time.monotonic()))
     assert "no sign of life for 30 s from rank 1 on host-b" in run.message("a")
     assert "no answer from it for 30 s" in run.message("b")
@@ -195,7 +195,7 @@ def test_restarts_by_the_launcher(hosts, recipe, one_host, tmp_path):
     options = ("--max_restarts", "1", "--rdzv_backend", "c10d")
     processes = run.start(hosts, 1, *options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     run.reach(8, processes)
-    hosts.b.kill_ranks()
+    hosts[1].kill_ranks()
     assert ended(processes, time.monotonic()) == [0, 0]
     assert re.search(r"resuming from .*/checkpoint-\d+, step \d+", run.log("a") + run.log("b"))
     alone = one_host(2)

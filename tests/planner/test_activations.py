@@ -14,6 +14,7 @@ from mrpo_scale.logps.span_attention import SPAN_ATTENTION
 from mrpo_scale.models.plan import disable_dropout
 from mrpo_scale.planner.activations import activations_of
 from tests.logps.test_shared_prompt import FAMILIES
+from tests.tiny import checkpoint_activations
 
 SIZES = {
     "vocab_size": 307,
@@ -47,7 +48,7 @@ def kept_and_predicted(model_type, attention, dtype, checkpointing):
     disable_dropout(model)
     enable_pair_scoring(model, model_type, "torch")
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     batch = collate_pairs(PAIRS, shared_prompt=True, end_to_end=end_to_end)
     with saved_bytes(model, [t for t in vars(batch).values() if isinstance(t, torch.Tensor)]) as found:
         score_pairs(model, batch)

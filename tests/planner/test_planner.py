@@ -357,3 +357,19 @@ def test_a_budget_of_tokens_reaches_estimate_and_search(small):
     assert fixed.accumulation == 8 and found.traffic == fixed.traffic and found.peak == fixed.peak
     assert {s.micro_batch for s in settings(job, cluster, 1300)} == {16}
     assert all(s.max_tokens == 1300 for s in settings(job, cluster, 1300))
+
+
+def test_a_sequence_group_keeps_a_part_of_a_pair(small):
+    """Each rank a quarter of the tokens in four turns: a quarter of the activations, the same work, four times the gathers."""
+    cluster, job = make_cluster("h100-80gb", 4, 4, None), job_of(small)
+    setting = Setting(1, False, read_zero("zero3"))
+    alone, together = (estimate(job, replace(setting, sequence_parallel=n), cluster) for n in (1, 4))
+    kept = [found.moments["forward and backward"]["activations"] for found in (alone, together)]
+    assert kept[1] == pytest.approx(kept[0] / 4, rel=0.02)
+    assert together.policy_flops == alone.policy_flops and together.held == alone.held
+    assert together.traffic["policy"] != alone.traffic["policy"]
+    bounded = replace(setting, max_tokens=600)
+    fitting = estimate(job, replace(bounded, sequence_parallel=4), cluster).moments["forward and backward"][
+        "activations"
+    ]
+    assert fitting == pytest.approx(kept[0], rel=0.02), "as many positions on a rank as the key says"

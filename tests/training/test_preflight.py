@@ -109,6 +109,9 @@ def test_a_deepspeed_config_that_is_none(refused, tmp_path):
     config.deepspeed = {"zero_optimization": {"stage": 9, "reduce_bucket_size": "auto"}}
     with pytest.raises(ConfigError, match=r"`zero_optimization` of the DeepSpeed config: .*stage"):
         preflight(config)
+    config.deepspeed = {"sequence_parallel_size": 2}
+    with pytest.raises(ConfigError, match=r"`sequence_parallel_size` of the DeepSpeed config .* the recipe's key"):
+        preflight(config)
     bad = tmp_path / "bad.json"
     for text, words in (("{", "is not JSON"), ("[]", "is no JSON mapping")):
         bad.write_text(text)
@@ -121,6 +124,7 @@ def test_a_deepspeed_config_that_is_none(refused, tmp_path):
 )
 def test_hardware_that_is_not_here(refused, key, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("mrpo_scale.config.hardware.bf16_instructions", lambda: None)
     said = refused(key)
     assert f"`{key.replace('true', 'True')}` needs a" in said and "GPU" in said
 

@@ -127,16 +127,27 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize("objective", ["kd", "rlhf"])
-def test_no_split_of_a_window_changes_a_step(folders, tmp_path, monkeypatch, objective):
-    monkeypatch.setattr(PolicySampler, "_responses", fixed_responses)
+def wordy_responses(self, prompts, rows, step):
+    """The same after words: pieces that settle."""
+    words = self.plan.texts[0].tokenizer(" red green two one")["input_ids"]
+    return [
+        tuple(words * (row % 3) + words[: row % 2] + one for one in both)
+        for row, both in zip(rows, fixed_responses(self, prompts, rows, step), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("objective", "level"), [("kd", "aligned"), ("rlhf", "sequence")])
+def test_no_split_of_a_window_changes_a_step(folders, tmp_path, monkeypatch, objective, level):
+    monkeypatch.setattr(PolicySampler, "_responses", fixed_responses if objective == "rlhf" else wordy_responses)
     # Of the second window four rows are fillers.
-    whole = trained(folders, tmp_path / "whole", objective, sampled_fraction=0.8).state.log_history
+    keys = {"sampled_fraction": 0.8, "kd_level": level}
+    whole = trained(folders, tmp_path / "whole", objective, **keys).state.log_history
     assert whole[0]["sampled/identical"] > 0 and whole[0]["sampled/cut"] > 0
     assert whole[0]["sampled/kl/anchor"] == pytest.approx(0, abs=1e-3) and whole[0]["sampled/kl/qwen2"] > 5
     assert ("sampled/reward" in whole[0]) == (objective == "rlhf") != ("rewards/margins" in whole[0])
+    assert (whole[0].get("sampled/pieces", 0) > 1.5) == (level == "aligned")
     for i, split in enumerate(SPLITS):
-        log = trained(folders, tmp_path / str(i), objective, sampled_fraction=0.8, **split).state.log_history
+        log = trained(folders, tmp_path / str(i), objective, **keys, **split).state.log_history
         for entry, expected in zip(log[:2], whole, strict=False):
             for key in ("loss", "grad_norm", "sampled/kl/gpt_neox", "sampled/length", "sampled/cut"):
                 assert entry[key] == pytest.approx(expected[key], rel=1e-5), (split, expected["step"], key)
@@ -217,7 +228,7 @@ def test_an_adapter_is_on_while_the_policy_writes_and_off_for_the_anchor(folders
     draw = PolicySampler._responses
     monkeypatch.setattr(PolicySampler, "_responses", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     keys = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "gradient_checkpointing": True}
-    log = trained(folders, tmp_path / "lora", "kd", **keys, max_steps=3).state.log_history
+    log = trained(folders, tmp_path / "lora", "kd", **keys, kd_level="aligned", max_steps=3).state.log_history
     assert log[0]["sampled/kl/anchor"] == 0 and abs(log[2]["sampled/kl/anchor"]) > 1e-4
     trained(folders, tmp_path / "full", "kd", max_steps=1)
     assert drawn[0] == drawn[3], "an adapter of zeros is the policy"
@@ -237,7 +248,11 @@ REFUSED = [
     ({"objective": "kd", "temperature": 0}, ["`temperature: 0`", "only 1"]),
     ({"objective": "kd", "sampled_fraction": 0}, ["`sampled_fraction: 0`"]),
     ({"objective": "kd", "max_completion_length": 0}, ["`max_completion_length: 0`"]),
-    ({"objective": "kd", "kd_level": "aligned"}, ["`kd_level: aligned`", "`sequence`"]),
+    ({"objective": "kd", "kd_level": "words"}, ["`kd_level: words`", "aligned"]),
+    (
+        {"objective": "kd", "kd_level": "aligned", "ref_scoring": "precompute"},
+        ["`ref_scoring: precompute`", "use `live`"],
+    ),
     ({"objective": "kd", "kd_normalize": "words"}, ["`kd_normalize: words`", "tokens"]),
     ({"objective": "kd", "ref_placement": "partition"}, ["`ref_placement: partition`", "`spread`"]),
     ({"objective": "rlhf"}, ["`objective: rlhf`", "`reward_model`"]),

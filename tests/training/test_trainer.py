@@ -164,11 +164,14 @@ def test_a_step_forms_the_virtual_reference_once(folders, tmp_path, monkeypatch,
 
 def test_bf16_on_a_cpu_trains(folders, tmp_path):
     """accelerate's autocast rounds inside the forward and returns float32, which the self-check took for a wrong forward."""
-    trainer = MRPOTrainer(
-        folders["llama"], [folders["qwen2"]], config(tmp_path, bf16=True, max_steps=1), pair_dataset(12)
-    )
-    trainer.train()
-    assert math.isfinite(losses(trainer)[0])
+    logs = []
+    for bf16 in (True, False):
+        args = config(tmp_path, bf16=bf16, max_steps=1)
+        trainer = MRPOTrainer(folders["llama"], [folders["qwen2"]], args, pair_dataset(12))
+        trainer.train()
+        logs.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
+    for key in ("loss", "logps/chosen", "logps/rejected", "grad_norm"):
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=0.02) and logs[0][key] != logs[1][key], key
 
 
 def test_a_foreign_anchor(folders, tmp_path):
@@ -234,9 +237,10 @@ def test_what_is_saved_has_the_sources_dtype(folders, tmp_path):
     )
 
 
-def test_resume_continues_where_it_stopped(folders, tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_resume_continues_where_it_stopped(folders, tmp_path, bf16):
     rows = pair_dataset(18)
-    keys = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "save_steps": 1}
+    keys = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "save_steps": 1, "bf16": bf16}
     whole = MRPOTrainer(folders["llama"], [folders["qwen2"]], config(tmp_path / "whole", **keys), rows)
     whole.train()
     again = MRPOTrainer(folders["llama"], [folders["qwen2"]], config(tmp_path / "again", **keys), rows)
@@ -244,6 +248,7 @@ def test_resume_continues_where_it_stopped(folders, tmp_path):
     assert losses(again) == losses(whole)
     for name, tensor in whole.policy.state_dict().items():
         assert torch.equal(tensor, again.policy.state_dict()[name]), name
+        assert tensor.dtype == torch.float32
 
 
 def test_dropout_is_off_unless_asked_for(folders, tmp_path):

@@ -19,6 +19,7 @@ import numpy as np
 
 from mrpo_scale.base.atomic_files import atomic_write, remove_abandoned
 from mrpo_scale.base.errors import ConfigError, TrainingError
+from mrpo_scale.base.hash_keys import distinct, find
 from mrpo_scale.references.store.identity import ReferenceIdentity, canonical_json
 from mrpo_scale.references.store.listing import (
     DESCRIPTION,
@@ -71,7 +72,7 @@ class ReferenceStore:
     def __init__(self, root: Path, identity: ReferenceIdentity, wanted_keys: np.ndarray | None = None) -> None:
         self.identity = identity
         self.folder = root / identity.key
-        self._wanted = None if wanted_keys is None else np.unique(wanted_keys)
+        self._wanted = None if wanted_keys is None else distinct(wanted_keys)
         self._names: set[str] = set()  # of the parts in memory
         # Sorted and without a key in common, each at least twice as long as the next: a lookup searches few of them, and adding
         # a part merges short ones only.
@@ -113,9 +114,9 @@ class ReferenceStore:
 
     def want(self, keys: np.ndarray) -> None:
         """Keep rows of these keys as well (``S16``). Reads all parts again if some of the keys are new."""
-        if self._wanted is None or _find(self._wanted, keys)[1].all():
+        if self._wanted is None or find(self._wanted, keys)[1].all():
             return
-        self._wanted = np.union1d(self._wanted, keys)
+        self._wanted = distinct(np.concatenate([self._wanted, keys]))
         self._names, self._runs = set(), []
         self.refresh()
 
@@ -126,7 +127,7 @@ class ReferenceStore:
         logps_N2 = np.full((n, 2), np.nan, dtype=np.float32)
         tokens_N2 = np.zeros((n, 2), dtype=np.int32)
         for run in self._runs:
-            at_N, hit_N = _find(run.keys_N, keys_N)
+            at_N, hit_N = find(run.keys_N, keys_N)
             at = at_N[hit_N]
             logps_N2[hit_N], tokens_N2[hit_N] = run.logps_N2[at], run.tokens_N2[at]
             found_N |= hit_N
@@ -136,7 +137,7 @@ class ReferenceStore:
         """Bool [N]: rows that have no scores here."""
         found_N = np.zeros(len(keys_N), dtype=bool)
         for run in self._runs:
-            found_N |= _find(run.keys_N, keys_N)[1]
+            found_N |= find(run.keys_N, keys_N)[1]
         return ~found_N
 
     def prepare_to_write(self) -> None:
@@ -199,7 +200,7 @@ class ReferenceStore:
         return [report for report, _ in examine(self.folder, self.identity.key)]
 
     def _of_interest(self, rows: Rows) -> Rows:
-        return rows if self._wanted is None else rows.take(_find(self._wanted, rows.keys_N)[1])
+        return rows if self._wanted is None else rows.take(find(self._wanted, rows.keys_N)[1])
 
     def _add(self, pieces: list[Rows]) -> int:
         """Add rows, the oldest first; rows that are here stay as they are. Returns how many are new."""
@@ -299,11 +300,3 @@ class PartWriter:
             if error is None:
                 raise
             error.add_note(f"Afterwards, rows that were scored could not be stored: {failure}")
-
-
-def _find(sorted_keys: np.ndarray, keys_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each key stands, and whether it does. Positions of absent keys mean nothing."""
-    if not len(sorted_keys):
-        return np.zeros(len(keys_N), dtype=np.intp), np.zeros(len(keys_N), dtype=bool)
-    at_N = np.minimum(sorted_keys.searchsorted(keys_N), len(sorted_keys) - 1)
-    return at_N, sorted_keys[at_N] == keys_N

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mrpo_scale.base.hash_keys import distinct
 from mrpo_scale.base.untrusted import read_json
 from mrpo_scale.references.store.part_files import PART_NAME, PartError, Rows, part_names, read_part
 
@@ -57,7 +58,7 @@ def _entry(folder: Path) -> CacheEntry:
     return CacheEntry(
         key=folder.name,
         description=description,
-        rows=len(np.unique(np.concatenate([rows.keys_N for rows in pieces]))) if pieces else 0,
+        rows=len(distinct(np.concatenate([rows.keys_N for rows in pieces]))) if pieces else 0,
         bytes=sum(report.bytes for report, _ in examined),
         parts=sum(PART_NAME.fullmatch(report.name) is not None for report, _ in examined),
         problems=[f"{report.name} {report.problem}" for report, _ in examined if report.problem],

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from mrpo_scale.base.hash_keys import is_ascending, is_first, sort_order
 from mrpo_scale.base.untrusted import parse_json
 
 FORMAT = "1"
@@ -89,10 +90,9 @@ def make_rows(keys_N: np.ndarray, logps_N2: np.ndarray, tokens_N2: np.ndarray) -
 def sorted_rows(pieces: Sequence[Rows]) -> Rows:
     """All rows by ascending key; of rows with one key the first."""
     keys_N = np.concatenate([rows.keys_N for rows in pieces])
-    order = np.argsort(keys_N, kind="stable")  # timsort: the pieces are sorted already
+    order = sort_order(keys_N)
     keys_N = keys_N[order]
-    first = np.ones(len(keys_N), dtype=bool)
-    first[1:] = keys_N[1:] != keys_N[:-1]
+    first = is_first(keys_N)
     order = order[first]
     return Rows(
         keys_N if first.all() else keys_N[first],
@@ -144,7 +144,7 @@ def read_part(path: Path, reference_key: str) -> Rows:
         raise
     except OSError as error:
         raise PartError(f"cannot be read: {error.strerror or error}", "make it readable, or delete it") from error
-    if (rows.keys_N[1:] <= rows.keys_N[:-1]).any():
+    if not is_ascending(rows.keys_N):
         raise PartError("has rows that are not in the order of their keys")
     if faults := int(faulty_scores(rows).sum()):
         raise PartError(f"has {faults} rows with log-probs that are not finite or above 0, or without tokens")

@@ -1,10 +1,11 @@
-"""Predictions of the planner for policies of 8B, 70B and 405B with three references, from 8 to 16,384 GPUs.
+"""Predictions of the planner from 8 to 16,384 GPUs: policies of 8B, 70B and 405B with three references; engines of 1B to 405B, 2k to 128k
+tokens, with references cached.
 
     python benchmarks/predict_scale.py [--gpu h100-80gb] [--network 400gbit] [--output benchmarks/results/predictions.json]
 
 The models are the sizes of published ones, as config.json files in benchmarks/configs; no weights, tokenizers or data are read.
-For each number of GPUs it takes the setting that `mrpo check` would call the cheapest, and DPO with the same one. Prints the table
-of docs/performance.md. Seconds are a roofline whose shares of the peaks are assumed (mrpo_scale/planner/cluster.py).
+For each number of GPUs it takes the setting that `mrpo check` would call the cheapest, and DPO with the same one. Prints the tables
+of docs/scale.md. Seconds are a roofline whose shares of the peaks are assumed (mrpo_scale/planner/cluster.py).
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ RUNS = {
     "llama-3.1-405b": ("qwen2.5-72b", "mistral-large-2407"),
 }
 GPUS = (8, 64, 256, 1024, 4096, 16384)
+#: Engines: policies, tokens of a pair (an eighth of them each response's), GPUs, and pairs of a step for each GPU.
+POLICIES = ("llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b")
+TOKENS = (2048, 8192, 32768, 131072)
+ENGINE_GPUS = (8, 64, 1024, 16384)
+PAIRS_PER_GPU = 4
 LEAST_PAIRS = 512  #: pairs of an optimizer step; more where there are more GPUs, one for each
 MEDIANS, SPREAD, LONGEST = (
     (300, 250, 250),
@@ -53,6 +59,28 @@ def lengths(pairs: int = 4096) -> np.ndarray:
 def size_of(name: str) -> ModelSize:
     source = ReferenceSource(name, str(ROOT / "benchmarks/configs" / name), dtype=torch.bfloat16)
     return model_size(source, itemsize=2)
+
+
+def engines(policy: str, tokens: int, gpus: int, cluster: Cluster) -> dict[str, Any]:
+    """The three cheapest engines for one policy, references cached, pairs of about ``tokens``: log-normal, none longer."""
+    medians = np.array([tokens * 3 // 8, tokens // 8, tokens // 8])  # of which the longest reach the whole
+    drawn = np.random.default_rng(0).lognormal(np.log(medians), 0.4, (4096, 3))
+    shorter = np.minimum(1, tokens / drawn.sum(1, keepdims=True))
+    size = size_of(policy)
+    workload = Workload((drawn * shorter).astype(np.int64).clip(1)[:, None])
+    job = Job(size, (PlannedModel(size, 0),), workload, PAIRS_PER_GPU * gpus, 65536, False)
+    found = search(job, cluster, live=False)
+    return {
+        "policy": policy,
+        "tokens": tokens,
+        "gpus": gpus,
+        "pairs_per_step": job.window,
+        "least_gib": found.least.peak / GIB,
+        "plans": [{**as_json(plan), "words": _setting(plan)} for plan in found.plans],
+        "cell": f"{_setting(found.best)}, {found.best.mfu:.0%}"
+        if found.best
+        else _too_large(found.least.peak / GIB, cluster),
+    }
 
 
 def predict(job: Job, cluster: Cluster) -> dict[str, Any]:
@@ -94,6 +122,7 @@ def _too_large(least_gib: float, cluster: Cluster) -> str:
 def _setting(e: Estimate) -> str:
     s = e.setting
     words = [s.zero.name, f"{s.micro_batch}x{e.accumulation}", *["ckpt"] * s.checkpointing]
+    words += [f"sp{s.sequence_parallel}"] * (s.sequence_parallel > 1)
     if s.live:
         words += [f"{s.placement} {s.shard_size}", *["offload"] * s.offload]
     return " ".join(words)
@@ -126,6 +155,15 @@ def main() -> None:
             cases.append(predict(job, cluster))
             print(f"| {' | '.join(cases[-1].pop('row'))} |", flush=True)
         results["runs"][policy] = {"references": [policy, *others], "cases": cases}
+    results["engines"] = []
+    print(
+        f"\n| policy | tokens | {' | '.join(f'{gpus:,} GPUs' for gpus in ENGINE_GPUS)} |\n|{'---|' * (2 + len(ENGINE_GPUS))}"
+    )
+    for policy in POLICIES:
+        for tokens in TOKENS:
+            row = [engines(policy, tokens, gpus, make_cluster(args.gpu, gpus, 8, args.network)) for gpus in ENGINE_GPUS]
+            results["engines"].append({"policy": policy, "tokens": tokens, "cases": row})
+            print(f"| {policy} | {tokens:,} | {' | '.join(case['cell'] for case in row)} |", flush=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{assumptions(make_cluster(args.gpu, 8, 8, args.network))}\n\nwritten to {args.output}")
 

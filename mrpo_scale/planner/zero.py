@@ -163,8 +163,8 @@ def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyTraff
 
     ZeRO-3 gathers every weight for the forward and again for the backward (whose recomputation needs no third gather), one
     weight at a time, and scatters the gradients of every micro-batch in buckets. hpZ keeps what the first forward after an
-    optimizer step has gathered on the ranks of each node: all gathers until the next step stay there. ZeRO-2 scatters the gradients
-    and gathers the updated weights once; plain data parallelism does both in one all-reduce.
+    optimizer step has gathered on the ranks of each node: all gathers until the next step stay there. ZeRO-2 adds the gradients
+    up on all ranks (`use_multi_rank_bucket_allreduce`, DeepSpeed's default) and gathers the updated weights once; plain data parallelism does both in one all-reduce.
     """
     ranks, total, h = cluster.gpus, size.itemsize * size.parameters, size.hidden
     trained = size.itemsize * size.trained_parameters
@@ -178,6 +178,7 @@ def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyTraff
     if zero.stage == 2:
         calls = math.ceil(size.trained_parameters / zero.number("allgather_bucket_size", h))
         buckets = size.gradient_buckets(zero.number("reduce_bucket_size", h))
-        return PolicyTraffic(none, none, cluster.gather(trained, ranks, buckets), cluster.gather(trained, ranks, calls))
+        reduced = cluster.gather(trained, ranks, buckets) * 2  # scatter and gather again
+        return PolicyTraffic(none, none, reduced, cluster.gather(trained, ranks, calls))
     calls = size.trained_parameters / zero.number("reduce_bucket_size", h)
     return PolicyTraffic(none, none, cluster.gather(4 * size.trained_parameters, ranks, calls) * 2, none)

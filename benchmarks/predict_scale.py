@@ -1,5 +1,5 @@
-"""Predictions of the planner from 8 to 16,384 GPUs: policies of 8B, 70B and 405B with three references; engines of 1B to 405B, 2k to 128k
-tokens, with references cached.
+"""Predictions of the planner from 8 to 16,384 GPUs: policies of 8B, 70B and 405B with three references; engines of 1B to 405B, 2k
+to 128k tokens, with references cached.
 
     python benchmarks/predict_scale.py [--gpu h100-80gb] [--network 400gbit] [--output benchmarks/results/predictions.json]
 

@@ -247,10 +247,11 @@ def predict(trainer: Measured, ds_config: str, *, checkpointing: bool) -> dict[s
         device_type="cpu",
     )
     setting = Setting(2, checkpointing, zero, placement=args.ref_placement, shard_size=2)
-    sent = policy_traffic(job.policy, zero, cluster)
-    again = sum(sent.forward[:2])  # for the backward, and for the forwards after the first
+    sent = policy_traffic(job.policy, zero, cluster, checkpointing=checkpointing)
+    scattered = cluster.gather(4 * job.policy.trained_parameters, cluster.gpus)
+    again, backward = sum(sent.forward[:2]), sum(sent.backward[:2]) - sum(scattered[:2])
     gathered = {
-        f"gathered {n}": round(again + (again if n else sum(sent.first[:2]))) for n in range(len(trainer.gathered))
+        f"gathered {n}": round(backward + (again if n else sum(sent.first[:2]))) for n in range(len(trainer.gathered))
     }
     return {**estimate(job, setting, cluster).held, **gathered}
 

@@ -166,7 +166,7 @@ def _policy_phases(job: Job, setting: Setting, cluster: Cluster, share: Share) -
         "forward": MOVED_FORWARD * layer_bytes,
         "backward": (MOVED_BACKWARD + MOVED_FORWARD * setting.checkpointing) * layer_bytes,
     }
-    count, sent = len(share.forwards), policy_traffic(size, setting.zero, cluster)
+    count, sent = len(share.forwards), policy_traffic(size, setting.zero, cluster, checkpointing=setting.checkpointing)
     links = {"forward": sent.forwards(count), "backward": sent.backward * count}
     exchanged = exchanged_by_attention(size, total.positions, count, setting.sequence_parallel, cluster)
     exchanges = {"forward": exchanged, "backward": exchanged * (1 + setting.checkpointing)}

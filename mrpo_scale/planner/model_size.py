@@ -103,6 +103,13 @@ class ModelSize:
         """Elements of the parameters that ZeRO-3 keeps whole on every rank."""
         return sum(n * count for shape, count in self._alike.items() if (n := math.prod(shape)) <= threshold)
 
+    @property
+    def recomputed(self) -> int:
+        """Elements of the weights that gradient checkpointing computes with once more; of a mixture of experts all layers'."""
+        if self.active < self.parameters:
+            return self.parameters - self.embedding - self.head * (not self.tied)
+        return self.costs.recomputed_per_position // 2
+
     def gathered_weights(self, threshold: int) -> int:
         """How many parameters ZeRO-3 cuts and gathers."""
         return sum(count for shape, count in self._alike.items() if math.prod(shape) > threshold)
@@ -127,17 +134,16 @@ def model_size(
     compiled: bool = False,
     adapter: MRPOConfig | None = None,
 ) -> ModelSize:
-    """Of a causal LM. Reads config.json; opens no weights.
+    """Of a causal LM, from its config.json.
 
     Args:
         itemsize: bytes of one weight where it runs.
         shared_prompt: the recipe's key.
         adapter: of the policy, where `use_peft` puts one on it.
-        device_type, compiled: where it runs, and whether through ``torch.compile``; they decide which attention it has.
+        device_type, compiled: where it runs, and whether through ``torch.compile``: which attention it has.
 
     Raises:
-        ConfigError: what :func:`~mrpo_scale.models.source.check_config` refuses, or a config without a field that the estimate
-            needs; names the field.
+        ConfigError: what :func:`~mrpo_scale.models.source.check_config` refuses, or a config without a field that is needed.
     """
     config = check_config(source)
     model = build_on_meta(source, config)
@@ -150,7 +156,6 @@ def model_size(
         compiled=compiled,
         tried=False,
     )
-    shared = supports_shared_prompt(model) and shared_prompt != "false"
     layers, text = decoder_layers(model), model.config.get_text_config()
     costs = unit_costs(model)  # first: it complains of what a config lacks
     embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
@@ -165,7 +170,7 @@ def model_size(
         head=head.numel(),
         tied=embedding is head,
         itemsize=itemsize,
-        shared_prompt=shared,
+        shared_prompt=supports_shared_prompt(model) and shared_prompt != "false",
         end_to_end=end_to_end,
         costs=costs,
         activations=activations_of(model),
@@ -176,9 +181,10 @@ def model_size(
         quantize=source.quantize,
         quantized=_quantized(source, model),
     )
-    if adapter is None:
-        return size
-    parameters = list(wrapped(model, adapter).parameters())
+    return size if adapter is None else _with_adapter(size, list(wrapped(model, adapter).parameters()))
+
+
+def _with_adapter(size: ModelSize, parameters: list[nn.Parameter]) -> ModelSize:
     shapes = [tuple(tuple(p.shape) for p in some) for some in (parameters, [p for p in parameters if p.requires_grad])]
     return replace(size, shapes=shapes[0], trained=shapes[1])
 

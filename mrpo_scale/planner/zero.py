@@ -158,27 +158,31 @@ class PolicyTraffic(NamedTuple):
         return self.first + self.forward * (count - 1)
 
 
-def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyTraffic:
+def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster, *, checkpointing: bool = False) -> PolicyTraffic:
     """What ZeRO sends.
 
-    ZeRO-3 gathers every weight for the forward and again for the backward (whose recomputation needs no third gather), one
-    weight at a time, and scatters the gradients of every micro-batch in buckets. hpZ keeps what the first forward after an
+    ZeRO-3 gathers every weight for the forward and again for the backward, one weight at a time, a tied one for each of its uses.
+    What ``checkpointing`` computes again it gathers a third time, since a layer's weights are released before its backward (seen
+    with 0.19.8). The gradients of every micro-batch are scattered in buckets. hpZ keeps what the first forward after an
     optimizer step has gathered on the ranks of each node: all gathers until the next step stay there. ZeRO-2 adds the gradients
-    up on all ranks (`use_multi_rank_bucket_allreduce`, DeepSpeed's default) and gathers the updated weights once; plain data parallelism does both in one all-reduce.
+    up on all ranks (`use_multi_rank_bucket_allreduce`, DeepSpeed's default) and gathers the updated weights once; plain data
+    parallelism does both in one all-reduce.
     """
-    ranks, total, h = cluster.gpus, size.itemsize * size.parameters, size.hidden
-    trained = size.itemsize * size.trained_parameters
+    ranks, b, h = cluster.gpus, size.itemsize, size.hidden
+    trained = b * size.trained_parameters
     if zero.stage == 3:
         buckets = size.gradient_buckets(zero.number("reduce_bucket_size", h))
         calls = size.gathered_weights(zero.number("stage3_param_persistence_threshold", h))
-        first = cluster.gather(total, ranks, calls)
-        again = cluster.gather(total, min(zero.secondary, ranks), calls) if zero.secondary > 1 else first
-        return PolicyTraffic(first, again, again + cluster.gather(trained, ranks, buckets), Traffic())
+        total = b * (size.parameters + size.tied * size.embedding)
+        group = min(zero.secondary, ranks) if zero.secondary > 1 else ranks
+        first, again = (cluster.gather(total, some, calls) for some in (ranks, group))
+        third = cluster.gather(b * size.recomputed, group, calls * size.recomputed / size.parameters) * checkpointing
+        return PolicyTraffic(first, again, again + third + cluster.gather(trained, ranks, buckets), Traffic())
     none = Traffic()
     if zero.stage == 2:
         calls = math.ceil(size.trained_parameters / zero.number("allgather_bucket_size", h))
         buckets = size.gradient_buckets(zero.number("reduce_bucket_size", h))
         reduced = cluster.gather(trained, ranks, buckets) * 2  # scatter and gather again
         return PolicyTraffic(none, none, reduced, cluster.gather(trained, ranks, calls))
-    calls = size.trained_parameters / zero.number("reduce_bucket_size", h)
-    return PolicyTraffic(none, none, cluster.gather(4 * size.trained_parameters, ranks, calls) * 2, none)
+    reductions = size.trained_parameters / zero.number("reduce_bucket_size", h)
+    return PolicyTraffic(none, none, cluster.gather(4 * size.trained_parameters, ranks, reductions) * 2, none)

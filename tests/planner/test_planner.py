@@ -192,6 +192,11 @@ def test_hpz_keeps_the_second_gather_in_the_node(big):
         "the second micro-batch of a step gathers in the node"
     )
     assert hpz.forwards(3).network_bytes == hpz.first.network_bytes
+    again, third = (policy_traffic(big, read_zero("zero3"), cluster, checkpointing=on).backward for on in (False, True))
+    layers = 2 * big.costs.recomputed_per_position / 2 * 7 / 8 / 8
+    assert third.network_bytes - again.network_bytes == pytest.approx(layers), (
+        "what is computed again is gathered again"
+    )
     assert plain.backward.network_bytes == pytest.approx(2 * hpz.backward.network_bytes), "gather and scatter: scatter"
     extra = policy_states(big, read_zero("zero3_hpz"), cluster).device["parameters"]
     extra -= policy_states(big, read_zero("zero3"), cluster).device["parameters"]
@@ -212,7 +217,7 @@ def test_a_sequence_group_shares_tokens_and_computes_one_micro_batch_after_the_o
     one, four = (estimate(job, replace(alone, sequence_parallel=n), cluster) for n in (1, 4))
     kept = [found.moments["forward and backward"]["activations"] for found in (one, four)]
     assert kept[1] == pytest.approx(kept[0] / 4, rel=0.05) and one.useful_flops == four.useful_flops
-    sent = policy_traffic(big, alone.zero, cluster)
+    sent = policy_traffic(big, alone.zero, cluster, checkpointing=True)
     exchanged = (
         3 * 4 * exchanged_by_attention(big, 150, 1, 4, cluster).node_bytes
     )  # forward, again, backward: of four micro-batches

@@ -55,7 +55,10 @@ READING_ORDER = [
     ),
     ("mrpo_scale.base", ". hub_kernels"),
     ("mrpo_scale", "."),
-    ("mrpo_scale.base", "errors endpoint atomic_files hash_keys untrusted gpus device host_board heartbeat ranks tables"),
+    (
+        "mrpo_scale.base",
+        "errors endpoint atomic_files hash_keys untrusted gpus device host_board heartbeat ranks tables",
+    ),
     ("mrpo_scale", "objective"),
     (
         "mrpo_scale.config",

@@ -22,8 +22,8 @@ NEVER = {
     "KD": "not run: samples responses from the policy at every step, some 10 times a run's CPU time here",
     "RLHF": "not run: samples responses and needs a reward model, some 10 times a run's CPU time here",
 }
-#: Worlds of the plan that may have no run, and what their main comparison (8 methods, 5 seeds) costs beside the 20 minutes of CPU of
-#: truthfulqa, L <- M: counted in products of a run, in minutes.
+#: Worlds of the plan that may have no run, and what their main comparison (8 methods, 5 seeds) costs beside the 20 minutes of CPU
+#: of truthfulqa, L <- M: counted in products of a run, in minutes.
 PLANNED = {
     "truthfulqa-m-from-l": 65,
     "gsm8k-solutions-l-from-m": 85,

@@ -26,11 +26,13 @@ import datasets
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from deepspeed.utils import groups
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback
 
 from mrpo_scale.base.device import peak_memory_gib, reset_peak_memory
+from mrpo_scale.bench.communication import CollectiveCounter
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.logps.flops import work_of_batch
 from mrpo_scale.planner.cluster import make_cluster
@@ -38,7 +40,7 @@ from mrpo_scale.planner.estimate import estimate
 from mrpo_scale.planner.job import Job, PlannedModel, Setting
 from mrpo_scale.planner.model_size import model_size
 from mrpo_scale.planner.workload import Workload
-from mrpo_scale.planner.zero import read_zero
+from mrpo_scale.planner.zero import policy_traffic, read_zero
 from mrpo_scale.training.trainer import MRPOTrainer
 from tests.tiny import WORDS, tokenizer
 
@@ -89,16 +91,28 @@ def pairs(count: int, words: int) -> datasets.Dataset:
 
 
 class Measured(MRPOTrainer):
-    """Counts what the policy's forward leaves for its backward, in the second step, once everything is in place."""
+    """Counts what the policy's forward leaves for its backward, and gathers, in the second step, once everything is in place."""
 
     activations: tuple[int, int] | None = None  #: bytes saved, bytes predicted
+    secondary: int = 0  #: bytes of hpZ's second copy, which a forward leaves until the optimizer's step
+    gathered: tuple[int, ...] = ()  #: bytes of weights that each micro-batch brought from other ranks
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step == 0:
+            return super().training_step(*args, **kwargs)
+        with CollectiveCounter() as moved:  # both ways at once: a forward's end gathers ahead for the backward
+            loss = super().training_step(*args, **kwargs)
+        self.gathered += (moved.bytes["all_gather"],)
+        return loss
 
     def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         if self.state.global_step == 0:
             return super().compute_loss(model, inputs, **kwargs)
         batch = [value for value in vars(inputs.pairs).values() if isinstance(value, Tensor)]
-        with saved_bytes(self.policy, [*batch, *vars(inputs.references).values(), inputs.weight_P]) as found:
+        known = [*batch, *vars(inputs.references).values(), inputs.weight_P]
+        with saved_bytes(self.policy, known) as found:
             loss = super().compute_loss(model, inputs, **kwargs)
+        self.secondary = tensor_bytes([p.ds_secondary_tensor for p in self.policy.parameters()], set())
         size = model_size(self.plan.policy, itemsize=4, device_type="cpu")
         work = work_of_batch(inputs.pairs)
         self.activations = (
@@ -140,7 +154,7 @@ def tensor_bytes(tensors: Iterable[Tensor | None], known: set[int]) -> int:
     return total
 
 
-def held_by_rank(trainer: MRPOTrainer) -> dict[str, int]:
+def held_by_rank(trainer: Measured) -> dict[str, int]:
     """Bytes of tensors that this rank holds after a step, by kind."""
     engine: Any = trainer.deepspeed
     zero, known = engine.optimizer, set()
@@ -148,7 +162,7 @@ def held_by_rank(trainer: MRPOTrainer) -> dict[str, int]:
     states = [value for state in zero.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     references = [p for r in trainer.scores.references.values() for p in r.model.model.parameters()]
     return {
-        "parameters": tensor_bytes([t for p in parameters for t in (p.ds_tensor, p.data)], known),
+        "parameters": tensor_bytes([t for p in parameters for t in (p.ds_tensor, p.data)], known) + trainer.secondary,
         "optimizer": tensor_bytes([*zero.fp32_partitioned_groups_flat, *states], known),
         "gradients": tensor_bytes(
             [zero.grad_partitions_flat_buffer, *(bucket.buffer for bucket in zero.ipg_buckets.values())], known
@@ -166,11 +180,12 @@ def measure(
     checkpointing: bool,
     words: int,
     ds_config: str | None = None,
+    accumulation: int = 1,
 ) -> dict[str, Any]:
     """Two steps on this rank; predicted and measured bytes by kind. Collective over the world.
 
     Args:
-        ds_config: path; None where accelerate's launcher names one.
+        ds_config: path; None where accelerate's launcher names one. Ranks of hpZ's groups stand for nodes.
     """
     if torch.distributed.is_initialized():  # a pool of tests; under a launcher accelerate does it
         from deepspeed import comm
@@ -181,6 +196,7 @@ def measure(
         output_dir=output_dir,
         deepspeed=ds_config,
         per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
         max_steps=2,
         gradient_checkpointing=checkpointing,
         head_backward="recompute",  # what the head keeps is then seen by the hooks, too
@@ -192,29 +208,33 @@ def measure(
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Measured(policy, ref_models=references, args=config, train_dataset=pairs(8, words))
+    rows = pairs(4 * accumulation * config.world_size, words)
+    trainer = Measured(policy, ref_models=references, args=config, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train()
         measured = held_by_rank(trainer)
         peak = peak_memory_gib(config.device)
-        predicted = predict(trainer, checkpointing=checkpointing)
+        predicted = predict(trainer, ds_config or "zero3_cpu", checkpointing=checkpointing)
     finally:
         if trainer.deepspeed is not None:
             trainer.deepspeed.destroy()
         trainer.scores.references.clear()
         AcceleratorState._reset_state()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, of which a process can make only one
         gc.collect()
     assert trainer.activations is not None
     kinds = {kind: {"measured": measured[kind], "predicted": predicted[kind]} for kind in measured}
+    for number, size in enumerate(trainer.gathered):
+        kinds[f"gathered by micro-batch {number}"] = {"measured": size, "predicted": predicted[f"gathered {number}"]}
     kinds["activations"] = dict(zip(("measured", "predicted"), trainer.activations, strict=True))
     return {"kinds": kinds, "peak_rss_gib": round(peak, 3)}
 
 
-def predict(trainer: MRPOTrainer, *, checkpointing: bool) -> dict[str, int]:
-    """What the planner says of the rank that holds most."""
-    args, plan = trainer.args, trainer.plan
-    cluster = make_cluster("cpu", args.world_size, args.world_size, None)
+def predict(trainer: Measured, ds_config: str, *, checkpointing: bool) -> dict[str, int]:
+    """What the planner says of the rank that holds most, and of the bytes that a micro-batch gathers."""
+    args, plan, zero = trainer.args, trainer.plan, read_zero(ds_config)
+    cluster = make_cluster("cpu", args.world_size, zero.secondary if zero.secondary > 1 else args.world_size, None)
     job = Job(
         policy=model_size(plan.policy, itemsize=4, device_type="cpu"),
         references=tuple(
@@ -226,8 +246,13 @@ def predict(trainer: MRPOTrainer, *, checkpointing: bool) -> dict[str, int]:
         gradients_in_forward=False,
         device_type="cpu",
     )
-    setting = Setting(2, checkpointing, read_zero("zero3_cpu"), placement=args.ref_placement)
-    return dict(estimate(job, setting, cluster).held)
+    setting = Setting(2, checkpointing, zero, placement=args.ref_placement, shard_size=2)
+    sent = policy_traffic(job.policy, zero, cluster)
+    again = sum(sent.forward[:2])  # for the backward, and for the forwards after the first
+    gathered = {
+        f"gathered {n}": round(again + (again if n else sum(sent.first[:2]))) for n in range(len(trainer.gathered))
+    }
+    return {**estimate(job, setting, cluster).held, **gathered}
 
 
 def _rank(folder: Path, sizes: list[str]) -> None:

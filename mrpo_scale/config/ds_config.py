@@ -49,6 +49,39 @@ def read_ds_config(config: str | dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{config}, the DeepSpeed config, {error}; correct it or name another.") from None
 
 
+def check_sharding(settings: dict[str, Any], ranks: int, per_node: int) -> None:
+    """How a configuration divides the policy, against the ranks that it is for.
+
+    Args:
+        settings: what :func:`read_ds_config` returns.
+        per_node: ranks of a node, of which all have equally many.
+
+    Raises:
+        ConfigError: MiCS or tensor parallelism, or second copies of the weights (hpZ) in groups that nodes are not made of.
+    """
+    zero = settings.get("zero_optimization") or {}
+    for key in zero:
+        if key.startswith("mics_"):
+            raise ConfigError(
+                f"`zero_optimization.{key}: {zero[key]}`: DeepSpeed 0.19 has no MiCS; remove `{key}` and set "
+                "`zero_hpz_partition_size` to the ranks of a node (ds_configs/zero3_hpz.json)."
+            )
+    if (split := (settings.get("tensor_parallel") or {}).get("autotp_size", 0)) > 1:
+        raise ConfigError(
+            f"`tensor_parallel.autotp_size: {split}` of the DeepSpeed file is not supported: the output head and attention here "
+            "need whole layers (docs/scale.md); remove `tensor_parallel` and take a file of ds_configs/."
+        )
+    size = zero.get("zero_hpz_partition_size", 1)
+    if type(size) is not int or size < 0:
+        raise ConfigError(f"`zero_hpz_partition_size: {size}` must be a whole number, the ranks of a node; 1 is none.")
+    for what, number in (("the ranks of a node", per_node), ("the ranks of the run", ranks)):
+        if size > 1 and number % size:
+            divisors = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0 and ranks % n == 0)
+            raise ConfigError(
+                f"`zero_hpz_partition_size: {size}` does not divide {number}, {what}; set one of {divisors}."
+            )
+
+
 def _checked(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("is no JSON mapping")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils import cpp_extension
 
 from mrpo_scale.base.errors import ConfigError
+from mrpo_scale.config.ds_config import check_sharding
 
 #: What launchers, and MPI's three, tell a process of its rank.
 _RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
@@ -90,14 +91,11 @@ def let_weights_be_saved(plugin: Any) -> None:
         plugin: accelerate's DeepSpeedPlugin, before an engine is made of it.
 
     Raises:
-        ConfigError: weights are split so that no ordinary folder can be written.
+        ConfigError: weights are divided in a way that is not supported; see :func:`~mrpo_scale.config.ds_config.check_sharding`.
     """
     settings = plugin.deepspeed_config
-    if (settings.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
-        raise ConfigError(
-            f"`tensor_parallel.autotp_size: {settings['tensor_parallel']['autotp_size']}` of the DeepSpeed file is not supported: "
-            "the policy is sharded by ZeRO-3; take a file of ds_configs/."
-        )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    check_sharding(settings, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     zero = settings.get("zero_optimization") or {}
     if zero.get("stage") == 3 and not zero.get(_GATHER, False):
         logger.info(

@@ -85,6 +85,14 @@ class Cluster:
         network = size * (1 - 1 / nodes) / inside
         return Traffic(size * (ranks - 1) / ranks - network, network, calls * (inside - 1), calls * (nodes - 1))
 
+    def exchange(self, size: float, ranks: int, calls: float = 1.0) -> Traffic:
+        """``calls`` all-to-alls over ``ranks`` neighbours, in which each gives its ``size`` bytes away in equal parts."""
+        if ranks <= 1:
+            return Traffic()
+        inside = min(ranks, self.per_node)
+        network = size * (1 - inside / ranks)
+        return Traffic(size * (1 - 1 / ranks) - network, network, calls, calls * (ranks > inside))
+
     def seconds(self, traffic: Traffic) -> float:
         """Both kinds of link work at once; the hops wait for each other."""
         rate = self.assumed.links

@@ -50,6 +50,7 @@ from mrpo_scale.planner.show import (
     assumptions,
     memory_table,
     models_table,
+    plans_list,
     plot_memory,
     setting_in_words,
     time_table,
@@ -92,7 +93,7 @@ def check(argv: Sequence[str]) -> int:
     script, config = parse(rest, ConfigElsewhere)
     if config.process_index != 0:
         return 0
-    zero = read_zero(flags.ds_config or _default_zero(config, cluster))
+    zero = read_zero(flags.ds_config or _default_zero(config, cluster), cluster)
     checked = _Check(script, config, cluster, zero, flags.output or config.folder / "check")
     checked.run()
     return 2 if checked.errors else 0
@@ -311,7 +312,12 @@ class _Check:
             "gpus": cluster.gpus,
             "estimates": {name: as_json(found) for name, found in estimates.items()},
             "cheapest": {
-                name: {"tried": s.tried, "fit": s.fitting, "setting": None if s.best is None else as_json(s.best)}
+                name: {
+                    "tried": s.tried,
+                    "fit": s.fitting,
+                    "setting": None if s.best is None else as_json(s.best),
+                    "next": [as_json(plan) for plan in s.plans[1:]],
+                }
                 for name, s in searches.items()
             },
         }
@@ -325,10 +331,7 @@ class _Check:
         for name, found in searches.items():
             print(f"cheapest with references {name}, {found.fitting} of {found.tried} settings fit: ", end="")
             if found.best is not None:
-                best = found.best
-                print(
-                    f"{best.seconds:.3g} s a step, {best.peak / GIB:.1f} GiB: {setting_in_words(best.setting, best.accumulation)}"
-                )
+                print(plans_list(found.plans))
             else:
                 host = sum(found.least.host.values()) / GIB
                 print(
@@ -379,7 +382,6 @@ class _Check:
             gradients_in_forward=config.head_backward == "in_forward"
             or (config.head_backward == "auto" and device_type == "cpu" and config.sequence_parallel_size == 1),
             device_type=device_type,
-            sequence=config.sequence_parallel_size,
         )
 
     def _setting(self) -> Setting:
@@ -393,6 +395,7 @@ class _Check:
             offload=config.ref_offload,
             live=config.ref_scoring == "live",
             max_tokens=config.max_tokens_per_micro_batch,
+            sequence_parallel=config.sequence_parallel_size,
         )
 
     def _accumulation(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mrpo_kernels.chunked_head import token_blocks, word_tiles
 
@@ -73,10 +74,8 @@ def estimate(job: Job, setting: Setting, cluster: Cluster) -> Estimate:
         micro_batch=setting.micro_batch,
         accumulation=accumulation,
         ranks=cluster.gpus,
-        max_tokens=_most_tokens(job, setting),
-    )
-    share = replace(
-        share, forwards=tuple(over_ranks(work, job.sequence) for work in share.forwards for _ in range(job.sequence))
+        max_tokens=setting.max_tokens,
+        sequence=setting.sequence_parallel,
     )
     references = ScoredLive(job, setting, cluster, accumulation) if setting.live else None
     states = policy_states(job.policy, setting.zero, cluster)
@@ -121,16 +120,11 @@ def _training(job: Job, setting: Setting, work: Work) -> TrainingFlops:
     )
 
 
-def _most_tokens(job: Job, setting: Setting) -> int | None:
-    """Of a micro-batch that is dealt, of which a rank of a sequence group computes a part."""
-    return None if setting.max_tokens is None else setting.max_tokens * job.sequence
-
-
 def _policy_moment(job: Job, setting: Setting) -> dict[str, int]:
     """Activations and head at the start of the backward of the largest micro-batch."""
-    size = job.policy
-    work = job.workload.largest_micro_batch(size, setting.micro_batch, _most_tokens(job, setting))
-    work = over_ranks(work, job.sequence)
+    size, ranks = job.policy, setting.sequence_parallel
+    most = None if setting.max_tokens is None else setting.max_tokens * ranks
+    work = over_ranks(job.workload.largest_micro_batch(size, setting.micro_batch, most), ranks)
     moment = {
         "activations": size.activations.kept(work, size.itemsize, checkpointing=setting.checkpointing),
         "head": head_bytes(size, work.response_tokens, job.device_type, in_forward=job.gradients_in_forward),
@@ -172,9 +166,10 @@ def _policy_phases(job: Job, setting: Setting, cluster: Cluster, share: Share) -
         "forward": MOVED_FORWARD * layer_bytes,
         "backward": (MOVED_BACKWARD + MOVED_FORWARD * setting.checkpointing) * layer_bytes,
     }
-    micro_batches = len(share.forwards)
-    forward, backward, step = policy_traffic(size, setting.zero, cluster)
-    links = {"forward": forward * micro_batches, "backward": backward * micro_batches}
+    count, sent = len(share.forwards), policy_traffic(size, setting.zero, cluster)
+    links = {"forward": sent.forwards(count), "backward": sent.backward * count}
+    exchanged = exchanged_by_attention(size, total.positions, count, setting.sequence_parallel, cluster)
+    exchanges = {"forward": exchanged, "backward": exchanged * (1 + setting.checkpointing)}
     phases = [
         Phase(
             f"policy {name}",
@@ -182,11 +177,22 @@ def _policy_phases(job: Job, setting: Setting, cluster: Cluster, share: Share) -
             moved[name] / (gpu.memory_bandwidth * assumed.memory),
             cluster.seconds(links[name]),
             setting.zero.overlap,
+            cluster.seconds(exchanges[name]),
         )
         for name in ("forward", "backward")
     ]
-    phases.append(_optimizer_phase(size, setting.zero, cluster, step))
-    return tuple(phases), links["forward"] + links["backward"] + step
+    phases.append(_optimizer_phase(size, setting.zero, cluster, sent.step))
+    return tuple(phases), sum((*links.values(), *exchanges.values()), sent.step)
+
+
+def exchanged_by_attention(size: ModelSize, tokens: int, forwards: int, ranks: int, cluster: Cluster) -> Traffic:
+    """All-to-alls of sequence parallelism over ``forwards`` forwards, in which a rank has ``tokens``: in every layer queries, keys
+    and values on the way to the ranks of their heads, and outputs on the way back. Heads of keys that the ranks do not divide are
+    repeated until they do."""
+    keys = math.lcm(size.key_heads, ranks)
+    layers = size.activations.num_layers
+    elements = tokens * layers * size.head_size * (2 * size.heads + 2 * keys)
+    return cluster.exchange(size.itemsize * elements, ranks, 2 * layers * forwards)
 
 
 def _optimizer_phase(size: ModelSize, zero: Zero, cluster: Cluster, step: Traffic) -> Phase:

@@ -48,7 +48,6 @@ class Job:
     tokens_per_forward: int
     gradients_in_forward: bool
     device_type: Literal["cuda", "cpu"] = "cuda"
-    sequence: int = 1  #: ranks that compute a micro-batch of the policy together, in one turn for each of them
 
 
 @dataclass(frozen=True)
@@ -64,22 +63,24 @@ class Setting:
     live: bool = True  #: references in the step; False: all scores are in the cache
     only_anchor: bool = False  #: DPO
     max_tokens: int | None = None  #: of a micro-batch, instead of so many pairs
+    sequence_parallel: int = 1  #: neighbouring ranks that compute the tokens of each other's pairs together (Ulysses)
 
 
 @dataclass(frozen=True)
 class Phase:
     """Seconds of one part of a step on the busiest rank. Products and elementwise kernels follow each other; links work beside
-    them where they overlap."""
+    them where they overlap, and an exchange between sequence-parallel ranks is waited for."""
 
     name: str
     products: float
     elementwise: float
     links: float
     overlap: bool = True
+    exchange: float = 0.0
 
     @property
     def seconds(self) -> float:
-        computing = self.products + self.elementwise
+        computing = self.products + self.elementwise + self.exchange
         return max(computing, self.links) if self.overlap else computing + self.links
 
 

@@ -41,7 +41,7 @@ class ScoredLive:
         planned: Sequence[PlannedModel] = job.references[:1] if setting.only_anchor else job.references
         self.models = dict(enumerate(planned))
         pairs = setting.micro_batch * accumulation
-        mean = job.workload.lengths_NV3.sum(-1).mean(0)
+        mean = job.workload.mean_lengths
         costs = {k: m.size.active * float(mean[m.tokenization]) for k, m in self.models.items()}
         together = {k: k if m.shares_with is None else m.shares_with for k, m in self.models.items()}
         layout = _lay_out(setting.placement, tuple(costs.items()), cluster, setting.shard_size, tuple(together.items()))

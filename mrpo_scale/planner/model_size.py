@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import cast
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.config.keys import MRPOConfig
-from mrpo_scale.logps.attention_choice import choose_end_to_end
+from mrpo_scale.logps.attention_choice import choose_end_to_end, head_size
 from mrpo_scale.logps.flops import UnitCosts, active_parameters, unit_costs
 from mrpo_scale.logps.layer_masks import decoder_layers, supports_shared_prompt
 from mrpo_scale.models.adapter import wrapped
@@ -42,17 +44,29 @@ class ModelSize:
     costs: UnitCosts
     activations: Activations
     active: int  #: parameters that a token meets: of a mixture of experts not all
+    heads: int  #: of attention
+    key_heads: int
+    head_size: int
     trained: tuple[Shape, ...] | None = None  #: of the parameters that train, an adapter's; None: all do
     quantize: str | None = None  #: how a reference's linear layers are kept
     quantized: tuple[Shape, ...] = ()  #: of their weights
 
-    @property
+    @cached_property
+    def _alike(self) -> Counter[Shape]:
+        """How many parameters there are of each shape: layers repeat, and a search asks hundreds of times."""
+        return Counter(self.shapes)
+
+    @cached_property
+    def _trained_alike(self) -> Counter[Shape]:
+        return self._alike if self.trained is None else Counter(self.trained)
+
+    @cached_property
     def parameters(self) -> int:
         return sum(map(math.prod, self.shapes))
 
     def fsdp_shard(self, ranks: int) -> int:
         """Elements on the rank that holds most: FSDP2 cuts each parameter along its first axis, as ``torch.chunk`` does."""
-        return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in self.shapes)
+        return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) * count for shape, count in self._alike.items())
 
     def held_bytes(self, ranks: int) -> int:
         """On the rank of a shard group that holds most. What is quantized is whole, in a group of one."""
@@ -70,19 +84,38 @@ class ModelSize:
 
     def zero_shard(self, ranks: int) -> int:
         """Elements on each rank: ZeRO flattens each parameter and pads it to a multiple of the ranks."""
-        return sum(-(-math.prod(shape) // ranks) for shape in self.shapes)
+        return sum(-(-math.prod(shape) // ranks) * count for shape, count in self._alike.items())
 
-    @property
+    def secondary_shard(self, group: int, ranks: int, threshold: int) -> int:
+        """Elements of the second copy that hpZ puts on each rank of a group: of weights that are cut, padded as for all ranks."""
+        cut = [(n, count) for shape, count in self._alike.items() if (n := math.prod(shape)) > threshold]
+        return sum(-(-n // ranks) * (ranks // group) * count for n, count in cut)
+
+    @cached_property
     def trained_parameters(self) -> int:
         return sum(map(math.prod, self.shapes if self.trained is None else self.trained))
 
     def trained_shard(self, ranks: int) -> int:
         """:meth:`zero_shard` of the parameters that train."""
-        return sum(-(-math.prod(shape) // ranks) for shape in (self.shapes if self.trained is None else self.trained))
+        return sum(-(-math.prod(shape) // ranks) * count for shape, count in self._trained_alike.items())
 
     def persistent(self, threshold: int) -> int:
         """Elements of the parameters that ZeRO-3 keeps whole on every rank."""
-        return sum(n for n in map(math.prod, self.shapes) if n <= threshold)
+        return sum(n * count for shape, count in self._alike.items() if (n := math.prod(shape)) <= threshold)
+
+    def gathered_weights(self, threshold: int) -> int:
+        """How many parameters ZeRO-3 cuts and gathers."""
+        return sum(count for shape, count in self._alike.items() if math.prod(shape) > threshold)
+
+    @lru_cache(maxsize=16)  # noqa: B019 (sizes are few and live as long as the process)
+    def gradient_buckets(self, limit: int) -> int:
+        """Collectives that send the gradients: a bucket goes when it has no room for the next gradient; a larger one goes alone."""
+        count, filled = 0, 0
+        for n in map(math.prod, reversed(self.shapes if self.trained is None else self.trained)):
+            if filled and filled + n > limit:
+                count, filled = count + 1, 0
+            filled += n
+        return count + bool(filled)
 
 
 def model_size(
@@ -118,14 +151,14 @@ def model_size(
         tried=False,
     )
     shared = supports_shared_prompt(model) and shared_prompt != "false"
-    layers = decoder_layers(model)
+    layers, text = decoder_layers(model), model.config.get_text_config()
     costs = unit_costs(model)  # first: it complains of what a config lacks
     embedding, head = (cast(Tensor, m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     size = ModelSize(
         name=source.name,
         model_type=model.config.model_type,
         shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
-        hidden=model.config.get_text_config().hidden_size,
+        hidden=text.hidden_size,
         layer=max(map(_count, layers)),
         widest_mlp=max(max(p.shape) for p in layers[0].parameters() if p.ndim == 2),
         embedding=embedding.numel(),
@@ -137,6 +170,9 @@ def model_size(
         costs=costs,
         activations=activations_of(model),
         active=active_parameters(model),
+        heads=text.num_attention_heads,
+        key_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_size=head_size(text),
         quantize=source.quantize,
         quantized=_quantized(source, model),
     )

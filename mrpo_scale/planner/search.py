@@ -1,10 +1,11 @@
-"""The cheapest setting that fits: everything the planner may choose, tried."""
+"""The cheapest settings that fit: everything the planner may choose, tried."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 from mrpo_scale.planner.cluster import Cluster
@@ -18,18 +19,23 @@ PLACEMENTS: tuple[Literal["spread", "partition"], ...] = ("spread", "partition")
 
 @dataclass(frozen=True)
 class Found:
-    """``best`` is None where nothing fits; ``least`` is then what needs least memory."""
+    """``plans``: the cheapest of each engine, the cheapest engine first; none where nothing fits, and ``least`` is then what needs
+    least memory. An engine is how the policy is divided over the ranks: a ds_config and the sequence-parallel ranks."""
 
-    best: Estimate | None
+    plans: tuple[Estimate, ...]
     least: Estimate
     tried: int
     fitting: int
+
+    @property
+    def best(self) -> Estimate | None:
+        return self.plans[0] if self.plans else None
 
 
 def search(job: Job, cluster: Cluster, max_tokens: int | None = None, *, live: bool = True) -> Found:
     """Try every setting at the job's window; time decides among those that fit. ``max_tokens``: of a micro-batch, where the recipe
     bounds it so."""
-    best: Estimate | None = None
+    best: dict[tuple[str, int], Estimate] = {}
     least: Estimate | None = None
     tried = fitting = 0
     for setting in settings(job, cluster, max_tokens, live=live):
@@ -38,10 +44,14 @@ def search(job: Job, cluster: Cluster, max_tokens: int | None = None, *, live: b
         fitting += found.fits
         if least is None or found.peak < least.peak:
             least = found
-        if found.fits and (best is None or _worth(found) < _worth(best)):
-            best = found
+        engine = setting.zero.name, setting.sequence_parallel
+        if found.fits and (engine not in best or _worth(found) < _worth(best[engine])):
+            best[engine] = found
     assert least is not None
-    return Found(best, least, tried, fitting)
+    return Found(tuple(sorted(best.values(), key=_worth)[:PLANS]), least, tried, fitting)
+
+
+PLANS = 3  #: that are shown
 
 
 def _worth(found: Estimate) -> tuple[float, ...]:
@@ -57,18 +67,26 @@ def settings(job: Job, cluster: Cluster, max_tokens: int | None = None, *, live:
     quantized = any(m.size.quantize for m in job.references)  # those are neither sharded nor offloaded
     zeros = [read_zero(name) for name in (*DS_CONFIGS, *(["none"] if cluster.gpus == 1 else []))]
     for zero in zeros:
-        if zero.secondary > 1 and (cluster.num_nodes == 1 or zero.secondary > cluster.per_node):
+        if zero.secondary > 1 and (cluster.num_nodes == 1 or cluster.per_node % zero.secondary):
             continue  # a second copy inside the node is worth something only where there are several
-        for checkpointing in (False, True):
-            for micro_batch in micro_batches:
-                policy = Setting(micro_batch, checkpointing, zero, live=live, max_tokens=max_tokens)
-                if not live:
-                    yield policy
-                    continue
-                for placement in PLACEMENTS if len(job.references) > 1 and cluster.gpus > 1 else PLACEMENTS[:1]:
-                    for shard_size in [1] if quantized else shard_sizes(cluster):
-                        for offload in (False,) if quantized else (False, True):
-                            yield replace(policy, placement=placement, shard_size=shard_size, offload=offload)
+        for checkpointing, micro_batch, ranks in product((False, True), micro_batches, sequence_sizes(job, cluster)):
+            policy = Setting(
+                micro_batch, checkpointing, zero, live=live, max_tokens=max_tokens, sequence_parallel=ranks
+            )
+            if not live:
+                yield policy
+                continue
+            for placement in PLACEMENTS if len(job.references) > 1 and cluster.gpus > 1 else PLACEMENTS[:1]:
+                for shard_size in [1] if quantized else shard_sizes(cluster):
+                    for offload in (False,) if quantized else (False, True):
+                        yield replace(policy, placement=placement, shard_size=shard_size, offload=offload)
+
+
+def sequence_sizes(job: Job, cluster: Cluster) -> list[int]:
+    """Doublings of one rank within a node that divide the policy's heads; one alone where its attention is not over spans."""
+    if not job.policy.end_to_end:
+        return [1]
+    return [n for n in (1, 2, 4, 8, 16) if cluster.per_node % n == 0 and job.policy.heads % n == 0]
 
 
 def shard_sizes(cluster: Cluster) -> list[int]:
@@ -87,7 +105,8 @@ def shard_sizes(cluster: Cluster) -> list[int]:
 #: What was tried, for the reader.
 TRIED = (
     "per_device_train_batch_size (divisors of a rank's share of the step), gradient_checkpointing, ds_config "
-    f"({', '.join(DS_CONFIGS)}), ref_placement, ref_shard_size (1, 2, 4, ... a node, 2 nodes, ... all), ref_offload"
+    f"({', '.join(DS_CONFIGS)}), sequence_parallel_size (1, 2, 4, ... a node), ref_placement, ref_shard_size (1, 2, 4, ... a node, "
+    "2 nodes, ... all), ref_offload"
 )
 
 

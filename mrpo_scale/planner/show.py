@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ def setting_in_words(setting: Setting, accumulation: int) -> str:
     ]
     if setting.max_tokens is not None:
         words.insert(0, f"max_tokens_per_micro_batch: {setting.max_tokens}")
+    if setting.sequence_parallel > 1:
+        words.append(f"sequence_parallel_size: {setting.sequence_parallel}")
     if setting.live:
         size = "ranks of a node" if setting.shard_size is None else setting.shard_size
         words += [f"ref_placement: {setting.placement}", f"ref_shard_size: {size}"]
@@ -59,6 +61,15 @@ def setting_in_words(setting: Setting, accumulation: int) -> str:
     else:
         words.append("references cached")
     return ", ".join(words)
+
+
+def plans_list(plans: Sequence[Estimate]) -> str:
+    """A line for each, the cheapest first."""
+    return "\n  then: ".join(
+        f"{plan.seconds:.3g} s a step, {plan.peak / GIB:.1f} GiB, MFU {plan.mfu:.0%}: "
+        f"{setting_in_words(plan.setting, plan.accumulation)}"
+        for plan in plans
+    )
 
 
 def models_table(job: Job) -> str:
@@ -179,6 +190,7 @@ def as_json(e: Estimate) -> dict[str, Any]:
             "max_tokens_per_micro_batch": e.setting.max_tokens,
             "gradient_checkpointing": e.setting.checkpointing,
             "ds_config": e.setting.zero.name,
+            "sequence_parallel_size": e.setting.sequence_parallel,
             "ref_placement": e.setting.placement,
             "ref_shard_size": e.setting.shard_size,
             "ref_offload": e.setting.offload,

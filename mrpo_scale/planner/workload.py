@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from mrpo_scale.data.dealing import WindowShape, cut_by_tokens, deal, deal_to_ranks, efficiency, pair_lengths
-from mrpo_scale.logps.flops import NO_WORK, Work, total_work, work_of_lengths
+from mrpo_scale.logps.flops import NO_WORK, Work, over_ranks, total_work, work_of_lengths
 from mrpo_scale.planner.model_size import ModelSize
 
 STEPS, RANKS = 4, 16  #: windows that are drawn for an estimate, and of how many ranks at most the mean is taken
@@ -44,35 +44,60 @@ class Workload:
     _largest: dict[tuple[object, ...], tuple[Work, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
+    def mean_lengths(self) -> np.ndarray:
+        """[V] tokens of a pair, all three texts."""
+        return self.lengths_NV3.sum(-1).mean(0)
+
+    @cached_property
     def _counts(self) -> np.ndarray:
         """[N, V, 4]: tokens of prompt, chosen and rejected, and how many of both responses are scored."""
         scored_NV2 = self.lengths_NV3[..., 1:] if self.scored_NV2 is None else self.scored_NV2
         return np.concatenate([self.lengths_NV3, scored_NV2.sum(-1, keepdims=True)], axis=-1)
 
     def policy(
-        self, size: ModelSize, *, micro_batch: int, accumulation: int, ranks: int, max_tokens: int | None = None
+        self,
+        size: ModelSize,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        ranks: int,
+        max_tokens: int | None = None,
+        sequence: int = 1,
     ) -> Share:
-        """The policy's micro-batches, dealt over the ranks as a run deals them: of each, the slowest rank's."""
-        shape = WindowShape(ranks, micro_batch, accumulation, max_tokens, padded=not size.end_to_end)
+        """The policy's micro-batches, dealt over the ranks as a run deals them: of each, the slowest rank's.
+
+        Args:
+            sequence: ranks of a group that computes the micro-batches of its ranks one after the other, a part of the tokens each.
+        """
+        most = None if max_tokens is None else max_tokens * sequence
+        shape = WindowShape(ranks, micro_batch, accumulation, most, padded=not size.end_to_end)
 
         def window(rows: np.ndarray) -> Share:
             counts_N4 = self._counts[rows, 0]
             lengths_N = _lengths(counts_N4, size)
             found = deal(lengths_N, shape)
-            loads_RM = found.loads(lengths_N)
-            slowest = zip(loads_RM.argmax(0), found.micro_batches, strict=True)
+            loads_GSM = found.loads(lengths_N).reshape(
+                -1, sequence, len(found.micro_batches)
+            )  # S ranks in each of G groups
+            slowest = [
+                (int(group) * sequence + rank, part)
+                for part, groups_S in zip(found.micro_batches, loads_GSM.argmax(0).T, strict=True)
+                for rank, group in enumerate(groups_S)
+            ]
             some = [
                 _work(counts_N4[found.pairs_RL[rank, part]], size)
                 for rank in _some(ranks)
                 for part in found.micro_batches
             ]
             return Share(
-                tuple(_work(counts_N4[found.pairs_RL[rank, part]], size) for rank, part in slowest),
+                tuple(
+                    over_ranks(_work(counts_N4[found.pairs_RL[rank, part]], size), sequence) for rank, part in slowest
+                ),
                 _mean(some, len(_some(ranks))),
-                efficiency(loads_RM),
+                efficiency(loads_GSM.reshape(len(loads_GSM), -1)),
             )
 
-        return self._share(("policy", size.name, shape), window, shape.size)
+        return self._share(("policy", size.name, shape, sequence), window, shape.size)
 
     def reference(
         self, size: ModelSize, tokenization: int, *, pairs: int, ranks: int, tokens_per_forward: int

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mrpo_scale.base.errors import ConfigError
-from mrpo_scale.config.ds_config import find_ds_config, read_ds_config
+from mrpo_scale.config.ds_config import check_sharding, find_ds_config, read_ds_config
 from mrpo_scale.planner.cluster import Cluster, Traffic
 from mrpo_scale.planner.model_size import ModelSize
 
@@ -54,17 +55,24 @@ class Zero:
         return cluster.gpus if self.stage else 1
 
 
-def read_zero(name: str) -> Zero:
+def read_zero(name: str, cluster: Cluster | None = None) -> Zero:
     """A ds_config by its path or by the name of one of the package (zero3, zero2, ...); ``none`` for no DeepSpeed.
 
+    Args:
+        cluster: the ranks that its groups are to divide.
+
     Raises:
-        ConfigError: no such file, or one that is not JSON, or a stage the planner does not know.
+        ConfigError: no such file, or one that is not JSON, or a stage the planner does not know, or groups that nodes are not made
+            of.
     """
     if name == "none":
         return Zero("none")
     path = find_ds_config(name, "--ds_config")
+    settings = read_ds_config(path)
+    if cluster is not None:
+        check_sharding(settings, cluster.gpus, cluster.per_node)
     try:
-        config = read_ds_config(path)["zero_optimization"]
+        config = settings["zero_optimization"]
         stage = int(config["stage"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is not a DeepSpeed config with `zero_optimization.stage`: {error}.") from error
@@ -110,7 +118,8 @@ def policy_states(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyStates
         parts["parameters"] = b * shard
         extra = b * whole
         if zero.secondary > 1:
-            extra += b * size.zero_shard(zero.secondary)
+            threshold = zero.number("stage3_param_persistence_threshold", size.hidden)
+            extra += b * size.secondary_shard(min(zero.secondary, ranks), ranks, threshold)
         gradients = b * trained
         bucket = b * min(zero.number("reduce_bucket_size", size.hidden), size.trained_parameters)
         live = min(n - whole, zero.number("stage3_max_live_parameters", size.hidden))
@@ -136,22 +145,39 @@ def policy_states(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyStates
     return PolicyStates(device, host, gathered, step)
 
 
-def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> tuple[Traffic, Traffic, Traffic]:
-    """(forward, backward, step): of one micro-batch's forward and backward, and once per optimizer step.
+class PolicyTraffic(NamedTuple):
+    """``first``: of the first forward of an optimizer step; ``forward``, ``backward``: of each further one, and of each backward;
+    ``step``: once per optimizer step, after them."""
 
-    ZeRO-3 gathers every weight for the forward and again for the backward (whose recomputation needs no third gather), and
-    scatters the gradients of every micro-batch. hpZ's second gather stays inside its small group. ZeRO-2 scatters the gradients and
-    gathers the updated weights once; plain data parallelism does both in one all-reduce.
+    first: Traffic
+    forward: Traffic
+    backward: Traffic
+    step: Traffic
+
+    def forwards(self, count: int) -> Traffic:
+        return self.first + self.forward * (count - 1)
+
+
+def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyTraffic:
+    """What ZeRO sends.
+
+    ZeRO-3 gathers every weight for the forward and again for the backward (whose recomputation needs no third gather), one
+    weight at a time, and scatters the gradients of every micro-batch in buckets. hpZ keeps what the first forward after an
+    optimizer step has gathered on the ranks of each node: all gathers until the next step stay there. ZeRO-2 scatters the gradients
+    and gathers the updated weights once; plain data parallelism does both in one all-reduce.
     """
     ranks, total, h = cluster.gpus, size.itemsize * size.parameters, size.hidden
     trained = size.itemsize * size.trained_parameters
-    buckets = size.trained_parameters / zero.number("reduce_bucket_size", h)
     if zero.stage == 3:
-        calls = size.parameters / zero.number("stage3_prefetch_bucket_size", h)
-        forward = cluster.gather(total, ranks, calls)
-        again = cluster.gather(total, min(zero.secondary, ranks), calls) if zero.secondary > 1 else forward
-        return forward, again + cluster.gather(trained, ranks, buckets), Traffic()
+        buckets = size.gradient_buckets(zero.number("reduce_bucket_size", h))
+        calls = size.gathered_weights(zero.number("stage3_param_persistence_threshold", h))
+        first = cluster.gather(total, ranks, calls)
+        again = cluster.gather(total, min(zero.secondary, ranks), calls) if zero.secondary > 1 else first
+        return PolicyTraffic(first, again, again + cluster.gather(trained, ranks, buckets), Traffic())
+    none = Traffic()
     if zero.stage == 2:
-        calls = size.trained_parameters / zero.number("allgather_bucket_size", h)
-        return Traffic(), cluster.gather(trained, ranks, buckets), cluster.gather(trained, ranks, calls)
-    return Traffic(), cluster.gather(4 * size.trained_parameters, ranks, buckets) * 2, Traffic()
+        calls = math.ceil(size.trained_parameters / zero.number("allgather_bucket_size", h))
+        buckets = size.gradient_buckets(zero.number("reduce_bucket_size", h))
+        return PolicyTraffic(none, none, cluster.gather(trained, ranks, buckets), cluster.gather(trained, ranks, calls))
+    calls = size.trained_parameters / zero.number("reduce_bucket_size", h)
+    return PolicyTraffic(none, none, cluster.gather(4 * size.trained_parameters, ranks, calls) * 2, none)

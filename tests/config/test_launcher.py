@@ -141,6 +141,22 @@ def test_weights_that_are_split_otherwise_are_refused():
         launched.let_weights_be_saved(plugin)
 
 
+@pytest.mark.parametrize(
+    ("zero", "per_node", "message"),
+    [
+        ({"mics_shard_size": 8}, "8", "`zero_optimization.mics_shard_size: 8`: DeepSpeed 0.19 has no MiCS"),
+        ({"zero_hpz_partition_size": 8}, "4", "`zero_hpz_partition_size: 8` does not divide 4, the ranks of a node"),
+        ({"zero_hpz_partition_size": 3}, "6", "`zero_hpz_partition_size: 3` does not divide 16, the ranks of the run"),
+        ({"zero_hpz_partition_size": "auto"}, "4", "`zero_hpz_partition_size: auto` must be a whole number"),
+    ],
+)
+def test_groups_that_nodes_are_not_made_of_are_refused(monkeypatch, zero, per_node, message):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", per_node)
+    with pytest.raises(ConfigError, match=message):
+        launched.let_weights_be_saved(SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3, **zero}}))
+
+
 def test_a_process_alone_has_no_backend(tmp_path):
     """A recipe for ranks on CPUs also runs without a launcher."""
     assert MRPOConfig(str(tmp_path), ddp_backend="gloo", use_cpu=True, report_to="none").world_size == 1

@@ -14,7 +14,7 @@ from mrpo_scale.base.errors import ConfigError
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.models.source import ReferenceSource
 from mrpo_scale.planner.cluster import Traffic, make_cluster
-from mrpo_scale.planner.estimate import estimate
+from mrpo_scale.planner.estimate import estimate, exchanged_by_attention
 from mrpo_scale.planner.job import Job, PlannedModel, Setting
 from mrpo_scale.planner.live import ScoredLive
 from mrpo_scale.planner.model_size import assumed_fields, model_size
@@ -187,10 +187,61 @@ def test_hpz_keeps_the_second_gather_in_the_node(big):
     cluster = make_cluster("h100-80gb", 64, 8, None)
     plain, hpz = (policy_traffic(big, read_zero(name), cluster) for name in ("zero3", "zero3_hpz"))
     total = 2 * big.parameters
-    assert plain[0].network_bytes == hpz[0].network_bytes == pytest.approx(total * 7 / 8 / 8)
-    assert plain[1].network_bytes == pytest.approx(2 * hpz[1].network_bytes), "gather and scatter against scatter"
+    assert plain.first.network_bytes == hpz.first.network_bytes == pytest.approx(total * 7 / 8 / 8)
+    assert plain.forward == plain.first and hpz.forward.network_bytes == 0, (
+        "the second micro-batch of a step gathers in the node"
+    )
+    assert hpz.forwards(3).network_bytes == hpz.first.network_bytes
+    assert plain.backward.network_bytes == pytest.approx(2 * hpz.backward.network_bytes), "gather and scatter: scatter"
     extra = policy_states(big, read_zero("zero3_hpz"), cluster).device["parameters"]
-    assert extra - policy_states(big, read_zero("zero3"), cluster).device["parameters"] == 2 * big.zero_shard(8)
+    extra -= policy_states(big, read_zero("zero3"), cluster).device["parameters"]
+    assert extra == 2 * (big.parameters - big.persistent(10 * big.hidden)) / 8
+
+
+def test_gathers_and_scatters_are_counted_as_deepspeed_makes_them(big):
+    """A gather for each weight that is cut; gradients in buckets of h squared, in which a larger one is alone."""
+    layers, h = 32, 4096
+    assert big.gathered_weights(10 * h) == 7 * layers + 2
+    assert big.gradient_buckets(10**12) == 1 and big.gradient_buckets(1) == len(big.shapes)
+    assert big.gradient_buckets(h * h) == 2 + 7 * layers
+
+
+def test_a_sequence_group_shares_tokens_and_computes_one_micro_batch_after_the_other(big):
+    cluster, job = make_cluster("h100-80gb", 64, 8, None), job_of(big, 1)
+    alone = Setting(1, True, read_zero("zero3_hpz"), live=False)
+    one, four = (estimate(job, replace(alone, sequence_parallel=n), cluster) for n in (1, 4))
+    kept = [found.moments["forward and backward"]["activations"] for found in (one, four)]
+    assert kept[1] == pytest.approx(kept[0] / 4, rel=0.05) and one.useful_flops == four.useful_flops
+    sent = policy_traffic(big, alone.zero, cluster)
+    exchanged = (
+        3 * 4 * exchanged_by_attention(big, 150, 1, 4, cluster).node_bytes
+    )  # forward, again, backward: of four micro-batches
+    assert exchanged == 3 * 2 * 600 * 32 * 128 * 2 * (32 + 8) * 3 / 4, (
+        "two bytes; heads of queries, keys, values and outputs"
+    )
+    more = four.traffic["policy"].node_bytes - one.traffic["policy"].node_bytes
+    assert more == pytest.approx(exchanged + 3 * (sent.forward.node_bytes + sent.backward.node_bytes))
+    assert exchanged_by_attention(big, 10, 1, 16, cluster).network_bytes > 0, "over two nodes"
+
+
+def test_the_three_cheapest_engines_and_groups_that_nodes_are_not_made_of(big, tmp_path):
+    cluster, job = make_cluster("h100-80gb", 64, 8, None), job_of(big, 1)
+    plans = search(job, cluster, live=False).plans
+    assert len(plans) == 3 and len({plan.setting.zero.name for plan in plans}) == 3
+    assert [plan.seconds for plan in plans] == sorted(plan.seconds for plan in plans)
+    for keys, message in (
+        (
+            {"zero_hpz_partition_size": 3},
+            "`zero_hpz_partition_size: 3` does not divide 8, the ranks of a node; set one of 1, 2, 4, 8",
+        ),
+        (
+            {"mics_shard_size": 8},
+            "`zero_optimization.mics_shard_size: 8`: DeepSpeed 0.19 has no MiCS.*zero_hpz_partition_size",
+        ),
+    ):
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, **keys}}))
+        with pytest.raises(ConfigError, match=message):
+            read_zero(str(tmp_path / "ds.json"), cluster)
 
 
 def test_references_by_placement(big):
@@ -312,11 +363,13 @@ def test_a_sequence_group_keeps_a_part_of_a_pair(small):
     """Each rank a quarter of the tokens in four turns: a quarter of the activations, the same work, four times the gathers."""
     cluster, job = make_cluster("h100-80gb", 4, 4, None), job_of(small)
     setting = Setting(1, False, read_zero("zero3"))
-    alone, together = (estimate(replace(job, sequence=n), setting, cluster) for n in (1, 4))
+    alone, together = (estimate(job, replace(setting, sequence_parallel=n), cluster) for n in (1, 4))
     kept = [found.moments["forward and backward"]["activations"] for found in (alone, together)]
     assert kept[1] == pytest.approx(kept[0] / 4, rel=0.02)
     assert together.policy_flops == alone.policy_flops and together.held == alone.held
     assert together.traffic["policy"] != alone.traffic["policy"]
     bounded = replace(setting, max_tokens=600)
-    fitting = estimate(replace(job, sequence=4), bounded, cluster).moments["forward and backward"]["activations"]
+    fitting = estimate(job, replace(bounded, sequence_parallel=4), cluster).moments["forward and backward"][
+        "activations"
+    ]
     assert fitting == pytest.approx(kept[0], rel=0.02), "as many positions on a rank as the key says"

@@ -179,5 +179,5 @@ def policy_traffic(size: ModelSize, zero: Zero, cluster: Cluster) -> PolicyTraff
         calls = math.ceil(size.trained_parameters / zero.number("allgather_bucket_size", h))
         buckets = size.gradient_buckets(zero.number("reduce_bucket_size", h))
         return PolicyTraffic(none, none, cluster.gather(trained, ranks, buckets), cluster.gather(trained, ranks, calls))
-    calls = size.trained_parameters / zero.number("reduce_bucket_size", h)
-    return PolicyTraffic(none, none, cluster.gather(4 * size.trained_parameters, ranks, calls) * 2, none)
+    reductions = size.trained_parameters / zero.number("reduce_bucket_size", h)
+    return PolicyTraffic(none, none, cluster.gather(4 * size.trained_parameters, ranks, reductions) * 2, none)

@@ -69,7 +69,7 @@ def check_sharding(settings: dict[str, Any], ranks: int, per_node: int) -> None:
     if (split := (settings.get("tensor_parallel") or {}).get("autotp_size", 0)) > 1:
         raise ConfigError(
             f"`tensor_parallel.autotp_size: {split}` of the DeepSpeed file is not supported: the output head and attention here "
-            "need whole layers (docs/scale.md); remove `tensor_parallel` and take a file of ds_configs/."
+            "need whole layers (docs/limits.md); remove `tensor_parallel` and take a file of ds_configs/."
         )
     size = zero.get("zero_hpz_partition_size", 1)
     if type(size) is not int or size < 0:

@@ -176,8 +176,10 @@ def model_size(
         quantize=source.quantize,
         quantized=_quantized(source, model),
     )
-    if adapter is None:
-        return size
+    return size if adapter is None else _with_adapter(size, model, adapter)
+
+
+def _with_adapter(size: ModelSize, model: PreTrainedModel, adapter: MRPOConfig) -> ModelSize:
     parameters = list(wrapped(model, adapter).parameters())
     shapes = [tuple(tuple(p.shape) for p in some) for some in (parameters, [p for p in parameters if p.requires_grad])]
     return replace(size, shapes=shapes[0], trained=shapes[1])

@@ -47,7 +47,7 @@ def test_predicted_bytes_are_those_that_a_rank_holds(models, tmp_path, pool2, si
         ds_config=str(resource("ds_configs") / "zero3_cpu.json"),
         timeout=300,
     )
-    assert_predicted(ranks, TOLERANCE)  # of what is held; gathers of a policy this small are not predicted well
+    assert_predicted(ranks, TOLERANCE)  # of what is held; the gathers here are not predicted well yet
 
 
 def assert_predicted(ranks, tolerance):

@@ -156,7 +156,7 @@ def copy_block(table: Any, number: int) -> None:
         keys = pa.array(rng.integers(0, 2**63 - 1, size=rows, dtype=np.int64))
         source = source.set_column(source.column_names.index(name), source.schema.field(name), keys)
     with atomic_file(table.file(number)) as file, pa.ipc.new_stream(file, source.schema) as out:
-        out.write_table(source, max_chunksize=2000)
+        out.write_table(source.combine_chunks())
 
 
 def fill_scores(folder: Path) -> dict[str, Any]:

@@ -22,8 +22,8 @@ NEVER = {
     "KD": "not run: samples responses from the policy at every step, some 10 times a run's CPU time here",
     "RLHF": "not run: samples responses and needs a reward model, some 10 times a run's CPU time here",
 }
-#: Worlds of the plan that may have no run, and what their main comparison (8 methods, 5 seeds) costs beside the 20 minutes of CPU of
-#: truthfulqa, L <- M: counted in products of a run, in minutes.
+#: Worlds of the plan that may have no run, and the minutes of CPU that their main comparison (8 methods, 5 seeds) costs, counted in
+#: products of a run, where truthfulqa, L <- M, takes 20.
 PLANNED = {
     "truthfulqa-m-from-l": 65,
     "gsm8k-solutions-l-from-m": 85,
@@ -93,9 +93,10 @@ class Results:
         return [] if found is None else (found > 0).mean(1).tolist()
 
     def best_single(self) -> str | None:
-        """By validation accuracy, mean over seeds; ties go to the one that stands first."""
+        """By validation accuracy, mean over seeds, of those with most seeds; ties go to the one that stands first."""
         found = {name: self.accuracies(name, "validation") for name in SINGLES}
-        having = {name: np.mean(values) for name, values in found.items() if values}
+        most = max(map(len, found.values()))
+        having = {name: np.mean(values) for name, values in found.items() if values and len(values) == most}
         return max(having, key=lambda name: having[name], default=None)
 
     def virtual_margins(self, method: str, part: str) -> np.ndarray | None:
@@ -158,8 +159,10 @@ def claims_of(results: Results) -> list[dict[str, Any]]:
     found = []
     for claim, (a, b) in CLAIMS.items():
         difference = results.difference(a, b)
+        gained = results.difference(a, b, of_margins=True)
         found.append(
-            {"name": claim, "world": results.world} | (_shown(difference) if difference else {"answer": "not run"})
+            {"name": claim, "world": results.world, "margin": None if gained is None else asdict(gained)}
+            | (_shown(difference) if difference else {"answer": "not run"})
         )
     fixed = [name for name in ("mrpo-uniform", "mrpo-validation", "mrpo-one-hot") if results.cells[name].runs]
     if fixed and results.cells["mrpo"].runs:
@@ -170,6 +173,7 @@ def claims_of(results: Results) -> list[dict[str, Any]]:
             "name": "confidence weights near the best fixed ones",
             "world": results.world,
             "best_fixed": best,
+            "margin": None,
             **_shown(difference),
         }
         if difference.seeds >= SEEDS:  # near: at most 2 points below
@@ -180,21 +184,22 @@ def claims_of(results: Results) -> list[dict[str, Any]]:
 
 def rule_of(results: Results) -> dict[str, Any]:
     """Which rule the validation pairs choose, and that rule on the final pairs against the best single reference."""
-    found = {name: results.accuracies(name, "validation") for name in RULES}
-    having = {name: float(np.mean(values)) for name, values in found.items() if values}
+    run = [name for name in RULES if results.cells[name].runs]
+    seeds = sorted(set.intersection(*(set(results.cells[name].runs) for name in run))) if run else []
+    found = {name: results.cells[name].margins("validation", seeds) for name in run}
+    having = {name: float((m > 0).mean()) for name, m in found.items() if m is not None}
     best = results.best_single()
     if not having or best is None:
         return {"world": results.world, "answer": "not run"}
 
-    def margin(name: str) -> float:
-        cell = results.cells[name]
-        return float(np.mean(cell.margins("validation", sorted(cell.runs))))  # type: ignore[arg-type]
-
-    rule = max(having, key=lambda name: (having[name], margin(name)))
+    rule = max(having, key=lambda name: (having[name], float(np.mean(found[name]))))  # type: ignore[arg-type]
+    gained = results.difference(rule, best, "final", of_margins=True)
     difference = results.difference(rule, best, "final")
     return {
         "world": results.world,
+        "chosen_with_seeds": seeds,
         "validation": having,
+        "margin": None if gained is None else asdict(gained),
         "rule": rule,
         "title": METHODS[rule].title,
         "best_single": best,
@@ -232,6 +237,9 @@ def world_summary(results: Results) -> dict[str, Any]:
     rows = [row_of(results, method, best) for method in METHODS]
     for row in rows:
         row["line"] = _markdown_row(row)
+    claims = claims_of(results)
+    for claim in claims:
+        claim["line"] = f"| {claim['name']} | {claim['answer']} | {_interval(claim)} | {_nats(claim['margin'])} |"
     return {
         "name": results.world,
         "best_single": best,
@@ -239,7 +247,7 @@ def world_summary(results: Results) -> dict[str, Any]:
         "test_pairs": len(results.scores.rows("test")),
         "parts": {str(p): int(n) for p, n in zip(*np.unique(results.scores.part_N, return_counts=True), strict=True)},
         "rows": rows,
-        "claims": claims_of(results),
+        "claims": claims,
         "rule": rule_of(results),
         "proposition2": proposition2_after_training(results),
         "never": NEVER,
@@ -273,10 +281,10 @@ def markdown(worlds: Sequence[Mapping[str, Any]], commands: Sequence[Mapping[str
             "paper's accuracy (at step 0) | reason |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
-        lines += [_markdown_row(row) for row in world["rows"]]
+        lines += [row["line"] for row in world["rows"]]
         lines += [f"| {name} | 0 | | | | | | | | | {reason} |" for name, reason in world["never"].items()]
-        lines += ["", "| claim | answer | difference |", "|---|---|---|"]
-        lines += [f"| {c['name']} | {c['answer']} | {_interval(c)} |" for c in world["claims"]]
+        lines += ["", "| claim | answer | difference | of margins, nats |", "|---|---|---|---|"]
+        lines += [claim["line"] for claim in world["claims"]]
         lines.append("")
     absent = [name for name in PLANNED if name not in {world["name"] for world in worlds}]
     if absent and not any(world["name"].startswith("toy") for world in worlds):
@@ -307,6 +315,10 @@ def _interval(difference: Mapping[str, Any] | None) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {difference['seeds']} seeds"
 
 
+def _nats(difference: Mapping[str, Any] | None) -> str:
+    return "" if not difference else f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -319,8 +331,7 @@ def _markdown_row(row: Mapping[str, Any]) -> str:
     for name in ("to_dpo", "to_best_single"):
         difference = row[name] or {}
         cells += [_interval(difference), _number(difference.get("cohens_d"), "+.2f")]
-    gained = row["margin_to_dpo"]
-    cells.append("" if gained is None else f"{gained['mean']:+.3f} [{gained['low']:+.3f}, {gained['high']:+.3f}]")
+    cells.append(_nats(row["margin_to_dpo"]))
     paper = (
         "" if row["paper_accuracy"] is None else f"{row['paper_accuracy']:.1%} ({row['paper_accuracy_at_step_0']:.1%})"
     )

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 20_000  #: rows of a block at least: what a killed process loses, seconds of its work
 MOST_BLOCKS = 128  #: files stay mapped while a run lasts, and of open ones a process may have about a thousand
-_BATCH = 2000  #: rows that are in memory at once
+_BATCH = 2000  #: rows that are Python objects at once
+_BYTES = 32 << 20  #: of tokens that are written together
 _DAY = 86400.0
 
 
@@ -72,9 +73,10 @@ class TokenTable:
         return self.path.with_name(f"{self.path.stem}_{number:05d}_of_{self.blocks:05d}{self.path.suffix}")
 
     def batches(self, number: int) -> Iterator[pa.RecordBatch]:
-        """Tokenize a block."""
+        """Tokenize a block. Batches are large: whoever reads a column of small ones has the columns beside it mapped too, and the
+        whole table in memory."""
         schema = features_of(len(self.texts)).arrow_schema
-        block = self.block(number)
+        block, waiting = self.block(number), pa.Table.from_batches([], schema)
         for start in range(block.start, block.stop, _BATCH):
             columns = self.rows[start : min(start + _BATCH, block.stop)]
             names = list(columns)
@@ -87,7 +89,11 @@ class TokenTable:
                 )
                 for row in zip(*columns.values(), strict=True)
             ]
-            yield pa.RecordBatch.from_pylist(entries, schema)
+            waiting = pa.concat_tables([waiting, pa.Table.from_pylist(entries, schema)])
+            if waiting.nbytes >= _BYTES:
+                yield from waiting.combine_chunks().to_batches()
+                waiting = waiting.slice(0, 0)
+        yield from waiting.combine_chunks().to_batches()
 
     def write(self, number: int) -> pa.Table | None:
         """Make a block and its file, unless another process has made it; in memory, return it."""

@@ -386,6 +386,7 @@ class _Check:
 
     def _setting(self) -> Setting:
         config = self.config
+        group = config.sequence_parallel_size
         return Setting(
             micro_batch=config.per_device_train_batch_size,
             checkpointing=bool(config.gradient_checkpointing),
@@ -395,7 +396,7 @@ class _Check:
             offload=config.ref_offload,
             live=config.ref_scoring == "live",
             max_tokens=config.max_tokens_per_micro_batch,
-            sequence_parallel=config.sequence_parallel_size,
+            sequence_parallel=group if self.cluster.gpus % group == 0 else 1,  # an error, which stands among the others
         )
 
     def _accumulation(self) -> int:

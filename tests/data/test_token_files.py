@@ -22,8 +22,9 @@ ROWS = 46
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Four blocks of 11 or 12 rows, read three at a time."""
+    """Four blocks of 11 or 12 rows, read three at a time and written six at a time or so."""
     monkeypatch.setattr(token_files, "BLOCK", 10)
+    monkeypatch.setattr(token_files, "_BYTES", 2000)
     monkeypatch.setattr(token_files, "_BATCH", 3)
 
 

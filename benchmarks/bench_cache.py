@@ -114,17 +114,21 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), args.rows, args.batch)
+    write_report({"rows": args.rows, **figures}, args.json)
+
+
+def write_report(figures: dict[str, Any], path: Path | None) -> None:
+    """Print what was measured and on what; write it to ``path`` as well, if there is one."""
     machine = {
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "numpy": np.__version__,
     }
-    report = {"machine": machine, "rows": args.rows, **figures}
-    text = json.dumps(report, indent=2)
+    text = json.dumps({"machine": machine, **figures}, indent=2)
     print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    if path is not None:
+        path.write_text(text + "\n")
 
 
 if __name__ == "__main__":

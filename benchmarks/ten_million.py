@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import resource
 import shutil
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_cache import write_report
 
 WORDS = [
     *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -311,12 +311,7 @@ def main() -> None:
     if (folder / "run" / "checkpoint-1").exists():
         move_checkpoint(folder / "run", args.rows)
     figures["resumed"] = stage("resumed", folder)
-    machine = {"platform": platform.platform(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    report = {"machine": machine, "rows": args.rows, **figures}
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    write_report({"rows": args.rows, **figures}, args.json)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class SequenceGroup:
 
     def total(self, mine: Tensor) -> Tensor:
         """The sum of what all ranks have, on all; differentiable: whoever uses it, its gradient reaches every rank's part."""
-        return _Sum.apply(mine, self.group)
+        return _OverRanks.apply(mine, self.group, _summed)
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,11 @@ def tokens_to_heads(states: Sequence[Tensor], group: SequenceGroup) -> list[Tens
     """Query, key, value [1, heads, n, d] of this rank's tokens as [1, heads / size, L, d] of its heads."""
     parts = [heads_by_rank(state, group.size) for state in states]
     if len({part.dtype for part in parts}) == 1:
-        received = list(_AllToAll.apply(torch.cat(parts, 2), group.group).split([part.shape[2] for part in parts], 2))
+        received = list(
+            _OverRanks.apply(torch.cat(parts, 2), group.group, _traded).split([part.shape[2] for part in parts], 2)
+        )
     else:  # under autocast rotations leave queries and keys in float32
-        received = [_AllToAll.apply(part, group.group) for part in parts]
+        received = [_OverRanks.apply(part, group.group, _traded) for part in parts]
     return [heads_of_rank(part, state.shape[3]) for part, state in zip(received, states, strict=True)]
 
 
@@ -130,7 +132,7 @@ def heads_to_tokens(output_1LHd: Tensor, group: SequenceGroup) -> Tensor:
     """Outputs [1, L, heads / size, d] of this rank's heads as [1, n, heads, d] of its tokens."""
     _, length, heads, width = output_1LHd.shape
     given = output_1LHd.reshape(group.size, length // group.size, heads * width)
-    return tokens_of_rank(_AllToAll.apply(given, group.group), width)
+    return tokens_of_rank(_OverRanks.apply(given, group.group, _traded), width)
 
 
 def tokens_of_rank(received: Tensor, width: int) -> Tensor:
@@ -139,34 +141,26 @@ def tokens_of_rank(received: Tensor, width: int) -> Tensor:
     return received.view(size, tokens, together // width, width).transpose(0, 1).reshape(1, tokens, -1, width)
 
 
-class _AllToAll(torch.autograd.Function):
-    """[size, ...] of which each rank gets its part, as what it got from each. Its backward gives them back."""
+class _OverRanks(torch.autograd.Function):
+    """``exchange(given, group)``, a linear map over all ranks' tensors that is its own adjoint: its backward is itself."""
 
     @staticmethod
-    def forward(ctx: Any, given: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _traded(given, group)
+    def forward(
+        ctx: Any, given: Tensor, group: dist.ProcessGroup, exchange: Callable[[Tensor, dist.ProcessGroup], Tensor]
+    ) -> Tensor:
+        ctx.group, ctx.exchange = group, exchange
+        return exchange(given, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _traded(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.exchange(grad, ctx.group), None, None
 
 
 def _traded(given: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[size, ...] of which each rank gets its part, as what it got from each."""
     received = torch.empty(given.shape, dtype=given.dtype, device=given.device)
     dist.all_to_all_single(received, given.contiguous(), group=group)
     return received
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _summed(mine, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.group), None
 
 
 def _summed(mine: Tensor, group: dist.ProcessGroup) -> Tensor:

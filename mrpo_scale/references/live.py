@@ -107,36 +107,28 @@ class SpreadScorer:
     def score(self, examples: Sequence[PairExample], pairs: TokenizedPairs, which: Sequence[int]) -> Tensor:
         """Raw log-probs [len(which), P, 2] float32 of this rank's P >= 0 examples, in their order, by the references ``which``."""
         with self._scorable(examples, which) as (references, places_P):
-            logps_K = [
-                sequence_logps(
-                    *(r.hidden_TD, r.head.weight, r.labels_T, r.cu_seqlens),
-                    bias=r.head.bias,
-                    softcap=r.head.softcap,
-                    logit_scale=r.head.logit_scale,
-                    impl=self.impl,
-                )
-                for r in references
-            ]
+            logps_K = [self._logps(r, r.cu_seqlens) for r in references]
         return torch.stack(logps_K).view(len(which), -1, 2)[:, places_P]
 
     @torch.no_grad()
     def score_tokens(self, examples: Sequence[PairExample], which: Sequence[int]) -> list[Tensor]:
         """Of each of ``which`` the log-probs [T] of its tokens, example after example. Else as :meth:`score`."""
         with self._scorable(examples, which) as (references, places_P):
-            tokens_K = [
-                sequence_logps(
-                    *(r.hidden_TD, r.head.weight, r.labels_T, every_token(r.labels_T)),
-                    bias=r.head.bias,
-                    softcap=r.head.softcap,
-                    logit_scale=r.head.logit_scale,
-                    impl=self.impl,
-                )
-                for r in references
-            ]
+            tokens_K = [self._logps(r, every_token(r.labels_T)) for r in references]
         return [
             _placed(logps_T, r.cu_seqlens[::2].diff(), places_P)
             for logps_T, r in zip(tokens_K, references, strict=True)
         ]
+
+    def _logps(self, scorable: _Scorable, cu_seqlens: Tensor) -> Tensor:
+        """Log-prob of each run of tokens that ``cu_seqlens`` bounds."""
+        return sequence_logps(
+            *(scorable.hidden_TD, scorable.head.weight, scorable.labels_T, cu_seqlens),
+            bias=scorable.head.bias,
+            softcap=scorable.head.softcap,
+            logit_scale=scorable.head.logit_scale,
+            impl=self.impl,
+        )
 
     @torch.no_grad()
     def combined(

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.tools import lacking, require_tool
+
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 29500  # a namespace has all ports to itself
 CLONE_NEWNET, CLONE_NEWUTS, CLONE_NEWNS = 0x40000000, 0x04000000, 0x00020000  # linux/sched.h
@@ -118,15 +120,16 @@ def take_seat(hosts: Sequence[tuple[str, str]], ranks_per_host: int, main_addres
     os.environ |= {"MASTER_ADDR": main_address, "GLOO_SOCKET_IFNAME": "eth0"}
 
 
-def why_not() -> str | None:
-    """The reason why this machine cannot pretend to be several; None where it can."""
+def require_hosts() -> None:
+    """Skip, with the reason, where this machine cannot pretend to be several; fail where CI requires it."""
+    require_tool("ip")
     if os.geteuid() != 0:
-        return "network namespaces need root"
+        lacking("network namespaces need root")
     try:
         with made_hosts(2):
-            return None
+            pass
     except subprocess.CalledProcessError as error:
-        return f"network namespaces are not allowed here: {error.stderr.strip()}"
+        lacking(f"network namespaces are not allowed here: {error.stderr.strip()}")
 
 
 @contextmanager

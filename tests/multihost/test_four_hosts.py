@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from mrpo_scale.lifecycle.checkpoints import MARKER
 from tests.distributed.jobs import Job, Kill
 from tests.distributed.train_runs import ZERO3
-from tests.multihost.hosts import made_hosts, seats, take_seat, why_not
+from tests.multihost.hosts import made_hosts, require_hosts, seats, take_seat
 from tests.tiny import pair_rows, write_models
-from tests.tools import lacking, require_tool
 
 pytestmark = pytest.mark.skipif("MRPO_CHAOS_KILLS" not in os.environ, reason="takes minutes: make chaos")
 RANKS = 2  # of a host
@@ -33,9 +32,7 @@ TIMEOUT = 900.0
 
 @pytest.fixture
 def hosts():
-    require_tool("ip")
-    if reason := why_not():
-        lacking(reason)
+    require_hosts()
     with made_hosts(4) as four:
         yield four
 

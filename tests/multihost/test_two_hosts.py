@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 
 from mrpo_scale.lifecycle.checkpoints import MARKER
 from tests.distributed.jobs import ENV, Job
-from tests.multihost.hosts import ROOT, launch, made_hosts, wait_until, why_not
+from tests.multihost.hosts import ROOT, launch, made_hosts, require_hosts, wait_until
 from tests.tiny import pair_rows, write_models
-from tests.tools import lacking, require_tool
 
 STEPS, SAVE_STEPS = 24, 4
 START, END = 400.0, 200.0  # seconds, on a busy machine
@@ -27,9 +26,7 @@ LAUNCHED = {  # what `accelerate launch` makes of launch/accelerate/cpu_zero3.ya
 
 @pytest.fixture(scope="module", autouse=True)
 def namespaces():
-    require_tool("ip")
-    if reason := why_not():
-        lacking(reason)
+    require_hosts()
 
 
 @pytest.fixture

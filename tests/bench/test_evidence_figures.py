@@ -115,7 +115,6 @@ def test_what_length_explains_is_taken_out() -> None:
     assert (left > 0).all() and ((-2 * difference + rest) > 0).sum() == 2
 
 
-@pytest.mark.skipif(not (KEPT / "summary.json").exists(), reason="no runs are stored yet")
 def test_the_tables_are_those_of_the_stored_runs() -> None:
     kept = json.loads((KEPT / "summary.json").read_text())
     made = json.loads(json.dumps(report.summarise(KEPT)))

@@ -27,6 +27,8 @@ from benchmarks.evidence.study import (
     ANCHOR,
     DIRECTIONS,
     EXPERT,
+    HIGH,
+    HIGH_RATES,
     LEARNING_RATES,
     METHODS,
     OTHER,
@@ -76,23 +78,23 @@ class Study:
         """Of the policy as it is now."""
         return float((margins(self.runner.score(self.world.rows("validation"))) > 0).float().mean())
 
-    def learning_rate(self) -> float:
-        """The one chosen on validation pairs; see the plan."""
-        path = self.results / "chosen" / f"{self.name}.json"
+    def learning_rate(self, rates: Sequence[float] = LEARNING_RATES, variant: str = "") -> float:
+        """The one of ``rates`` chosen on validation pairs; see the plan."""
+        path = self.results / "chosen" / f"{self.name}{variant}.json"
         if not path.exists():
-            write_json(path, self._choose_learning_rate())
+            write_json(path, self._choose_learning_rate(rates))
         return json.loads(path.read_text())["learning_rate"]
 
-    def _choose_learning_rate(self) -> dict[str, Any]:
+    def _choose_learning_rate(self, rates: Sequence[float]) -> dict[str, Any]:
         method = METHODS["dpo-anchor"]
         references, found = combine(self.world.references((ANCHOR,)), method.objective()), {}
-        for rate in LEARNING_RATES:
+        for rate in rates:
             found[f"{rate:g}"] = []
             for seed in TUNING_SEEDS:
                 rows = training_rows(self.world, seed, self.plan.train)
                 self.runner.train(rows, references, method.objective(), seed=seed, learning_rate=rate)
                 found[f"{rate:g}"].append(self.validation_accuracy())
-        best = max(LEARNING_RATES, key=lambda rate: (np.mean(found[f"{rate:g}"]), -rate))
+        best = max(rates, key=lambda rate: (np.mean(found[f"{rate:g}"]), -rate))
         return {"learning_rate": best, "validation_accuracy": found, "seeds": TUNING_SEEDS, "commit": commit()}
 
     def make_specialists(self) -> None:
@@ -145,7 +147,8 @@ class Study:
         path = run_file(self.results, self.set_name + self.variant, self.direction.name, name, seed)
         if path.exists():
             return
-        method, world, rate, began = METHODS[name], self.world, self.learning_rate(), time.perf_counter()
+        method, world, began = METHODS[name], self.world, time.perf_counter()
+        rate = self.learning_rate(HIGH_RATES, HIGH) if self.variant == HIGH else self.learning_rate()
         ref_logps = self._references(method, seed, rate)
         validation = torch.from_numpy(world.rows("validation"))
         length_N = torch.from_numpy(world.pairs.scored[:, 0]).float()
@@ -197,7 +200,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="upper layers that train; default: the plan's")
     parser.add_argument("--bf16", action="store_true", help="autocast, for runs and their scores")
     parser.add_argument(
-        "--variant", default="", choices=["", "-full", "-all", "-bf16"], help="a name for other settings"
+        "--variant", default="", choices=["", HIGH, "-full", "-all", "-bf16"], help="a name for other settings"
     )
     parser.add_argument(
         "--together", type=int, default=100, help="so many methods, all their seeds, before the next ones"

@@ -1,4 +1,4 @@
-"""The planner's memory against what two CPU ranks under ZeRO-3 really hold: bytes of tensors by kind, and what autograd saves.
+"""The planner's memory against what CPU ranks under ZeRO-3 really hold: bytes of tensors by kind, and what autograd saves.
 
     python -m benchmarks.validate_planner [--output benchmarks/results/planner-cpu.json]
 
@@ -35,6 +35,7 @@ from mrpo_scale.base.device import peak_memory_gib, reset_peak_memory
 from mrpo_scale.bench.communication import CollectiveCounter
 from mrpo_scale.config.keys import MRPOConfig
 from mrpo_scale.logps.flops import work_of_batch
+from mrpo_scale.logps.micro_batches import MicroBatch, PeerBatch
 from mrpo_scale.planner.cluster import make_cluster
 from mrpo_scale.planner.estimate import estimate
 from mrpo_scale.planner.job import Job, PlannedModel, Setting
@@ -109,7 +110,7 @@ class Measured(MRPOTrainer):
         if self.state.global_step == 0:
             return super().compute_loss(model, inputs, **kwargs)
         batch = [value for value in vars(inputs.pairs).values() if isinstance(value, Tensor)]
-        known = [*batch, *vars(inputs.references).values(), inputs.weight_P]
+        known = [*batch, *_references_of(inputs)]
         with saved_bytes(self.policy, known) as found:
             loss = super().compute_loss(model, inputs, **kwargs)
         self.secondary = tensor_bytes([p.ds_secondary_tensor for p in self.policy.parameters()], set())
@@ -120,6 +121,11 @@ class Measured(MRPOTrainer):
             size.activations.kept(work, 4, checkpointing=self.args.gradient_checkpointing),
         )
         return loss
+
+
+def _references_of(batch: MicroBatch | PeerBatch) -> list[Tensor]:
+    """None of a batch that is another rank's."""
+    return [] if isinstance(batch, PeerBatch) else [*vars(batch.references).values(), batch.weight_P]
 
 
 @contextmanager
@@ -181,11 +187,13 @@ def measure(
     words: int,
     ds_config: str | None = None,
     accumulation: int = 1,
+    sequence: int = 1,
 ) -> dict[str, Any]:
     """Two steps on this rank; predicted and measured bytes by kind. Collective over the world.
 
     Args:
         ds_config: path; None where accelerate's launcher names one. Ranks of hpZ's groups stand for nodes.
+        sequence: `sequence_parallel_size`.
     """
     if torch.distributed.is_initialized():  # a pool of tests; under a launcher accelerate does it
         from deepspeed import comm
@@ -197,6 +205,7 @@ def measure(
         deepspeed=ds_config,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=accumulation,
+        sequence_parallel_size=sequence,
         max_steps=2,
         gradient_checkpointing=checkpointing,
         head_backward="recompute",  # what the head keeps is then seen by the hooks, too
@@ -246,12 +255,15 @@ def predict(trainer: Measured, ds_config: str, *, checkpointing: bool) -> dict[s
         gradients_in_forward=False,
         device_type="cpu",
     )
-    setting = Setting(2, checkpointing, zero, placement=args.ref_placement, shard_size=2)
+    sequence = args.sequence_parallel_size
+    setting = Setting(2, checkpointing, zero, placement=args.ref_placement, shard_size=2, sequence_parallel=sequence)
     sent = policy_traffic(job.policy, zero, cluster, checkpointing=checkpointing)
     scattered = cluster.gather(4 * job.policy.trained_parameters, cluster.gpus)
     again, backward = sum(sent.forward[:2]), sum(sent.backward[:2]) - sum(scattered[:2])
+    # In every turn each rank of a sequence group has a forward of its own pairs, and one of each other rank's.
+    later = (sequence - 1) * again + sequence * backward
     gathered = {
-        f"gathered {n}": round(backward + (again if n else sum(sent.first[:2]))) for n in range(len(trainer.gathered))
+        f"gathered {n}": round(later + (again if n else sum(sent.first[:2]))) for n in range(len(trainer.gathered))
     }
     return {**estimate(job, setting, cluster).held, **gathered}
 

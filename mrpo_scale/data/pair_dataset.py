@@ -134,20 +134,11 @@ class PairDataset(torch.utils.data.Dataset[tuple[PairTokens, ...]]):
 
     def largest_id(self, text: int) -> tuple[int, int]:
         """The largest token id of a ModelText, and the first pair that has it; (-1, -1) without pairs."""
-        largest, where = -1, -1
-        for field in _IDS:
-            column = self._column(f"{field}_{text}")
-            # Bad rows have no tokens, and `parents` counts the rows of the table.
-            start = 0
-            for chunk in column.chunks:
-                ids = pc.list_flatten(chunk)
-                found = pc.max(ids).as_py()
-                if found is not None and found > largest:
-                    at = pc.index(ids, found).as_py()
-                    row = start + pc.list_parent_indices(chunk)[at].as_py()
-                    largest, where = found, int(np.searchsorted(self._good, row))
-                start += len(chunk)
-        return largest, where
+        largest_N = self._column(f"largest_id_{text}").to_numpy()[self._good]
+        if not len(largest_N):
+            return -1, -1
+        where = int(largest_N.argmax())
+        return int(largest_N[where]), where
 
     def __len__(self) -> int:
         return len(self._good)

@@ -17,7 +17,7 @@ from mrpo_scale.data.pairs import NO_CUTS, SIDES, BadRow, Cut, Cuts, PairTokens
 from mrpo_scale.data.tokenization import ModelText, prompt_key, row_key, tokenize_pair
 
 #: Raised whenever the same inputs would give other tokens, so that no cache of an older version is read.
-SCHEME = 6
+SCHEME = 7
 TEMPLATE_FLAGS = ("merged", "trimmed", "changed", "no_tools")  #: what a template did to a pair, per ModelText
 
 
@@ -34,6 +34,7 @@ def tokenize_row(
         flags = {f"{flag}_{i}": False for i in range(len(texts)) for flag in TEMPLATE_FLAGS}
         row_keys: dict[str, Any] = {"row_key_0": 0, "row_key_1": 0, "prompt_key": 0, "repeats_prompt": False}
         row_keys |= {f"remarks_{i}": [] for i in range(len(texts))}
+        row_keys |= {f"largest_id_{i}": -1 for i in range(len(texts))}
         return {"reason": bad.reason, "detail": bad.detail, **row_keys, **_columns(NO_CUTS), **flags, **tokens}
     halves = np.frombuffer(row_key(done.pair, done.cuts, done.whole), dtype="<i8").tolist()
     return {
@@ -44,6 +45,10 @@ def tokenize_row(
         "prompt_key": prompt_key(done.whole),
         "repeats_prompt": repeated,
         **{f"remarks_{i}": words for i, words in enumerate(done.remarks)},
+        **{
+            f"largest_id_{i}": max([*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids], default=-1)
+            for i, pair in enumerate(done.tokens)
+        },
         **_columns(done.cuts),
         **{f"{flag}_{i}": value for flag in TEMPLATE_FLAGS for i, value in enumerate(getattr(done, flag))},
         **{f"{field}_{i}": ids for i, tokens in enumerate(done.tokens) for field, ids in vars(tokens).items()},
@@ -76,6 +81,7 @@ def features_of(num_texts: int) -> datasets.Features:
     columns |= {f"{side}_{what}": datasets.Value("int64") for side in SIDES for what in ("messages", "chars")}
     for i in range(num_texts):
         columns |= {f"remarks_{i}": datasets.List(datasets.Value("string"))}
+        columns |= {f"largest_id_{i}": datasets.Value("int32")}  # so that no start reads the tokens of every row
         columns |= {f"{flag}_{i}": datasets.Value("bool") for flag in TEMPLATE_FLAGS}
         columns |= {f"{field}_{i}": datasets.List(datasets.Value("int32")) for field in PairTokens.__dataclass_fields__}
     return datasets.Features(columns)

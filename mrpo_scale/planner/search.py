@@ -83,10 +83,14 @@ def settings(job: Job, cluster: Cluster, max_tokens: int | None = None, *, live:
 
 
 def sequence_sizes(job: Job, cluster: Cluster) -> list[int]:
-    """Doublings of one rank within a node that divide the policy's heads; one alone where its attention is not over spans."""
+    """Ranks that divide the policy's heads: doublings of one within a node, and 2 or 4 nodes; one alone where its attention is not
+    over spans."""
     if not job.policy.end_to_end:
         return [1]
-    return [n for n in (1, 2, 4, 8, 16) if cluster.per_node % n == 0 and job.policy.heads % n == 0]
+    node = cluster.per_node
+    whole = [node * n for n in (2, 4) if cluster.num_nodes % n == 0]
+    within = [n for n in (1, 2, 4, 8, 16) if node % n == 0]
+    return [n for n in (*within, *whole) if job.policy.heads % n == 0]
 
 
 def shard_sizes(cluster: Cluster) -> list[int]:
@@ -105,8 +109,8 @@ def shard_sizes(cluster: Cluster) -> list[int]:
 #: What was tried, for the reader.
 TRIED = (
     "per_device_train_batch_size (divisors of a rank's share of the step), gradient_checkpointing, ds_config "
-    f"({', '.join(DS_CONFIGS)}), sequence_parallel_size (1, 2, 4, ... a node), ref_placement, ref_shard_size (1, 2, 4, ... a node, "
-    "2 nodes, ... all), ref_offload"
+    f"({', '.join(DS_CONFIGS)}), sequence_parallel_size (1, 2, 4, ... a node, 2, 4 nodes), ref_placement, ref_shard_size (1, 2, "
+    "4, ... a node, 2 nodes, ... all), ref_offload"
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -27,13 +29,8 @@ def check_sequences(plan: RunPlan, args: MRPOConfig, world_size: int, device: to
     size = args.sequence_parallel_size
     if size == 1:
         return
-    if world_size % size:
-        raise ConfigError(
-            f"`sequence_parallel_size: {size}` does not divide the {world_size} rank{'s' * (world_size > 1)} of the run; choose "
-            f"{_among(world_size)}, or start another number of processes."
-        )
     config = check_config(plan.policy)
-    _check_sizes(config, args)
+    _check_sizes(config, args, world_size)
     model = build_on_meta(plan.policy, config)
     choose_end_to_end(model, device, name="policy", asked=args.attn_implementation, tried=False)
     check_attention(model, args)
@@ -68,13 +65,19 @@ def _why_not(model: PreTrainedModel) -> str:
     return reason or "heads are exchanged around attention over spans, which it does not get here"
 
 
-def _check_sizes(config: PretrainedConfig, args: MRPOConfig) -> None:
+def _check_sizes(config: PretrainedConfig, args: MRPOConfig, world_size: int) -> None:
     size, text = args.sequence_parallel_size, config.get_text_config()
     heads = named_size(text, "num_attention_heads")
+    both = _among(math.gcd(world_size, heads))
+    if world_size % size:
+        raise ConfigError(
+            f"`sequence_parallel_size: {size}` does not divide the {world_size} rank{'s' * (world_size > 1)} of the run; choose "
+            f"{both}, or start another number of processes."
+        )
     if heads % size:
         raise ConfigError(
             f"`sequence_parallel_size: {size}` does not divide the policy's {heads} attention heads, of which each rank takes an "
-            f"equal part; choose {_among(heads)}."
+            f"equal part; choose {both}."
         )
     context = getattr(text, "max_position_embeddings", None)
     if isinstance(context, int) and args.max_length is not None and args.max_length > context:

@@ -79,3 +79,20 @@ def test_a_second_copy_in_each_node_is_held_and_spares_gathers(models, tmp_path,
     assert second == pytest.approx(first * (1 / 2 + 1 / 2) / (3 / 4 + 1 / 2), rel=0.02), (
         "half of the weights, not three quarters"
     )
+
+
+@pytest.mark.parametrize("sequence", [2, 4])
+def test_a_rank_of_a_sequence_group_holds_its_part(models, tmp_path, pool4, sequence):
+    ranks = pool4.run(
+        measure,
+        str(models / "large"),
+        [str(models / "qwen2")],
+        str(tmp_path),
+        placement="spread",
+        checkpointing=False,
+        words=40,
+        ds_config=str(resource("ds_configs") / "zero3_cpu.json"),
+        sequence=sequence,
+        timeout=300,
+    )
+    assert_predicted(ranks)

@@ -206,13 +206,15 @@ class ReferenceStore:
         """Add rows, the oldest first; rows that are here stay as they are. Returns how many are new."""
         if not pieces:
             return 0
-        rows = sorted_rows(pieces)
+        read, rows = sum(len(piece.keys_N) for piece in pieces), sorted_rows(pieces)
         known_N = ~self.missing(rows.keys_N)
         if known_N.any():
             rows = rows.take(~known_N)
-        self.repeats += sum(len(piece.keys_N) for piece in pieces) - len(rows.keys_N)
+        self.repeats += read - len(rows.keys_N)
         if not len(rows.keys_N):
             return 0
+        if self._wanted is not None and np.array_equal(rows.keys_N, self._wanted):
+            rows = rows._replace(keys_N=self._wanted)  # which all stores of a run share
         self._runs.append(rows)
         while len(self._runs) > 1 and len(self._runs[-2].keys_N) < 2 * len(self._runs[-1].keys_N):
             self._runs[-2:] = [sorted_rows(self._runs[-2:])]

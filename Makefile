@@ -25,7 +25,7 @@ check: lint
 # for imports, for each other, for a timeout. TEST_WORKERS=0 and RANK_WORKERS=0 run the two in order, in one process.
 # The op before all: where a loaded machine makes a test give up on it, that test's ranks die with the lock in place.
 test: install
-	$(BIN)/python -c "from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c "from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
 	$(BIN)/python -m pytest -m "not processes" --numprocesses $${TEST_WORKERS:-2} --dist worksteal
 	$(BIN)/python -m pytest -m processes --numprocesses $${RANK_WORKERS:-2} --dist loadfile --no-loadscope-reorder
 

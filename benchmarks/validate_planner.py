@@ -118,7 +118,12 @@ class Measured(MRPOTrainer):
         work = work_of_batch(inputs.pairs)
         self.activations = (
             sum(found.values()),
-            size.activations.kept(work, 4, checkpointing=self.args.gradient_checkpointing),
+            size.activations.kept(
+                work,
+                4,
+                checkpointing=self.args.gradient_checkpointing,
+                ranks=self.args.sequence_parallel_size,
+            ),
         )
         return loss
 

@@ -20,10 +20,11 @@ tests/planner/test_activations.py compares with what autograd saves, counted thr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mrpo_scale.logps.attention_choice import head_size
 from mrpo_scale.logps.flops import SKIPS_THE_MASKED, Work
@@ -53,6 +54,7 @@ class Activations:
     """The formula's coefficients for one model."""
 
     num_layers: int
+    key_heads: int
     layer_position: Kept  #: per position, in one decoder layer
     layer_key: Kept  #: per position that attention reads keys and values of, in one decoder layer
     layer_score: Kept  #: per (query, key) pair under a mask, in one decoder layer
@@ -61,20 +63,25 @@ class Activations:
     response_token: Kept  #: what the head keeps
     shared_score: Kept = Kept()  #: per (query, key) pair under a mask that all layers share
 
-    def kept(self, work: Work, itemsize: int, *, checkpointing: bool) -> int:
-        """Bytes that a forward leaves for its backward."""
-        layer = self.layer_input.bytes(itemsize) * work.positions if checkpointing else self._layer(work, itemsize)
+    def kept(self, work: Work, itemsize: int, *, checkpointing: bool, ranks: int = 1) -> int:
+        """Bytes that a forward leaves for its backward; ``work``: of one of the ``ranks`` of a sequence group."""
+        layer = (
+            self.layer_input.bytes(itemsize) * work.positions if checkpointing else self._layer(work, itemsize, ranks)
+        )
         once = self.outside.bytes(itemsize) * work.positions + (0 if checkpointing else self._shared(work, itemsize))
         return self.num_layers * layer + once + self.response_token.bytes(itemsize) * work.response_tokens
 
-    def layer(self, work: Work, itemsize: int) -> int:
+    def layer(self, work: Work, itemsize: int, *, ranks: int = 1) -> int:
         """Bytes of one decoder layer, which is what checkpointing computes again, one layer at a time."""
-        return self._layer(work, itemsize) + self._shared(work, itemsize)
+        return self._layer(work, itemsize, ranks) + self._shared(work, itemsize)
 
-    def _layer(self, work: Work, itemsize: int) -> int:
+    def _layer(self, work: Work, itemsize: int, ranks: int) -> int:
+        # Queries are a view into what came from the other ranks, which keeps the keys and values beside them.
+        keys = work.keys + (work.positions if ranks > 1 else 0)
+        repeats = math.lcm(self.key_heads, ranks) // self.key_heads
         return (
             self.layer_position.bytes(itemsize) * work.positions
-            + self.layer_key.bytes(itemsize) * work.keys
+            + self.layer_key.bytes(itemsize) * keys * repeats
             + self.layer_score.bytes(itemsize) * work.masked
         )
 
@@ -93,6 +100,7 @@ def activations_of(model: PreTrainedModel) -> Activations:
             outside += _norm(module, hidden)
     return Activations(
         num_layers=layers,
+        key_heads=_key_heads(model.config.get_text_config()),
         layer_position=attention + _norms(model, layer) + _mlp(layer),
         layer_key=key,
         layer_score=score,
@@ -103,11 +111,15 @@ def activations_of(model: PreTrainedModel) -> Activations:
     )
 
 
+def _key_heads(config: PretrainedConfig) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 def _attention(model: PreTrainedModel, layer: nn.Module) -> tuple[Kept, Kept, Kept]:
     """(per position, per key, per score): q and the output, k and v, and what the kernel keeps."""
     config = model.config.get_text_config()
     heads, size = config.num_attention_heads, head_size(config)
-    q_size, k_size = heads * size, (getattr(config, "num_key_value_heads", None) or heads) * size
+    q_size, k_size = heads * size, _key_heads(config) * size
     if config._attn_implementation == "eager":
         softcap = heads if getattr(config, "attn_logit_softcapping", None) else 0
         return Kept(compute=2 * q_size), Kept(compute=2 * q_size), Kept(compute=heads + softcap, widened=heads)
@@ -124,7 +136,7 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> Kept:
     """Norms, and the inputs of attention and MLP, which are outputs of a norm or the residual stream."""
     config = model.config.get_text_config()
     size, heads = head_size(config), config.num_attention_heads
-    sizes = {"q_norm": heads * size, "k_norm": (getattr(config, "num_key_value_heads", None) or heads) * size}
+    sizes = {"q_norm": heads * size, "k_norm": _key_heads(config) * size}
     kept, between = Kept(), []
     for name, module in layer.named_modules():
         if _is_norm(module):

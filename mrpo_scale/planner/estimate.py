@@ -126,11 +126,11 @@ def _policy_moment(job: Job, setting: Setting) -> dict[str, int]:
     most = None if setting.max_tokens is None else setting.max_tokens * ranks
     work = over_ranks(job.workload.largest_micro_batch(size, setting.micro_batch, most), ranks)
     moment = {
-        "activations": size.activations.kept(work, size.itemsize, checkpointing=setting.checkpointing),
+        "activations": size.activations.kept(work, size.itemsize, checkpointing=setting.checkpointing, ranks=ranks),
         "head": head_bytes(size, work.response_tokens, job.device_type, in_forward=job.gradients_in_forward),
     }
     if setting.checkpointing:
-        moment["recomputed layer"] = size.activations.layer(work, size.itemsize)
+        moment["recomputed layer"] = size.activations.layer(work, size.itemsize, ranks=ranks)
     return moment
 
 
@@ -161,14 +161,15 @@ def _policy_phases(job: Job, setting: Setting, cluster: Cluster, share: Share) -
         "forward": seconds_of(flops.forward - attention, attention, cluster, size.itemsize),
         "backward": seconds_of(rest, in_backward, cluster, size.itemsize),
     }
-    layer_bytes = size.activations.kept(total, size.itemsize, checkpointing=False)
+    ranks = setting.sequence_parallel
+    layer_bytes = size.activations.kept(total, size.itemsize, checkpointing=False, ranks=ranks)
     moved = {
         "forward": MOVED_FORWARD * layer_bytes,
         "backward": (MOVED_BACKWARD + MOVED_FORWARD * setting.checkpointing) * layer_bytes,
     }
     count, sent = len(share.forwards), policy_traffic(size, setting.zero, cluster, checkpointing=setting.checkpointing)
     links = {"forward": sent.forwards(count), "backward": sent.backward * count}
-    exchanged = exchanged_by_attention(size, total.positions, count, setting.sequence_parallel, cluster)
+    exchanged = exchanged_by_attention(size, total.positions, count, ranks, cluster)
     exchanges = {"forward": exchanged, "backward": exchanged * (1 + setting.checkpointing)}
     phases = [
         Phase(

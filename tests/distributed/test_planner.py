@@ -19,7 +19,8 @@ SIZES = {
     },
     "large": {"hidden_size": 128, "intermediate_size": 341, "num_hidden_layers": 5, "vocab_size": 2003},
 }
-TOLERANCE = {"parameters": 0.05, "optimizer": 0.05, "gradients": 0.05, "references": 0.05, "activations": 0.20}
+#: Of activations; every other kind, and those of sequence groups, are held to 0.05.
+TOLERANCE = 0.20
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +51,21 @@ def test_predicted_bytes_are_those_that_a_rank_holds(models, tmp_path, pool2, si
     assert_predicted(ranks)
 
 
-def assert_predicted(ranks):
+def measure_large(pool, models, folder, **options):
+    """On every rank: the largest policy and one reference."""
+    words = {"placement": "spread", "checkpointing": False, "words": 40, **options}
+    return pool.run(measure, str(models / "large"), [str(models / "qwen2")], str(folder), **words, timeout=300)
+
+
+def assert_predicted(ranks, activations=TOLERANCE):
     (found,) = worst_of_ranks([[rank] for rank in ranks])
     for kind, values in found["kinds"].items():
         measured, predicted = values["measured"], values["predicted"]
-        assert abs(predicted / measured - 1) <= TOLERANCE.get(kind, 0.05), (kind, measured, predicted)
+        assert abs(predicted / measured - 1) <= (activations if kind == "activations" else 0.05), (
+            kind,
+            measured,
+            predicted,
+        )
 
 
 def test_a_second_copy_in_each_node_is_held_and_spares_gathers(models, tmp_path, pool4):
@@ -62,18 +73,7 @@ def test_a_second_copy_in_each_node_is_held_and_spares_gathers(models, tmp_path,
     config = json.loads((resource("ds_configs") / "zero3_cpu.json").read_text())
     config["zero_optimization"]["zero_hpz_partition_size"] = 2
     (tmp_path / "hpz.json").write_text(json.dumps(config))
-    ranks = pool4.run(
-        measure,
-        str(models / "large"),
-        [str(models / "qwen2")],
-        str(tmp_path),
-        placement="spread",
-        checkpointing=False,
-        words=40,
-        ds_config=str(tmp_path / "hpz.json"),
-        accumulation=2,
-        timeout=300,
-    )
+    ranks = measure_large(pool4, models, tmp_path, ds_config=str(tmp_path / "hpz.json"), accumulation=2)
     assert_predicted(ranks)
     first, second = (ranks[0]["kinds"][f"gathered by micro-batch {n}"]["measured"] for n in (0, 1))
     assert second == pytest.approx(first * (1 / 2 + 1 / 2) / (3 / 4 + 1 / 2), rel=0.02), (
@@ -83,16 +83,6 @@ def test_a_second_copy_in_each_node_is_held_and_spares_gathers(models, tmp_path,
 
 @pytest.mark.parametrize("sequence", [2, 4])
 def test_a_rank_of_a_sequence_group_holds_its_part(models, tmp_path, pool4, sequence):
-    ranks = pool4.run(
-        measure,
-        str(models / "large"),
-        [str(models / "qwen2")],
-        str(tmp_path),
-        placement="spread",
-        checkpointing=False,
-        words=40,
-        ds_config=str(resource("ds_configs") / "zero3_cpu.json"),
-        sequence=sequence,
-        timeout=300,
-    )
-    assert_predicted(ranks)
+    """Four ranks have more than the policy's heads of keys, which are repeated."""
+    plain = str(resource("ds_configs") / "zero3_cpu.json")
+    assert_predicted(measure_large(pool4, models, tmp_path, ds_config=plain, sequence=sequence), activations=0.05)

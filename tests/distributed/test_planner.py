@@ -19,7 +19,7 @@ SIZES = {
     },
     "large": {"hidden_size": 128, "intermediate_size": 341, "num_hidden_layers": 5, "vocab_size": 2003},
 }
-#: Of activations; every other kind, and those of sequence groups, are held to 0.05.
+#: Of activations; every other kind, and those of hpZ and of sequence groups, are held to 0.05.
 TOLERANCE = 0.20
 
 
@@ -74,7 +74,7 @@ def test_a_second_copy_in_each_node_is_held_and_spares_gathers(models, tmp_path,
     config["zero_optimization"]["zero_hpz_partition_size"] = 2
     (tmp_path / "hpz.json").write_text(json.dumps(config))
     ranks = measure_large(pool4, models, tmp_path, ds_config=str(tmp_path / "hpz.json"), accumulation=2)
-    assert_predicted(ranks)
+    assert_predicted(ranks, activations=0.05)
     first, second = (ranks[0]["kinds"][f"gathered by micro-batch {n}"]["measured"] for n in (0, 1))
     assert second == pytest.approx(first * (1 / 2 + 1 / 2) / (3 / 4 + 1 / 2), rel=0.02), (
         "half of the weights, not three quarters"

@@ -24,14 +24,8 @@ def worlds_of(root: Path) -> list[Results]:
     found = []
     for folder in sorted((root / "runs").glob("*/*")):
         set_name, direction = folder.parts[-2:]
-        base = next(
-            (
-                name
-                for name in (set_name, set_name.rpartition("-")[0])
-                if (root / "scores" / f"{name}-{direction}.npz").exists()
-            ),
-            None,
-        )
+        names = [set_name.rsplit("-", cut)[0] for cut in range(3)]  # a variant is one word or two
+        base = next((name for name in names if (root / "scores" / f"{name}-{direction}.npz").exists()), None)
         if base is not None:
             found.append(Results.read(root, base, direction, set_name.removeprefix(base)))
     return found

@@ -24,8 +24,10 @@ import torch
 from benchmarks.evidence.records import Scores, commit, machine, packed, run_file, write_json
 from benchmarks.evidence.rules import combined, margins, weights_of
 from benchmarks.evidence.study import (
+    ALL,
     ANCHOR,
     DIRECTIONS,
+    EPOCHS,
     EXPERT,
     HIGH,
     HIGH_RATES,
@@ -148,15 +150,16 @@ class Study:
         if path.exists():
             return
         method, world, began = METHODS[name], self.world, time.perf_counter()
-        rate = self.learning_rate(HIGH_RATES, HIGH) if self.variant == HIGH else self.learning_rate()
+        rate = self.learning_rate(HIGH_RATES, HIGH) if self.variant.endswith(HIGH) else self.learning_rate()
+        everything = self.variant.startswith(ALL)
         ref_logps = self._references(method, seed, rate)
         validation = torch.from_numpy(world.rows("validation"))
         length_N = torch.from_numpy(world.pairs.scored[:, 0]).float()
         references = combined(method, ref_logps, validation, length_N[:, 0] - length_N[:, 1])
         weights = weights_of(method, ref_logps[:, validation])
-        count = len(world.rows("pool")) if self.variant == "-all" else self.plan.train
+        count = len(world.rows("pool")) if everything else self.plan.train
         rows = training_rows(world, seed, count)
-        if self.variant == "-all":
+        if everything:
             rows = np.union1d(rows, world.rows("specialists"))
         trained = self.runner.train(
             rows,
@@ -164,7 +167,7 @@ class Study:
             method.objective(weights),
             seed=seed,
             learning_rate=rate,
-            epochs=1 if self.variant == "-all" else 3,
+            epochs=1 if everything else EPOCHS,
         )
         parts = ("validation", "test", "final") if name in JUDGED else ("test",)
         scored = {part: self.runner.score(world.rows(part)) for part in parts}
@@ -200,7 +203,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="upper layers that train; default: the plan's")
     parser.add_argument("--bf16", action="store_true", help="autocast, for runs and their scores")
     parser.add_argument(
-        "--variant", default="", choices=["", HIGH, "-full", "-all", "-bf16"], help="a name for other settings"
+        "--variant", default="", choices=["", HIGH, "-full", ALL, ALL + HIGH, "-bf16"], help="a name for other settings"
     )
     parser.add_argument(
         "--together", type=int, default=100, help="so many methods, all their seeds, before the next ones"

@@ -18,6 +18,7 @@ WINDOW = 8  #: pairs of a step
 EPOCHS = 3
 TUNING_SEEDS = (100,)  #: of the runs that choose the learning rate; no table reports them
 LEARNING_RATES = (2e-5, 1e-4, 3e-4)
+ALL = "-all"  #: a variant that trains on pool and specialists' pairs together, once
 HIGH, HIGH_RATES = "-high", (1e-3, 3e-3)  #: a variant and its rates: those of the plan hardly changed a ranking
 
 #: Parts of a set, in the order in which they are filled; what is left is the pool that training pairs are drawn from.

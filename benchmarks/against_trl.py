@@ -12,6 +12,9 @@ these differ, there is nothing to compare and the benchmark stops.
 With ``--dtype bfloat16`` both train float32 weights under autocast, and TRL's reference is computed so as well, while ours holds
 bfloat16 weights.
 
+With ``--flops`` the products of an epoch are counted in both (torch's counter, a run of its own), and how many a second this
+processor makes of them, with one thread and with all: what their quotient says is the least time that the epoch can take here.
+
 The pairs are the first ``--num_pairs`` whose two sides (prompt + response) fit ``--max_length`` uncut. TRL runs with what is
 fastest for it here: its chunked head is always on; its Liger kernels need a GPU, its padding-free batches are switched off in 1.16.
 """
@@ -55,6 +58,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scoring", nargs="+", choices=["live", "precomputed"], default=["live", "precomputed"])
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations, in both")
+    parser.add_argument(
+        "--flops", action="store_true", help="count both programs' products and measure the processor's rate"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one_run", nargs=2, metavar=("PROGRAM", "SCORING"), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -92,6 +98,12 @@ def measure(flags: argparse.Namespace, work: Path) -> dict[str, Any]:
     turns = [(s, p) for i in range(flags.rounds) for s in flags.scoring for p in PROGRAMS[:: 1 if i % 2 else -1]]
     for scoring, program in tqdm(turns, desc="Runs"):
         runs[scoring][program].append(child(flags, work, program, scoring))
+    counted: dict[str, Any] = {}
+    if flags.flops:
+        counted["rates"] = child(flags, work, "rate", "products")
+        counted["flops"] = {
+            s: {p: child(flags, work, p, s, "--flops")["flops"] for p in PROGRAMS} for s in flags.scoring
+        }
     difference = max(largest_difference(programs) for programs in runs.values())
     if not difference <= LARGEST_DIFFERENCE[flags.dtype]:
         raise SystemExit(f"the two disagree by {difference:.1e} relative: nothing to compare")
@@ -113,16 +125,17 @@ def measure(flags: argparse.Namespace, work: Path) -> dict[str, Any]:
         **tokens,
         "largest_relative_difference": difference,
         "ratios": {scoring: ratios(programs) for scoring, programs in runs.items()},
+        **counted,
         "runs": runs,
     }
 
 
-def child(flags: argparse.Namespace, work: Path, program: str, scoring: str) -> dict[str, Any]:
+def child(flags: argparse.Namespace, work: Path, program: str, scoring: str, *more: str) -> dict[str, Any]:
     """One run in a process of its own; what it reports."""
     command = [sys.executable, __file__, "--one_run", program, scoring, "--work", str(work)]
     for key in ("model", "pairs", "num_pairs", "max_length", "pairs_per_step", "threads", "dtype"):
         command += [f"--{key}", str(getattr(flags, key))]
-    command += ["--gradient_checkpointing"] * flags.gradient_checkpointing
+    command += [*more, *["--gradient_checkpointing"] * flags.gradient_checkpointing]
     threads = {"OMP_NUM_THREADS": str(flags.threads), "MKL_NUM_THREADS": str(flags.threads)}
     done = subprocess.run(command, env={**os.environ, **threads}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     report = work / "report.json"
@@ -173,6 +186,14 @@ def print_table(result: dict[str, Any]) -> None:
         found = result["ratios"][scoring]
         cells = [f"{found[key]['median']:.3f}x" for key in ("seconds", "peak_rss_gib")]
         print(f"{'  median ratio':24}{cells[0]:>24}{cells[1]:>24}")
+    if "flops" in result:
+        rate = max(max(by_threads.values()) for by_threads in result["rates"].values())
+        print(f"\nGFLOP/s by library and threads: {result['rates']}")
+        for scoring, flops in result["flops"].items():
+            ours, theirs = (flops[program] / 1e9 for program in PROGRAMS)
+            print(
+                f"{scoring}: {ours:.0f} GFLOP of {theirs:.0f}, {ours / theirs:.3f}x; at that rate {ours / rate:.1f} s"
+            )
     print()
 
 
@@ -186,12 +207,41 @@ def one_run(flags: argparse.Namespace, program: str, scoring: str) -> None:
     torch.set_num_threads(flags.threads)
     if program == "prepare":
         report = prepare(flags)
+    elif program == "rate":
+        report = product_rates(flags.threads)
     else:
         trainer = {"mrpo_scale": our_trainer, "trl": trl_trainer}[program](flags, scoring)
+        if flags.flops:
+            from torch.utils.flop_counter import FlopCounterMode
+
+            with FlopCounterMode(display=False) as counter:
+                trainer.train()
+            (flags.work / "report.json").write_text(json.dumps({"flops": counter.get_total_flops()}))
+            return
         started = time.perf_counter()
         trainer.train()
         report = {"seconds": time.perf_counter() - started, **figures_of(trainer)}
     (flags.work / "report.json").write_text(json.dumps(report))
+
+
+def product_rates(threads: int, rows: int = 2048, seconds: float = 3.0) -> dict[str, Any]:
+    """GFLOP/s of float32 products as the model's largest layers ask for them, by library and threads; medians."""
+    import torch
+    from mrpo_kernels.cpu_linear import fast, fast_product
+
+    x, weight = torch.randn(rows, 576), torch.randn(1536, 576)
+    ways = {"MKL": torch.nn.functional.linear} | ({"oneDNN": fast_product} if fast(x, weight) else {})
+    found: dict[str, Any] = {name: {} for name in ways}
+    for count in sorted({1, threads}):
+        torch.set_num_threads(count)
+        for name, product in ways.items():
+            taken, until = [], time.perf_counter() + seconds
+            while time.perf_counter() < until:
+                started = time.perf_counter()
+                product(x, weight)
+                taken.append(time.perf_counter() - started)
+            found[name][str(count)] = 2 * x.numel() * len(weight) / statistics.median(taken) / 1e9
+    return found
 
 
 def figures_of(trainer: Any) -> dict[str, Any]:

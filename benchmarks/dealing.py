@@ -11,7 +11,8 @@ tokenizer of 4,096 words that is made from them.
 both find the same weights, and losses and gradient norms must agree. The ratio is new over old, window by window. Two clocks:
 ``wall``, which shows what idle ranks cost only where every rank has a core of its own; and ``critical path``, the sum over
 micro-batches of the CPU seconds of the rank that needs most: the step of a machine with a core for each rank, whatever else runs
-on this one. Needs the clone: words and tokenizer are those of the tests.
+on this one. ``--cores_per_rank 0.5`` gives each rank a speed of its own (cpu_quota.py, needs root), so that the wall clock shows
+it too. Needs the clone: words and tokenizer are those of the tests.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from benchmarks.against_trl import processor_name
+from benchmarks.cpu_quota import cpu_quota
 from mrpo_scale.base.ranks import all_gather_object, world_group
 from mrpo_scale.base.tables import aligned_table
 from mrpo_scale.bench.results import estimate
@@ -45,7 +48,7 @@ SIGMA, CAP = 0.6, 2.5  #: of the log-normal lengths; the longest is so many medi
 #: Ranks, pairs of a micro-batch, micro-batches of a step.
 SHAPES = (WindowShape(8, 2, 4), WindowShape(64, 1, 8), WindowShape(256, 1, 2))
 POLICY = {"hidden_size": 320, "intermediate_size": 880, "num_hidden_layers": 4, "vocab_size": 2048}
-MEDIAN = 480  #: tokens of a pair that is trained
+MEDIAN = 960  #: tokens of a pair that is trained; at half of it gloo and the optimizer are a third of a step
 LARGEST_DIFFERENCE = 1e-5  #: relative, of a window's loss and gradient norm between the two orders; float32 sums
 
 
@@ -195,7 +198,9 @@ def rank(folder: Path, flags: argparse.Namespace) -> None:
     rows = datasets.Dataset.from_json(str(folder / "pairs.jsonl"), cache_dir=str(folder / f"cache{os.environ['RANK']}"))
     trainer = Paired(str(folder / "policy"), args=config, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
-    everybody = all_gather_object(both_orders(trainer)[2:], world_group())
+    with cpu_quota(flags.cores_per_rank) if flags.cores_per_rank else nullcontext():
+        steps = both_orders(trainer)[2:]
+    everybody = all_gather_object(steps, world_group())
     if config.process_index == 0:
         (folder / "steps.json").write_text(json.dumps(everybody))
 
@@ -233,6 +238,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
             *("--config_file", str(ROOT / "launch/accelerate/cpu_zero3.yaml"), "-m", "benchmarks.dealing"),
             *(f"--{key}={getattr(flags, key)}" for key in ("micro_batches", "pairs_per_micro_batch", "windows")),
             f"--folder={folder}",
+            *([f"--cores_per_rank={flags.cores_per_rank}"] if flags.cores_per_rank else []),
         ]
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         ranks = json.loads((folder / "steps.json").read_text())
@@ -240,6 +246,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         "ranks": flags.ranks,
         "micro_batches": flags.micro_batches,
         "pairs": flags.pairs_per_micro_batch,
+        "cores_per_rank": flags.cores_per_rank,
     }
 
 
@@ -311,6 +318,7 @@ def main() -> None:
     parser.add_argument("--micro_batches", type=int, default=2)
     parser.add_argument("--pairs_per_micro_batch", type=int, default=2)
     parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--cores_per_rank", type=float, help="hold each rank to so much of a core; needs root")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     flags = parser.parse_args()

@@ -95,7 +95,7 @@ def real_lengths(path: Path, max_length: int = 1024) -> np.ndarray:
     from mrpo_scale.data import find_layout
     from mrpo_scale.data.loading import load_rows
     from mrpo_scale.data.model_text import ModelText
-    from mrpo_scale.data.tokenization import prepare_pairs
+    from mrpo_scale.data.pair_dataset import prepare_pairs
 
     rows, _ = load_rows(str(path))
     layout = find_layout(rows)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from benchmarks.evidence.records import Scores, write_json
 from benchmarks.evidence.scores_alone import analyse_all
 from benchmarks.evidence.study import RESULTS
-from benchmarks.evidence.tables import Results, commands_of, markdown, world_summary
+from benchmarks.evidence.tables import Results, claims_across, commands_of, markdown, world_summary
 
 
 def worlds_of(root: Path) -> list[Results]:
@@ -34,8 +34,10 @@ def worlds_of(root: Path) -> list[Results]:
 def summarise(root: Path) -> dict[str, Any]:
     results = worlds_of(root)
     scores = {path.stem: Scores.load(path) for path in sorted((root / "scores").glob("*.npz"))}
+    worlds = [world_summary(one) for one in results]
     return {
-        "worlds": [world_summary(one) for one in results],
+        "worlds": worlds,
+        "claims": claims_across(worlds),
         "scores": [{"name": name, **found} for name, found in analyse_all(scores).items()],
         "commands": commands_of(results),
     }

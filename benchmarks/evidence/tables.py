@@ -15,7 +15,7 @@ from benchmarks.evidence.intervals import SEEDS, Difference, mean_and_deviation,
 from benchmarks.evidence.records import Scores, run_file, unpacked
 from benchmarks.evidence.rules import combined, margins
 from benchmarks.evidence.scores_alone import proposition2
-from benchmarks.evidence.study import ANCHOR, METHODS, RULES, SELF, SINGLES
+from benchmarks.evidence.study import ALL, ANCHOR, EXPERT, HIGH, METHODS, RULES, SELF, SFT, SINGLES
 
 #: Methods of the issue that no run of this study can have, and why.
 NEVER = dict.fromkeys(
@@ -29,7 +29,7 @@ PLANNED = {
     "truthfulqa-m-from-l": 65,
     "gsm8k-solutions-l-from-m": 85,
     "gsm8k-solutions-m-from-l": 280,
-    "truthfulqa-l-from-m-all": 20,
+    f"truthfulqa-l-from-m{ALL}": 20,
     "truthfulqa-l-from-m-full": 100,
 }
 #: Claims of the paper: method, and what it is said to be above.
@@ -149,6 +149,11 @@ def _shown(difference: Difference) -> dict[str, Any]:
 
 
 def _reason(results: Results, method: str) -> str:
+    if {SFT, EXPERT} & set(METHODS[method].references):
+        if not len(results.scores.rows("specialists")):
+            return "not run: no pairs of this set were kept for a specialist"
+        if f"-{results.direction}{ALL}" in results.world:
+            return "not run: the specialists' pairs are trained on"
     seconds = [run["cpu_seconds"] for cell in results.cells.values() for run in cell.runs.values()]
     runs = results.cells[method].runs
     missing = SEEDS - len(runs)
@@ -180,6 +185,20 @@ def claims_of(results: Results) -> list[dict[str, Any]]:
         if difference.seeds >= SEEDS:  # near: at most 2 points below
             entry["answer"] = "yes" if difference.low > -0.02 else "no" if difference.high < 0 else "undecided"
         found.append(entry)
+    return found
+
+
+def claims_across(worlds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each claim over all worlds, in their order; yes over all of them only where one says yes and none says no."""
+    found = []
+    for first in worlds[0]["claims"] if worlds else ():
+        name = first["name"]
+        claims = [next((c for c in world["claims"] if c["name"] == name), None) for world in worlds]
+        answers = [claim["answer"] if claim else "not run" for claim in claims]
+        answer = "no" if "no" in answers else "yes" if "yes" in answers else "undecided"
+        cells = [f"{said} {_interval(claim, seeds=False)}".strip() for said, claim in zip(answers, claims, strict=True)]
+        line = f"| {name} | **{answer}** | {' | '.join(cells)} |"
+        found.append({"name": name, "answer": answer, "answers": answers, "line": line})
     return found
 
 
@@ -287,11 +306,15 @@ def markdown(worlds: Sequence[Mapping[str, Any]], commands: Sequence[Mapping[str
         lines += ["", "| claim | answer | difference | of margins, nats |", "|---|---|---|---|"]
         lines += [claim["line"] for claim in world["claims"]]
         lines.append("")
-    absent = [name for name in PLANNED if name not in {world["name"] for world in worlds}]
+    names = {world["name"] for world in worlds}
+    absent = [name for name in PLANNED if name not in names]
     if absent and not any(world["name"].startswith("toy") for world in worlds):
         lines += ["## Planned and not run", "", "| world | reason |", "|---|---|"]
         lines += [
-            f"| {name} | not run: about {PLANNED[name]} minutes of CPU for 8 methods with 5 seeds |" for name in absent
+            f"| {name} | not run at the plan's rates, which hardly moved a ranking: see {name}{HIGH} |"
+            if f"{name}{HIGH}" in names
+            else f"| {name} | not run: about {PLANNED[name]} minutes of CPU for 8 methods with 5 seeds |"
+            for name in absent
         ]
         lines.append("")
     lines += ["## Runs", ""]
@@ -309,11 +332,11 @@ def _by_method(runs: Sequence[str]) -> list[str]:
     return [f"{cell}: seeds {', '.join(seeds)}" for cell, seeds in grouped.items()]
 
 
-def _interval(difference: Mapping[str, Any] | None) -> str:
+def _interval(difference: Mapping[str, Any] | None, *, seeds: bool = True) -> str:
     if not difference or "mean" not in difference:
         return ""
     mean, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {difference['seeds']} seeds"
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" + (f", {difference['seeds']} seeds" if seeds else "")
 
 
 def _nats(difference: Mapping[str, Any] | None) -> str:

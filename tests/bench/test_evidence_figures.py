@@ -16,6 +16,7 @@ from benchmarks.evidence.records import packed, unpacked
 from benchmarks.evidence.rules import calibration, combined, fitted_weights, margins, weights_of
 from benchmarks.evidence.scores_alone import proposition2, without_length
 from benchmarks.evidence.study import METHODS, RESULTS, split
+from benchmarks.evidence.tables import claims_across
 from mrpo_scale.objective import Objective, combine
 
 KEPT = Path(__file__).parents[2] / RESULTS
@@ -58,6 +59,15 @@ def test_intervals_are_those_of_paired_pairs() -> None:
 )
 def test_answers_are_the_plans(low: float, high: float, answer: str) -> None:
     assert Difference(0.0, low, high, None, None, 5).answer == answer
+
+
+def test_a_claim_is_yes_only_where_no_world_says_no() -> None:
+    def world(**answers: str) -> dict[str, object]:
+        return {"claims": [{"name": name, "answer": answer} for name, answer in answers.items()]}
+
+    found = claims_across([world(a="yes", b="yes", c="undecided"), world(a="undecided", b="no", c="too few seeds")])
+    assert {claim["name"]: claim["answer"] for claim in found} == {"a": "yes", "b": "no", "c": "undecided"}
+    assert found[0]["line"] == "| a | **yes** | yes | undecided |"
 
 
 def test_margins_survive_being_packed() -> None:

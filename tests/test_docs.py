@@ -147,9 +147,9 @@ def test_the_check_printed_is_the_one_kept():
         return next(line for line in text.splitlines() if line.startswith(label + "  ")).removeprefix(label).split()
 
     assert row("most at once") == [f"{case['peak_bytes'] / 2**30:.2f}" for case in cases]
-    assert row("step, s") == [f"{case['seconds']['step']:.3f}" for case in cases]
+    assert row("step, s") == [f"{case['seconds']['step']:.3g}" for case in cases]
     assert row("MFU of the policy's useful FLOPs") == [f"{case['mfu']:.1%}" for case in cases]
     for kind in ("live", "cached"):
         best = cost["cheapest"][kind]
-        found = f"{best['fit']} of {best['tried']} settings fit: {best['setting']['seconds']['step']:.3f} s a step"
+        found = f"{best['fit']} of {best['tried']} settings fit: {best['setting']['seconds']['step']:.3g} s a step"
         assert f"cheapest with references {kind}, {found}" in text

@@ -117,6 +117,12 @@ class Study:
             self.world.ref_logps[name] = self.runner.score(everything)
         self.save_scores()
 
+    def keep_scores(self) -> None:
+        """The references' log-probs, unless those on disk are of the same pairs in the same parts; tables are made from them."""
+        path = self.results / "scores" / f"{self.name}.npz"
+        if not path.exists() or not np.array_equal(Scores.load(path).part_N, self.world.part_N):
+            self.save_scores()
+
     def save_scores(self) -> None:
         names = [name for name in (ANCHOR, OTHER, SFT, EXPERT) if name in self.world.ref_logps]
         pairs = self.world.pairs
@@ -243,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.scores_only:
         study.save_scores()
         return
+    study.keep_scores()
     command = shlex.join(["python", "-m", "benchmarks.evidence.run", *(sys.argv[1:] if argv is None else argv)])
     for start in range(0, len(args.methods), args.together):
         for seed in args.seeds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +107,12 @@ def test_a_study_writes_runs_that_come_again(
     assert kept.names == ["anchor", "other", "sft", "expert"]
     assert len(unpacked(found[0][1]["margins"]["test"])) == len(kept.rows("test")) == PLAN.parts["test"]
     assert all(np.isfinite(kept.ref_logps_KN2).ravel()) and TRAIN_SET in study.world.recipe.pair_sets
+    # Scores that were made alone, with no parts, give way to those of the runs.
+    path = tmp_path / "b" / "scores" / "tiny-q-from-l.npz"
+    alone = replace(
+        kept, names=kept.names[:2], part_N=np.full_like(kept.part_N, "pool"), ref_logps_KN2=kept.ref_logps_KN2[:2]
+    )
+    alone.save(path)
+    for _ in range(2):
+        study.keep_scores()
+        assert (Scores.load(path).part_N == kept.part_N).all()

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -203,33 +204,32 @@ def print_table(result: dict[str, Any]) -> None:
 def one_run(flags: argparse.Namespace, program: str, scoring: str) -> None:
     """Write work/report.json: what `program` took for the epoch, or, for `prepare`, which pairs that epoch has."""
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     torch.set_num_threads(flags.threads)
     if program == "prepare":
         report = prepare(flags)
     elif program == "rate":
-        report = product_rates(flags.threads)
+        report = product_rates(flags.model, flags.threads)
     else:
         trainer = {"mrpo_scale": our_trainer, "trl": trl_trainer}[program](flags, scoring)
-        if flags.flops:
-            from torch.utils.flop_counter import FlopCounterMode
-
-            with FlopCounterMode(display=False) as counter:
-                trainer.train()
-            (flags.work / "report.json").write_text(json.dumps({"flops": counter.get_total_flops()}))
-            return
-        started = time.perf_counter()
-        trainer.train()
-        report = {"seconds": time.perf_counter() - started, **figures_of(trainer)}
+        with FlopCounterMode(display=False) if flags.flops else nullcontext() as counter:
+            started = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - started
+        # Counting slows the run: its clock says nothing.
+        report = {"flops": counter.get_total_flops()} if counter else {"seconds": seconds, **figures_of(trainer)}
     (flags.work / "report.json").write_text(json.dumps(report))
 
 
-def product_rates(threads: int, rows: int = 2048, seconds: float = 3.0) -> dict[str, Any]:
-    """GFLOP/s of float32 products as the model's largest layers ask for them, by library and threads; medians."""
+def product_rates(model: str, threads: int, rows: int = 2048, seconds: float = 3.0) -> dict[str, Any]:
+    """GFLOP/s of the float32 product of ``rows`` positions with the model's MLP, {library: {threads: median over some seconds}}."""
     import torch
     from mrpo_kernels.cpu_linear import fast, fast_product
+    from transformers import AutoConfig
 
-    x, weight = torch.randn(rows, 576), torch.randn(1536, 576)
+    config = AutoConfig.from_pretrained(model)
+    x, weight = torch.randn(rows, config.hidden_size), torch.randn(config.intermediate_size, config.hidden_size)
     ways = {"MKL": torch.nn.functional.linear} | ({"oneDNN": fast_product} if fast(x, weight) else {})
     found: dict[str, Any] = {name: {} for name in ways}
     for count in sorted({1, threads}):

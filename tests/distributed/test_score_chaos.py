@@ -1,6 +1,6 @@
 """Scoring jobs that are killed at any moment, and jobs that share a cache: no row that was reported is lost, none is scored again.
 
-`make chaos` kills 50 times (MRPO_CHAOS_KILLS), `make test` 3 times. MRPO_CHAOS_SEED chooses other moments.
+`make chaos` kills 50 times (MRPO_CHAOS_KILLS), `make test` 5 times. MRPO_CHAOS_SEED chooses other moments.
 """
 
 import json
@@ -23,7 +23,7 @@ from mrpo_scale.references.store.identity import ReferenceIdentity
 from tests.distributed.jobs import Job, Kill
 from tests.tiny import pair_rows, write_models
 
-KILLS = int(os.environ.get("MRPO_CHAOS_KILLS", "3"))
+KILLS = int(os.environ.get("MRPO_CHAOS_KILLS", "5"))
 SEED = int(os.environ.get("MRPO_CHAOS_SEED", "0"))
 ROWS = 240
 PART_ROWS = 8  # instead of 4096, so that many kills meet a write

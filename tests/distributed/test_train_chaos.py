@@ -1,6 +1,6 @@
 """A run that is stopped or killed at any moment, again and again, ends as the run that nobody disturbed.
 
-`make chaos` kills 25 times (MRPO_CHAOS_KILLS), `make test` twice. MRPO_CHAOS_SEED chooses other moments.
+`make chaos` kills 25 times (MRPO_CHAOS_KILLS), `make test` 3 times. MRPO_CHAOS_SEED chooses other moments.
 """
 
 import json
@@ -28,7 +28,7 @@ from tests.distributed.train_runs import (
     write_recipe,
 )
 
-KILLS = int(os.environ.get("MRPO_CHAOS_KILLS", "2"))
+KILLS = int(os.environ.get("MRPO_CHAOS_KILLS", "3"))
 SEED = int(os.environ.get("MRPO_CHAOS_SEED", "0"))
 EPOCHS = 2 if KILLS < 10 else 8
 STEPS = EPOCHS * -(-ROWS // WINDOW)
